@@ -1,0 +1,48 @@
+# make reproduce | test | test-all | figures | lint. Each sets up .venv by itself, from constraints.txt.
+PYTHON ?= python3
+SCALE ?= laptop
+BIN := .venv/bin
+RUN := $(BIN)/python -m vocabfold.train --multirun scale=$(SCALE)
+# make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt
+ifneq ($(TRAIN),)
+RUN += data.train=$(TRAIN)
+endif
+ifneq ($(VALID),)
+RUN += data.valid=$(VALID)
+endif
+SWEEPS := main_comparison figure3_group_size
+EXTRAS ?= dev
+
+.PHONY: help setup reproduce figures test test-all lint
+help:
+	@echo "make reproduce [SCALE=laptop|text|paper] [TRAIN=file VALID=file]   train, measure, draw into results/"
+	@echo "make figures   redraw every figure from the committed tables"
+	@echo "make test      quick tests;  make test-all  the slow ones too;  make lint  style and types"
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "vocabfold needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+reproduce: .venv/ready
+	@for sweep in $(SWEEPS); do $(RUN) experiment=$$sweep || exit; done
+	@for sweep in $(SWEEPS); do $(BIN)/python -m vocabfold.records $$sweep $(SCALE) || exit; done
+	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
+
+figures: .venv/ready
+	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py || exit; done
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,98 @@
+"""Figure 3 of arXiv 2411.06371: memory and validation loss of the grouped head against group size.
+
+results/SCALE/figure3_group_size.csv and main_comparison.csv -> results/SCALE/figure3_group_size.png
+"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
+from vocabfold.records import RESULTS, read_table
+
+VOCABULARY_SIZE = 50_257
+BASELINES = {
+    "gpt2": ("GPT-2, full softmax", COLORS["green"], "--"),
+    "gpt_neo": ("GPT-Neo, full softmax", COLORS["red"], ":"),
+}
+PANELS = [
+    ("peak_memory_gib", "Peak training memory (GiB)", "figure3_memory", "memory_gb"),
+    ("validation_loss_nats", "Validation loss (nats per token)", "figure3_val_loss", "val_loss_nats"),
+]
+
+
+def draw(scale: str) -> None:
+    """Draw one scale's figure."""
+    grouped = read_table("figure3_group_size", scale)
+    full = read_table("main_comparison", scale).query("head == 'full'")
+    full = full[full["hidden_size"].isin(grouped["hidden_size"])]
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.7))
+    for axis, (column, label, published, published_column) in zip(axes, PANELS, strict=True):
+        draw_published(axis, published, published_column)
+        draw_ours(axis, grouped, column)
+        draw_baselines(axis, full, column)
+        axis.axvline(VOCABULARY_SIZE**0.5, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
+        axis.set(xscale="log", xlabel="Group size S (slots a group)", ylabel=label)
+        axis.xaxis.set_major_locator(FixedLocator([14, 56, 225, 900, 3600]))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.text(
+            VOCABULARY_SIZE**0.5, 1.01, "√V", transform=axis.get_xaxis_transform(), ha="center", fontsize=7, color=GREY
+        )
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2]))
+    axes[0].yaxis.set_major_formatter(ScalarFormatter())
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.suptitle(caption(grouped, full), fontsize=7)
+    save(figure, RESULTS / scale / "figure3_group_size.png")
+
+
+def draw_published(axis: Axes, name: str, column: str) -> None:
+    """The authors' own points, from results/paper."""
+    published = pd.read_csv(RESULTS / "paper" / f"{name}.csv")
+    axis.plot(
+        published["group_size"], published[column], color=GREY, marker=".", label="published (grouped)", linewidth=0.8
+    )
+
+
+def draw_ours(axis: Axes, grouped: pd.DataFrame, column: str) -> None:
+    """Means over seeds with 95% intervals."""
+    ours = summarise(grouped, ["group_size"], column)
+    axis.errorbar(
+        ours["group_size"],
+        ours["mean"],
+        ours["half_width"],
+        color=COLORS["blue"],
+        marker="o",
+        capsize=2,
+        label="ours (grouped)",
+    )
+
+
+def draw_baselines(axis: Axes, full: pd.DataFrame, column: str) -> None:
+    """A line and a 95% band for each model with the full softmax."""
+    for _, row in summarise(full, ["model"], column).iterrows():
+        name, color, dash = BASELINES[row["model"]]
+        axis.axhline(row["mean"], color=color, linestyle=dash, label=name)
+        axis.axhspan(
+            row["mean"] - row["half_width"], row["mean"] + row["half_width"], color=color, alpha=0.15, linewidth=0
+        )
+
+
+def caption(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
+    """What was trained, in one line."""
+    first = grouped.iloc[0]
+    seeds = grouped["seed"].nunique()
+    return (
+        f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens, hidden {first['hidden_size']}, "
+        f"{first['num_layers']} layers; {seeds} seeds, 95% intervals; {len(grouped) + len(full)} runs"
+    )
+
+
+if __name__ == "__main__":
+    draw_for_scales("figure3_group_size", draw)()

@@ -1,0 +1,1 @@
+"""vocabfold: fold the vocabulary of a language model where it costs: head, embedding, stored tokens, decoding."""

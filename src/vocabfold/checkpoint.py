@@ -1,0 +1,87 @@
+"""A run's state on disk. Checkpoints load with weights_only=True and weights as safetensors: neither executes code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from vocabfold.errors import UserError
+from vocabfold.files import replacing
+
+CHECKPOINT_NAME = "checkpoint.pt"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **progress: Any) -> None:
+    """Write everything that the next step depends on, as a whole or not at all. ``progress`` holds plain values."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "cpu_random_state": torch.get_rng_state(),
+        "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        **progress,
+    }
+    with replacing(folder / CHECKPOINT_NAME) as beside:
+        torch.save(state, beside)
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> dict[str, Any] | None:
+    """Put the folder's checkpoint into ``model``, ``optimizer`` and the random generators; return the rest of it.
+
+    None where there is no checkpoint. Raises UserError where the file is damaged or of another model.
+    """
+    path = folder / CHECKPOINT_NAME
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be loaded ({reason}): delete it to start this run again") from error
+    torch.set_rng_state(state.pop("cpu_random_state").cpu())
+    cuda_random_state = state.pop("cuda_random_state")
+    if cuda_random_state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_random_state.cpu())
+    return state
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Remove what a finished run no longer needs."""
+    (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+
+
+def save_weights(folder: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+    """Write the model's weights (a tied weight once) and its partition as safetensors."""
+    with replacing(folder / WEIGHTS_NAME) as beside:
+        safetensors.torch.save_model(model, str(beside), metadata)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put the folder's weights into ``model``. Raises UserError where they are missing, damaged or of other shapes."""
+    path = folder / WEIGHTS_NAME
+    try:
+        safetensors.torch.load_model(model, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be loaded: {reason}") from error
+
+
+def weights_metadata(folder: Path) -> dict[str, str]:
+    """The words saved beside the weights. Raises UserError where there are no whole weights."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {WEIGHTS_NAME}: the run has not finished; run its command again first")
+    try:
+        with safetensors.safe_open(path, framework="pt") as weights:
+            return dict(weights.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): delete the run folder and train again") from error

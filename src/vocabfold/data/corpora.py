@@ -1,0 +1,303 @@
+"""From a data configuration (conf/data/*.yaml) to token files: stories, local text, Hugging Face data sets, Zipf
+sequences.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vocabfold.data.token_file import TokenFile, build_token_file, cached_token_file, write_token_file
+from vocabfold.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from vocabfold.data.zipf import ZipfLaw, entropy_rate_nats, zipf_law, zipf_tokens
+from vocabfold.errors import UserError
+
+SPLITS = ("train", "valid")
+_HASH_BLOCK_BYTES = 1 << 22
+_ARTICLE_HEADING = re.compile(r"^ = (?!= ).*(?<! =) = $")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Both token files and what a model must know of them.
+
+    tokenizer and end_token are None for sequences that are no text; entropy_rate_nats is the least reachable loss in
+    nats a token where it is known (zipf), else None.
+    """
+
+    name: str
+    train: TokenFile
+    valid: TokenFile
+    tokenizer: Tokenizer | None
+    vocabulary_size: int
+    end_token: int | None
+    entropy_rate_nats: float | None
+
+
+def load_corpus(data: Mapping[str, Any]) -> Corpus:
+    """The corpus of a resolved conf/data/*.yaml node, tokenised on first use into ``data.cache_dir``.
+
+    Raises UserError, in one line that says what to do, for a missing setting, file or data set.
+    """
+    name = _required(data, "name")
+    if name == "zipf":
+        return _zipf_corpus(data)
+    sources: dict[str, Callable[[Mapping[str, Any], str], tuple[dict[str, Any], Callable[[], Iterable[str]]]]] = {
+        "stories": _stories,
+        "text": _text,
+        "tinystories": _data_set,
+        "wikitext": _data_set,
+    }
+    if name not in sources:
+        raise UserError(f"unknown data.name {name!r}: choose one of {', '.join([*sources, 'zipf'])}")
+    tokenizer = load_tokenizer(_required(data, "tokenizer"))
+    # both are looked at before either is tokenised: a missing validation file must not cost an hour first
+    described = {split: sources[name](data, split) for split in SPLITS}
+    files = {}
+    for split, (identity, documents) in described.items():
+
+        def build(
+            folder: Path, key: dict[str, Any], split: str = split, documents: Callable[[], Iterable[str]] = documents
+        ) -> TokenFile:
+            return build_token_file(folder, documents(), tokenizer, _workers(data), f"tokenising {name} {split}", key)
+
+        key = {"source": identity, "tokenizer": tokenizer.name}
+        files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"{name}-{split}", key, build)
+    return Corpus(
+        name=data.get("label") or name,
+        train=files["train"],
+        valid=files["valid"],
+        tokenizer=tokenizer,
+        vocabulary_size=tokenizer.vocabulary_size,
+        end_token=tokenizer.end_token,
+        entropy_rate_nats=None,
+    )
+
+
+def load_for_generation(data: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer alone, without touching the corpus; None where tokens are no text (zipf)."""
+    return None if _required(data, "name") == "zipf" else load_tokenizer(_required(data, "tokenizer"))
+
+
+def _required(data: Mapping[str, Any], key: str) -> Any:
+    value = data.get(key)
+    if value is None:
+        raise UserError(f"data.{key} is not set; choose a corpus with data=NAME or set data.{key}=VALUE")
+    return value
+
+
+def _count(data: Mapping[str, Any], key: str) -> int:
+    value = int(_required(data, key))
+    if value < 1:
+        raise UserError(f"data.{key} must be 1 or more, not {value}")
+    return value
+
+
+def _workers(data: Mapping[str, Any]) -> int:
+    if data.get("workers") is not None:
+        return _count(data, "workers")
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _stories(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Callable[[], Iterable[str]]]:
+    from vocabfold.data import stories
+
+    num_train, num_valid = _count(data, "num_train_documents"), _count(data, "num_valid_documents")
+    start, stop = (0, num_train) if split == "train" else (num_train, num_train + num_valid)
+    seed = int(_required(data, "seed"))
+    code = hashlib.sha256()  # another generator tells other stories under the same seed
+    for path in sorted(Path(stories.__file__).parent.glob("stor*.py")):
+        code.update(path.read_bytes())
+    identity = {"kind": "stories", "code_sha256": code.hexdigest(), "seed": seed, "start": start, "stop": stop}
+    return identity, lambda: stories.stories(seed, start, stop)
+
+
+def _text(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Callable[[], Iterable[str]]]:
+    for key in SPLITS:
+        if not data.get(key):
+            raise UserError(f"data=text needs data.train=FILE and data.valid=FILE; data.{key} is missing")
+    paths = _local_files(data[split], f"data.{split}")
+
+    def documents() -> Iterator[str]:
+        empty = True
+        for path in paths:
+            for document in _documents_of_file(path):
+                empty = False
+                yield document
+        if empty:
+            raise UserError(f"data.{split}={data[split]} holds no text; give a file with text in it")
+
+    return {"kind": "text", "files": _content_identity(paths)}, documents
+
+
+def _local_files(wanted: str | Sequence[str], key: str) -> list[Path]:
+    """Existing files for a path, a glob or a list of them, in the order given, a glob's in the order of names."""
+    paths: list[Path] = []
+    for pattern in [wanted] if isinstance(wanted, str | Path) else wanted:
+        expanded = Path(pattern).expanduser()
+        anchor = Path(expanded.anchor)
+        found = [expanded] if expanded.exists() else sorted(anchor.glob(str(expanded.relative_to(anchor))))
+        if not found:
+            raise UserError(f"{key}: there is no file {pattern}; give the path of a UTF-8 text file")
+        for path in found:
+            if path.is_dir():
+                raise UserError(f"{key}: {path} is a folder; name its files, for example {key}='{path}/*.txt'")
+        paths += found
+    return paths
+
+
+def _content_identity(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Size and sha256 of each file: a copied, moved or touched file keeps its cache, a changed one does not."""
+    identity = []
+    for path in paths:
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while block := file.read(_HASH_BLOCK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from error
+        # the name decides only whether the content is unpacked
+        gzipped = path.suffix == ".gz"
+        identity.append({"size_bytes": path.stat().st_size, "sha256": digest.hexdigest(), "gzip": gzipped})
+    return identity
+
+
+def _documents_of_file(path: Path) -> Iterator[str]:
+    """The parts between ``<|endoftext|>`` lines, without the blank lines around them; empty parts are left out."""
+    lines: list[str] = []
+    for line in _lines(path):
+        if line.strip() != END_OF_TEXT:
+            lines.append(line)
+            continue
+        if (document := "".join(lines).strip("\r\n")).strip():
+            yield document
+        lines = []
+    if (document := "".join(lines).strip("\r\n")).strip():
+        yield document
+
+
+def _lines(path: Path) -> Iterator[str]:
+    offset = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for line in file:
+                text = line.decode("utf-8")
+                yield text.removeprefix("\N{BYTE ORDER MARK}") if offset == 0 else text
+                offset += len(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {offset + error.start}; convert it: iconv -t UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path} to its end ({error}); fetch or unpack it again") from error
+
+
+def _data_set(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Callable[[], Iterable[str]]]:
+    source, column = str(_required(data, "source")), _required(data, "text_column")
+    settings = {key: data.get(key) for key in ("config_name", "revision", f"{split}_split", f"max_{split}_documents")}
+    split_name = _required(data, f"{split}_split")
+    limit = data.get(f"max_{split}_documents")
+    local = Path(source).expanduser()
+    identity = {"kind": data["name"], "text_column": column, **settings}
+    if local.exists():
+        files = [local] if local.is_file() else sorted(path for path in local.rglob("*") if path.is_file())
+        identity |= {"names": [str(path.relative_to(local)) for path in files], "files": _content_identity(files)}
+    else:
+        identity |= {"source": source}
+
+    def documents() -> Iterator[str]:
+        texts = _column(_load_data_set(data, local if local.exists() else source, split_name), column, source)
+        return islice(wikitext_articles(texts) if data["name"] == "wikitext" else texts, limit)
+
+    return identity, documents
+
+
+def _load_data_set(data: Mapping[str, Any], source: str | Path, split_name: str) -> Any:
+    """A data set that lies on disk as Arrow files and is read from there by batches."""
+    import datasets
+
+    path, options = str(source), {"name": data.get("config_name"), "revision": data.get("revision")}
+    if isinstance(source, Path):
+        options = {"cache_dir": str(Path(_required(data, "cache_dir")).expanduser() / "datasets")}
+        if source.is_file():
+            kind = {".txt": "text", ".jsonl": "json"}.get(source.suffix, source.suffix.removeprefix("."))
+            path, options["data_files"] = kind, str(source)
+    try:
+        return datasets.load_dataset(path, split=split_name, **options)
+    # the library raises its own, the hub client's, the network's and Arrow's exceptions, with no common base
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot load the data set {source}, split {split_name} ({type(error).__name__}: {reason}); "
+            "download it on a machine with a network and set data.source=FOLDER, "
+            "or train on local files with data=text data.train=FILE data.valid=FILE"
+        ) from error
+
+
+def _column(data_set: Any, column: str, source: str) -> Iterator[str]:
+    if column not in data_set.column_names:
+        raise UserError(
+            f"{source} has no column {column}; set data.text_column to one of {', '.join(data_set.column_names)}"
+        )
+    for batch in data_set.select_columns([column]).iter(batch_size=1000):
+        yield from (text for text in batch[column] if text is not None)
+
+
+def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
+    """WikiText's lines joined to articles: one begins at a line `` = Title = `` (one equals sign a side) after a
+    blank line.
+    """
+    article: list[str] = []
+    after_blank = True
+    for line in lines:
+        line = line.rstrip("\n")
+        if after_blank and _ARTICLE_HEADING.match(line):
+            if (text := "\n".join(article).strip("\n")).strip():
+                yield text
+            article = []
+        after_blank = not line.strip()
+        article.append(line)
+    if (text := "\n".join(article).strip("\n")).strip():
+        yield text
+
+
+def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
+    settings = {key: _required(data, key) for key in ("exponent", "offset", "num_topics", "stay", "seed", "id_order")}
+    law = zipf_law(int(_required(data, "vocabulary_size")), **settings)
+    files = {}
+    for split in SPLITS:
+        num_tokens = int(_required(data, f"num_{split}_tokens"))
+        identity = {"kind": "zipf", "law_sha256": _law_digest(law), "num_tokens": num_tokens, **settings}
+
+        def build(folder: Path, key: dict[str, Any], split: str = split, num_tokens: int = num_tokens) -> TokenFile:
+            # the whole sequence is one document: its length comes with the last chunk
+            def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+                for tokens in zipf_tokens(law, num_tokens, split):
+                    yield tokens, np.empty(0, np.int64)
+                yield np.empty(0, np.int64), np.array([num_tokens])
+
+            return write_token_file(folder, chunks(), law.vocabulary_size, key)
+
+        files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"zipf-{split}", identity, build)
+    return Corpus(
+        name="zipf",
+        train=files["train"],
+        valid=files["valid"],
+        tokenizer=None,
+        vocabulary_size=law.vocabulary_size,
+        end_token=None,
+        entropy_rate_nats=entropy_rate_nats(law),
+    )
+
+
+def _law_digest(law: ZipfLaw) -> str:
+    return hashlib.sha256(law.weight.tobytes() + law.topic.tobytes()).hexdigest()

@@ -1,0 +1,73 @@
+"""The processes of one training run: one alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vocabfold.heads import HeadLoss
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among ``world_size`` processes; ``local_rank`` is its device on this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def sum_of(self, values: Tensor) -> Tensor:
+        """``values`` summed over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def first_decides(self, decision: bool, device: torch.device) -> bool:
+        """The first process's ``decision``, in every process (clocks differ, and all must stop at the same step)."""
+        if self.world_size == 1:
+            return decision
+        told = torch.tensor([decision], device=device, dtype=torch.uint8)
+        dist.broadcast(told, src=0)
+        return bool(told.item())
+
+
+def join_ranks(device_name: str) -> Ranks:
+    """Read torchrun's environment and join its process group (NCCL on CUDA, gloo elsewhere)."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device_name == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+class MeanLosses:
+    """Means of head losses over batches and processes in which every counted target weighs the same."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, output: HeadLoss) -> None:
+        """Take in one batch."""
+        count = output.num_targets.double()
+        for name, value in {"loss": output.loss.detach(), **output.parts}.items():
+            self.totals[name] = self.totals.get(name, 0) + value.double() * count
+        self.totals["count"] = self.totals.get("count", 0) + count
+
+    def means(self, ranks: Ranks, prefix: str) -> dict[str, float]:
+        """The means over all batches and processes, each name behind ``prefix``."""
+        names = sorted(self.totals)
+        totals = dict(
+            zip(names, ranks.sum_of(torch.stack([self.totals[name] for name in names])).tolist(), strict=True)
+        )
+        count = max(1.0, totals.pop("count"))
+        return {prefix + name: value / count for name, value in totals.items()}

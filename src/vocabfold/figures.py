@@ -1,0 +1,82 @@
+"""How every figure looks, and the statistics drawn in them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from vocabfold.command_line import one_line_errors
+from vocabfold.errors import UserError
+from vocabfold.files import replacing
+from vocabfold.records import RESULTS
+
+# Okabe and Ito's palette: told apart by colour-blind readers too. Every series also has a marker or dash of its own.
+COLORS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7"}
+GREY = "#666666"
+COLUMN_INCHES = 3.4  # one column of a two-column page
+STYLE = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "figure.dpi": 200,
+    "figure.constrained_layout.use": True,
+}
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the half width of its 95% interval by Student's t; the half width of one value is NaN."""
+    count = len(values)
+    if count < 2:
+        return float(np.mean(values)), float("nan")
+    return float(np.mean(values)), float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
+
+
+def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
+    """Columns ``by``, mean, half_width (95%, Student's t) and seeds of ``value`` over the rows of each group."""
+    rows = []
+    for key, group in table.groupby(by, dropna=False):
+        mean, half_width = mean_and_interval(group[value].dropna().tolist())
+        rows.append([*key, mean, half_width, len(group)])
+    return pd.DataFrame(rows, columns=[*by, "mean", "half_width", "seeds"])
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a whole or not at all. No date goes in, so the same table gives the same file."""
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", metadata={"Software": None})
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def draw_for_scales(experiment: str, draw: Callable[[str], None]) -> Callable[[], None]:
+    """A program that draws ``experiment`` for the scales named on its command line, or for all that have its table."""
+
+    @one_line_errors
+    def program() -> None:
+        scales = sys.argv[1:] or sorted(path.parent.name for path in RESULTS.glob(f"*/{experiment}.csv"))
+        if not scales:
+            raise UserError(f"there is no results/*/{experiment}.csv to draw: run `make reproduce` first")
+        with plt.rc_context(STYLE):
+            for scale in scales:
+                draw(scale)
+
+    return program

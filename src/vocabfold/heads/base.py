@@ -1,0 +1,126 @@
+"""The contract that every output head keeps: hidden states to loss, log-probabilities, the best tokens and samples."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vocabfold.constants import IGNORE_INDEX
+from vocabfold.errors import UserError
+
+
+@dataclass
+class HeadLoss:
+    """``loss``: mean negative log likelihood in nats over the targets that count, 0 (with zero gradients) if none does.
+
+    ``parts``: named means over the same targets, detached, such as ``group_loss`` and ``token_loss`` in nats, and the
+    accuracies (shares from 0 to 1) where they were asked for. ``num_targets``: how many targets counted.
+    """
+
+    loss: Tensor
+    num_targets: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Head(nn.Module, ABC):
+    """A distribution over V tokens for each hidden state. Every method is exact; no head approximates."""
+
+    def __init__(self, hidden_size: int, vocabulary_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.vocabulary_size = vocabulary_size
+
+    @abstractmethod
+    def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
+        """``hidden`` [N, D], ``targets`` [N] -> the mean negative log likelihood over targets != IGNORE_INDEX."""
+
+    @abstractmethod
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [N, D] -> log P [N, V] in nats, in token order; exp sums to 1 over the V tokens."""
+
+    @abstractmethod
+    def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """``hidden`` [N, D], ``targets`` [N] -> log P(target) [N] in nats, 0 where the target is IGNORE_INDEX."""
+
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` likeliest tokens, best first: (log P [N, k], token [N, k]). Exact.
+
+        Raises UserError unless 1 <= k <= V.
+        """
+        self.check_k(k)
+        best = self.log_prob(hidden).topk(k, dim=-1)
+        return best.values, best.indices
+
+    @torch.no_grad()
+    def sample(
+        self,
+        hidden: Tensor,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw one token for each hidden state: [N, D] -> [N].
+
+        P(v) ** (1 / temperature), renormalised, is first cut to its ``top_k`` likeliest tokens, then to the smallest
+        set of likeliest tokens with at least ``top_p`` of what is left. Temperature 0 takes the likeliest token.
+        Raises UserError for a negative temperature, top_k outside 1..V or top_p outside (0, 1].
+        """
+        self.check_sampling(temperature, top_k, top_p)
+        if temperature == 0:
+            return self.topk(hidden, 1)[1].squeeze(-1)
+        if top_k is not None:
+            log_prob, tokens = self.topk(hidden, top_k)
+        else:
+            log_prob, tokens = self.log_prob(hidden).sort(dim=-1, descending=True)
+        choice = draw_from_sorted(log_prob, temperature, top_p, generator)
+        return tokens.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+
+    def forward(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
+        """The same as ``loss``."""
+        return self.loss(hidden, targets, with_accuracy)
+
+    def check_k(self, k: int) -> None:
+        """Raise UserError unless 1 <= k <= V."""
+        if not 1 <= k <= self.vocabulary_size:
+            raise UserError(f"k is {k}: choose between 1 and the vocabulary size {self.vocabulary_size}")
+
+    def check_sampling(self, temperature: float, top_k: int | None, top_p: float | None) -> None:
+        """Raise UserError for sampling settings that no distribution has."""
+        if not temperature >= 0:
+            raise UserError(f"temperature is {temperature}: choose 0 (the likeliest token) or more")
+        if top_k is not None:
+            self.check_k(top_k)
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UserError(f"top_p is {top_p}: choose more than 0 and at most 1")
+
+
+def draw_from_sorted(
+    log_prob: Tensor, temperature: float, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw a column of ``log_prob`` [N, K], each row sorted best first, tempered and cut to ``top_p``: [N]."""
+    # The best first becomes 0: dividing by a tiny temperature then cannot turn a whole row into -inf.
+    probability = ((log_prob - log_prob[:, :1]) / temperature).softmax(dim=-1)
+    if top_p is not None and top_p < 1:  # at 1 a rounded running sum must not cut the tail
+        mass_before = probability.cumsum(dim=-1) - probability
+        probability = probability.masked_fill(mass_before >= top_p, 0.0)
+    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in float32 at least: autocast on a CPU would leave log-probabilities in bfloat16."""
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def mean_over_targets(log_prob: Tensor, counted: Tensor, num_targets: Tensor) -> Tensor:
+    """Minus the mean of ``log_prob`` [N] where ``counted`` [N]; 0, still part of the graph, where nothing counts."""
+    return -torch.where(counted, log_prob, 0.0).sum() / num_targets.clamp(min=1)
+
+
+def counted_targets(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(which targets count [N], how many)."""
+    counted = targets != IGNORE_INDEX
+    return counted, counted.sum()

@@ -1,0 +1,158 @@
+"""What a run leaves behind: config.yaml and metrics.jsonl in its folder first, Weights & Biases as their mirror.
+
+A finished run adds row.json, its line in the results table. ``python -m vocabfold.records EXPERIMENT SCALE`` gathers
+the rows of an experiment's finished runs into results/SCALE/EXPERIMENT.csv, one row a run, nothing averaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from vocabfold.command_line import one_line_errors
+from vocabfold.errors import UserError
+from vocabfold.files import write_text
+from vocabfold.settings import Settings
+
+RESULTS = Path("results")
+RUN_COLUMNS = (
+    "experiment scale corpus seed model hidden_size num_layers head scorer partition_order group_size num_groups "
+    "shortlist tied learning_rate steps tokens validation_loss_nats perplexity group_accuracy tokens_per_second "
+    "peak_memory_gib flops_per_token num_parameters"
+).split()
+ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
+# Two runs that agree in these are the same measurement; the table keeps the newer one.
+IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
+
+
+class RunRecord:
+    """The record of one run that is under way, from ``resume_step`` on: later metrics of a killed run are dropped."""
+
+    def __init__(self, folder: Path, settings: Settings, resume_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dataclasses.asdict(settings)
+        write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.path.open("a", encoding="utf-8")
+        self.wandb_run = self._start_mirror(folder, settings, config)
+
+    @staticmethod
+    def _start_mirror(folder: Path, settings: Settings, config: dict[str, Any]) -> Any:
+        if settings.wandb.mode == "disabled":
+            return None
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb  # a second of import time that runs without a mirror need not pay
+
+        try:
+            return wandb.init(
+                project=settings.wandb.project,
+                entity=settings.wandb.entity,
+                group=f"{settings.scale}/{settings.experiment}",
+                job_type="train",
+                tags=[settings.scale, settings.model.name, settings.head.name],
+                name=folder.name,
+                config=config,
+                dir=str(folder),
+                mode="online" if settings.wandb.mode == "online" else "offline",
+                settings=wandb.Settings(console="off", x_disable_stats=True, disable_git=True),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"Weights & Biases cannot start ({error}): use wandb.mode=offline or wandb.mode=disabled"
+            ) from error
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line for ``step``; it is on disk, for a reader, when this returns."""
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log(metrics, step=step)
+
+    def finish(self, row: dict[str, Any]) -> None:
+        """Write row.json, which is what makes the run count as finished, and close the mirror."""
+        self.close()
+        write_text(self.path.with_name("row.json"), json.dumps(row, indent=1) + "\n")
+        if self.wandb_run is not None:
+            self.wandb_run.summary.update(row)
+            self.wandb_run.finish()
+
+    def fail(self) -> None:
+        """Close everything after an error, without a row."""
+        self.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=1)
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        self.file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl; a last line that a killed run half wrote is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def finished_row(folder: Path) -> dict[str, Any] | None:
+    """The result row of a finished run, None for a run that has not finished."""
+    path = folder / "row.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def collect(experiment: str, scale: str, results: Path = RESULTS) -> Path:
+    """Gather the finished runs of an experiment into its table; return the table's path.
+
+    Raises UserError where no run has finished.
+    """
+    folder = results / "runs" / scale / experiment
+    paths = sorted(folder.glob("*/row.json"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise UserError(f"{folder} holds no finished run: run `make reproduce SCALE={scale}` first")
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv")
+
+
+def write_table(rows: pd.DataFrame, path: Path) -> Path:
+    """Write a results table with its columns in the agreed order and one row for each measurement."""
+    own = [name for name in rows.columns if name not in RUN_COLUMNS + ORIGIN_COLUMNS]
+    table = rows.reindex(columns=RUN_COLUMNS + own + ORIGIN_COLUMNS)
+    whole = ["group_size", "num_groups", "shortlist"]
+    table[whole] = table[whole].astype("Int64")
+    table = table.drop_duplicates(IDENTITY_COLUMNS, keep="last").sort_values(IDENTITY_COLUMNS)
+    write_text(path, table.to_csv(index=False))
+    return path
+
+
+def read_table(experiment: str, scale: str, results: Path = RESULTS) -> pd.DataFrame:
+    """The committed or collected table of an experiment. Raises UserError where there is none or it is another's."""
+    path = results / scale / f"{experiment}.csv"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}` first")
+    table = pd.read_csv(path)
+    if missing := [name for name in RUN_COLUMNS + ORIGIN_COLUMNS if name not in table.columns]:
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make reproduce` again")
+    return table
+
+
+@one_line_errors
+def main() -> None:
+    """Command line: EXPERIMENT SCALE."""
+    if len(sys.argv) != 3:
+        raise UserError("usage: python -m vocabfold.records EXPERIMENT SCALE")
+    print(f"wrote {collect(*sys.argv[1:])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The typed settings of one training run, checked before anything is loaded. conf/ holds every default."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from vocabfold.errors import UserError
+from vocabfold.heads import HeadSettings
+from vocabfold.models.build import ModelSettings
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
+# What does not change a run's result does not change its name either.
+NAMELESS_KEYS = ("run_dir", "wandb", "hydra")
+NAMELESS_DATA_KEYS = ("cache_dir", "workers")
+
+
+@dataclass
+class OptimizerSettings:
+    """Adam or AdamW; ``learning_rate`` rises over ``warmup_steps``, then stays or falls as a cosine to
+    ``final_fraction`` of itself; gradients are clipped to norm ``gradient_clip`` (None: not at all)."""
+
+    name: str = MISSING
+    learning_rate: float = MISSING
+    betas: list[float] = MISSING
+    weight_decay: float = MISSING
+    gradient_clip: float | None = None
+    schedule: str = MISSING
+    warmup_steps: int = MISSING
+    final_fraction: float = MISSING
+
+
+@dataclass
+class BudgetSettings:
+    """Where training ends: at the first of these that is reached; None does not limit."""
+
+    epochs: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class WandbSettings:
+    """How metrics are mirrored to Weights & Biases: offline, online or disabled."""
+
+    mode: str = MISSING
+    project: str = MISSING
+    entity: str | None = None
+
+
+@dataclass
+class Settings:
+    """One training run. conf/train.yaml says what each key means."""
+
+    scale: str = MISSING
+    experiment: str = MISSING
+    seed: int = MISSING
+    run_dir: str = MISSING
+    data: dict[str, Any] = MISSING
+    model: ModelSettings = field(default_factory=ModelSettings)
+    head: HeadSettings = field(default_factory=HeadSettings)
+    sequence_length: int = MISSING
+    batch_size: int = MISSING
+    gradient_accumulation: int = MISSING
+    evaluation_batch_size: int = MISSING
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    evaluate_every: int | None = None
+    log_every: int = MISSING
+    checkpoint_every: int | None = None
+    device: str = MISSING
+    precision: str = MISSING
+    compile: bool = MISSING
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+
+    def check(self) -> None:
+        """Raise UserError for the first setting that no run can have."""
+        for name in ("sequence_length", "batch_size", "gradient_accumulation", "evaluation_batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: choose at least 1")
+        for name in ("evaluate_every", "checkpoint_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: choose at least 1, or null for only at the end")
+        limits = {key: value for key, value in vars(self.budget).items() if value is not None}
+        if not limits:
+            raise UserError("training has no end: set budget.epochs, budget.steps, budget.tokens or budget.seconds")
+        for key, value in limits.items():
+            if value <= 0:
+                raise UserError(f"budget.{key} is {value}: choose more than 0")
+        if self.model.max_positions < self.sequence_length:
+            raise UserError(
+                f"model.max_positions {self.model.max_positions} is less than sequence_length {self.sequence_length}: "
+                "raise the first or lower the second"
+            )
+        if not self.optimizer.learning_rate > 0:
+            raise UserError(f"optimizer.learning_rate is {self.optimizer.learning_rate}: choose more than 0")
+        choose("optimizer.name", self.optimizer.name, ("adam", "adamw"))
+        choose("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine"))
+        choose("precision", self.precision, ("fp32", "bf16", "fp16"))
+        choose("wandb.mode", self.wandb.mode, ("offline", "online", "disabled"))
+
+
+def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UserError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def settings_from(config: DictConfig) -> Settings:
+    """Check keys and types, then the values. Raises UserError or an OmegaConf error with a one-line message."""
+    plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), plain))
+    assert isinstance(settings, Settings)
+    settings.check()
+    return settings
+
+
+def load_settings(run_folder: Path) -> Settings:
+    """The settings of a run from its config.yaml (plain YAML: nothing in it is executed). Raises UserError."""
+    path = run_folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_folder} holds no config.yaml: name the folder of a training run")
+    return settings_from(OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8"))))
+
+
+def run_name(_root_: DictConfig) -> str:
+    """A run's folder name: what it is, for a person, and a hash of its whole configuration, for the program.
+
+    The same command finds the same folder again, and so continues or skips; any other setting gets another folder.
+    """
+    config = OmegaConf.masked_copy(_root_, [key for key in _root_ if key not in NAMELESS_KEYS])
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    for key in NAMELESS_DATA_KEYS:
+        plain["data"].pop(key, None)
+    digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
+    partition = plain["head"].get("partition")
+    size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""
+    return (
+        f"{plain['model']['name']}-{plain['head']['name']}{size}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
+    )
+
+
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)

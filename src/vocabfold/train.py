@@ -1,0 +1,355 @@
+"""The only training program: one model, one head, one corpus. ``python -m vocabfold.train --help`` tells the rest.
+
+Read it from ``train`` down: settings, data, model, then one loop of steps, evaluations and checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Logits of N x V are fresh hundreds of megabytes a step; on Linux, huge pages halve the time a CPU takes to map them.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler's remark on memory that is older than itself
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from vocabfold.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
+from vocabfold.command_line import USER_ERRORS, exit_with, one_line_errors
+from vocabfold.constants import IGNORE_INDEX
+from vocabfold.data.batches import Batches
+from vocabfold.data.corpora import Corpus, load_corpus
+from vocabfold.distributed import MeanLosses, Ranks, join_ranks
+from vocabfold.errors import UserError
+from vocabfold.heads import HeadLoss
+from vocabfold.heads.build import describe_head
+from vocabfold.measure.flops import training_flops_per_token
+from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.memory import live_tensors, peak_memory_of
+from vocabfold.models.build import ModelWithHead, build_model
+from vocabfold.optimizer import build_optimizer, learning_rate_at
+from vocabfold.records import RunRecord, finished_row
+from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
+
+GIB = 2**30
+# The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
+WARM_UP_STEPS = 3
+AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """What one training run holds between its steps."""
+
+    def __init__(self, settings: Settings, corpus: Corpus, ranks: Ranks, device: torch.device) -> None:
+        self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
+        torch.manual_seed(settings.seed)
+        self.model: ModelWithHead = build_model(settings.model, settings.head, corpus.vocabulary_size).to(device)
+        self.optimizer = build_optimizer(settings.optimizer, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        shared = {"sequence_length": settings.sequence_length, "layout": settings.data["layout"]}
+        shared |= {"end_token": corpus.end_token, "rank": ranks.rank, "world_size": ranks.world_size}
+        self.batches = Batches(corpus.train, batch_size=settings.batch_size, seed=settings.seed, **shared)
+        self.valid = Batches(
+            corpus.valid, batch_size=settings.evaluation_batch_size, seed=settings.seed, shuffle=False, **shared
+        )
+        self.total_steps = steps_of(settings, self.batches)
+        self.step = 0
+        self.tokens = 0
+        self.timed_tokens = 0
+        self.timed_seconds = 0.0
+        self.measured: dict[str, float] = {}
+        self.checkpoint_step: int | None = None
+        folder = Path(settings.run_dir)
+        if (progress := load_checkpoint(folder, self.model, self.optimizer, device)) is not None:
+            self.scaler.load_state_dict(progress.pop("scaler"))
+            vars(self).update(progress)
+            self.checkpoint_step = self.step
+        else:
+            self.measured["flops_per_token"] = self.flops_per_token()
+        self.trained: nn.Module = self.model
+        if settings.compile:
+            self.trained = torch.compile(self.trained)  # type: ignore[assignment]
+        if ranks.world_size > 1:
+            self.trained = DistributedDataParallel(self.trained)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that the settings ask for."""
+        dtype = AUTOCAST_TYPES[self.settings.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.settings.precision != "fp32")
+
+    def flops_per_token(self) -> float:
+        """FLOPs of one forward and backward pass, a token; it leaves weights, gradients and random state as they were."""
+        inputs, targets = (tensor.to(self.device) for tensor in self.batches.batch(0))
+
+        def forward_and_backward() -> None:
+            with self.autocast():
+                self.model(inputs, targets).loss.backward()
+
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            flops = training_flops_per_token(forward_and_backward, inputs.numel())
+        self.optimizer.zero_grad(set_to_none=True)
+        return flops
+
+    def learning_rate(self) -> float:
+        """Of the step to come. A falling schedule follows the budget that is furthest used up."""
+        used = self.step / self.total_steps if self.total_steps is not None else 0.0
+        if (seconds := self.settings.budget.seconds) is not None:
+            used = max(used, self.timed_seconds / seconds)
+        return learning_rate_at(self.settings.optimizer, self.step, used)
+
+    def train_step(self, learning_rate: float, with_accuracy: bool) -> dict[str, float]:
+        """One optimizer step over ``gradient_accumulation`` batches: {train_loss, gradient_norm, the head's parts}.
+
+        Every counted target of the whole step, over all its batches and processes, weighs the same.
+        """
+        accumulation, world_size = self.settings.gradient_accumulation, self.ranks.world_size
+        batches = [self.batches.batch(self.step * accumulation + index) for index in range(accumulation)]
+        counts = torch.tensor([float((targets != IGNORE_INDEX).sum()) for _, targets in batches], device=self.device)
+        total = max(1.0, float(self.ranks.sum_of(counts.sum())))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = MeanLosses()
+        for index, (inputs, targets) in enumerate(batches):
+            inputs, targets = inputs.to(self.device), targets.to(self.device)
+            last = index == accumulation - 1
+            with self.trained.no_sync() if world_size > 1 and not last else contextlib.nullcontext():  # type: ignore[operator]
+                with self.autocast():
+                    output: HeadLoss = self.trained(inputs, targets, with_accuracy)
+                # DDP averages over processes what has to be a sum, hence world_size.
+                self.scaler.scale(output.loss * (counts[index] * world_size / total)).backward()
+            sums.add(output)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.gradient_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.tokens += int(total)
+        return {**sums.means(self.ranks, "train_"), "gradient_norm": float(norm)}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean losses and accuracies over every target of the validation set, in nats, and the perplexity."""
+        self.model.eval()
+        sums = MeanLosses()
+        for inputs, targets in self.valid.evaluation_batches():
+            with self.autocast():
+                sums.add(self.model(inputs.to(self.device), targets.to(self.device), with_accuracy=True))
+        self.model.train()
+        means = sums.means(self.ranks, "validation_")
+        result = {"validation_loss_nats": means.pop("validation_loss"), **means}
+        result["perplexity"] = math.exp(min(result["validation_loss_nats"], 700.0))
+        if self.corpus.entropy_rate_nats is not None:
+            result["excess_loss_nats"] = result["validation_loss_nats"] - self.corpus.entropy_rate_nats
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint of this very step."""
+        kept = ("step", "tokens", "timed_tokens", "timed_seconds", "measured")
+        progress = {name: getattr(self, name) for name in kept}
+        folder = Path(self.settings.run_dir)
+        save_checkpoint(folder, self.model, self.optimizer, scaler=self.scaler.state_dict(), **progress)
+        self.checkpoint_step = self.step
+
+    def has_ended(self) -> bool:
+        """Whether a budget is used up."""
+        if self.total_steps is not None and self.step >= self.total_steps:
+            return True
+        seconds = self.settings.budget.seconds
+        return seconds is not None and self.ranks.first_decides(self.timed_seconds >= seconds, self.device)
+
+    def position(self) -> str:
+        """Where the run stands in its data, for a person."""
+        last_batch = self.step * self.settings.gradient_accumulation - 1
+        epoch, batch = divmod(last_batch, self.batches.batches_per_epoch)
+        return f"step {self.step} (epoch {epoch}, batch {batch} of {self.batches.batches_per_epoch})"
+
+    def timed_step(self, with_accuracy: bool) -> dict[str, float]:
+        """One training step on the clock; the last one of the warm-up is measured for memory instead."""
+        learning_rate, tokens_before, started = self.learning_rate(), self.tokens, time.perf_counter()
+        metrics: dict[str, float] = {}
+
+        def step() -> None:
+            metrics.update(self.train_step(learning_rate, with_accuracy))
+
+        if self.step == WARM_UP_STEPS - 1:
+            memory = peak_memory_of(step, self.device, live_tensors(self.model, self.optimizer))
+            self.measured["peak_memory_gib"] = memory.peak_bytes / GIB
+            if memory.process_high_water_bytes is not None:
+                self.measured["process_high_water_gib"] = memory.process_high_water_bytes / GIB
+        else:
+            step()
+        if self.step > WARM_UP_STEPS:
+            self.timed_seconds += time.perf_counter() - started
+            self.timed_tokens += self.tokens - tokens_before
+        return {**metrics, "learning_rate": learning_rate, "tokens": self.tokens}
+
+    def speed_and_memory(self) -> dict[str, float]:
+        """What was measured so far. Tokens per second: of the steps after the warm-up, data, forward, backward and
+        optimizer included, evaluation left out."""
+        if not self.timed_tokens:
+            return self.measured
+        return {"tokens_per_second": self.timed_tokens / self.timed_seconds, **self.measured}
+
+
+def steps_of(settings: Settings, batches: Batches) -> int | None:
+    """Optimizer steps until the first budget of epochs, steps or tokens is used up; None where only time ends it."""
+    budget = settings.budget
+    limits = []
+    if budget.steps is not None:
+        limits.append(budget.steps)
+    if budget.epochs is not None:
+        limits.append(int(budget.epochs * batches.batches_per_epoch / settings.gradient_accumulation))
+    if budget.tokens is not None:
+        tokens_per_step = settings.batch_size * settings.sequence_length * settings.gradient_accumulation
+        limits.append(math.ceil(budget.tokens / tokens_per_step))
+    return max(1, min(limits)) if limits else None
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but this machine or this build of torch has no CUDA: use device=cpu")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def train(settings: Settings, command: str) -> dict[str, Any]:
+    """Train one model to the end, resuming where its folder has a checkpoint; return its result row.
+
+    A run that has finished is not trained again. Raises UserError for bad settings or data and where the loss
+    stops being finite.
+    """
+    folder = Path(settings.run_dir)
+    if (row := finished_row(folder)) is not None:
+        tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
+        return row
+    device = choose_device(settings.device, int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = join_ranks(device.type)
+    trainer = Trainer(settings, load_corpus(settings.data), ranks, device)
+    record = RunRecord(folder, settings, trainer.step) if ranks.is_first else None
+    try:
+        final = run(trainer, record)
+    except BaseException:
+        if record is not None:
+            record.fail()
+        raise
+    row = result_row(trainer, final, command)
+    if record is not None:
+        save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
+        record.finish(row)
+        delete_checkpoint(folder)
+    return row
+
+
+def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
+    """The loop: steps until a budget is used up, logging, evaluations and checkpoints; return the last evaluation."""
+    settings, evaluation = trainer.settings, {}
+    bar = tqdm(
+        total=trainer.total_steps, initial=trainer.step, desc=Path(settings.run_dir).name, disable=record is None
+    )
+    while not trainer.has_ended():
+        is_logged = (trainer.step + 1) % settings.log_every == 0
+        metrics = trainer.timed_step(with_accuracy=is_logged)
+        if not math.isfinite(metrics["train_loss"]):
+            raise UserError(not_finite(trainer, metrics["train_loss"]))
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['train_loss']:.3f}", refresh=False)
+        ended = trainer.has_ended()
+        evaluation = {}
+        if ended or (settings.evaluate_every and trainer.step % settings.evaluate_every == 0):
+            evaluation = trainer.evaluate()
+        if record is not None and (is_logged or evaluation):
+            record.log(trainer.step, metrics | trainer.speed_and_memory() | evaluation)
+        if settings.checkpoint_every and trainer.step % settings.checkpoint_every == 0 and not ended:
+            if record is not None:
+                trainer.save()
+            trainer.checkpoint_step = trainer.step
+    bar.close()
+    return evaluation or trainer.evaluate()
+
+
+def not_finite(trainer: Trainer, loss: float) -> str:
+    """What happened, where, and how to go on."""
+    if trainer.checkpoint_step is None:
+        last_good = "no checkpoint was written before (checkpoint_every)"
+    else:
+        last_good = f"the last good checkpoint is of step {trainer.checkpoint_step} in {trainer.settings.run_dir}"
+    return f"the loss is {loss} at {trainer.position()}; {last_good}; try a lower optimizer.learning_rate"
+
+
+def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[str, Any]:
+    """The run's line in the results table."""
+    settings = trainer.settings
+    extras = {name: value for name, value in final.items() if name.startswith(("validation_", "excess_"))}
+    return {
+        "experiment": settings.experiment,
+        "scale": settings.scale,
+        "corpus": trainer.corpus.name,
+        "seed": settings.seed,
+        "model": settings.model.name,
+        "hidden_size": settings.model.hidden_size,
+        "num_layers": settings.model.num_layers,
+        **describe_head(settings.head, trainer.model.head),
+        "learning_rate": settings.optimizer.learning_rate,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "perplexity": final["perplexity"],
+        "group_accuracy": final.get("validation_group_accuracy"),
+        **trainer.speed_and_memory(),
+        "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        **extras,
+        "hardware": hardware(),
+        "torch": torch_version(),
+        "commit": code_commit(),
+        "command": command,
+    }
+
+
+@hydra.main(config_path=str(CONFIG_FOLDER), config_name="train", version_base="1.3")
+def run_configured(config: DictConfig) -> float:
+    """One job of Hydra's: train, and hand the validation loss to a sweeper that searches."""
+    job = HydraConfig.get()
+    command = " ".join(["python -m vocabfold.train", *job.overrides.task])
+    try:
+        return float(train(settings_from(config), command)["validation_loss_nats"])
+    except USER_ERRORS as error:
+        if job.mode == RunMode.MULTIRUN:
+            raise  # Hydra's launchers, which may be other processes, carry it on and say which job it was
+        exit_with(error)
+
+
+@one_line_errors
+def main() -> None:
+    """Command line; see --help."""
+    if not CONFIG_FOLDER.is_dir():
+        raise UserError(f"{CONFIG_FOLDER} is missing: run from a checkout installed with `pip install -e .`")
+    # Without this Hydra prints a traceback's tail of its own; with it errors arrive here and become one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        run_configured()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Heads of every kind at awkward sizes for the tests, and the slow definition that they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vocabfold.heads import (
+    FoldedHead,
+    FullHead,
+    Head,
+    LoopedLinearScorer,
+    ScaleShiftScorer,
+    TokenScorer,
+    equal_partition,
+)
+
+HIDDEN_SIZE = 6
+KINDS = ("full_tied", "full_free", "scale_shift", "linear_free", "linear_tied")
+FOLDED_KINDS = KINDS[2:]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A vocabulary of V tokens, the wanted group size S (None: the default) and whether its order is shuffled."""
+
+    vocabulary_size: int
+    group_size: int | None
+    shuffled: bool = False
+
+    def order(self) -> Tensor:
+        tokens = torch.arange(self.vocabulary_size)
+        return (
+            tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(5))] if self.shuffled else tokens
+        )
+
+
+LAYOUTS = {
+    "prime": Layout(97, None),
+    "group_size_not_dividing": Layout(50, 7, shuffled=True),
+    "one_slot": Layout(11, 1, shuffled=True),
+    "one_group": Layout(23, 23, shuffled=True),
+    "two_tokens": Layout(2, 1),
+}
+
+
+class Model(nn.Module):
+    """An embedding and the head that may share its rows, as a language model holds them."""
+
+    def __init__(self, embedding: nn.Embedding, head: Head) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.head = head
+
+
+def make_head(
+    kind: str, layout: Layout, weight_std: float = 0.7, order: Tensor | None = None, seed: int = 0
+) -> tuple[Head, Model]:
+    """A float64 head with every parameter drawn from normal(0, ``weight_std``), and the model that holds it."""
+    torch.manual_seed(seed)
+    embedding = nn.Embedding(layout.vocabulary_size, HIDDEN_SIZE)
+    tied_weight = embedding.weight if kind.endswith("tied") else None
+    assert tied_weight is None or isinstance(tied_weight, nn.Parameter)
+    head: Head
+    if kind.startswith("full"):
+        head = FullHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight)
+    else:
+        partition = equal_partition(
+            layout.vocabulary_size, layout.group_size, layout.order() if order is None else order
+        )
+        scorer: TokenScorer
+        if kind == "scale_shift":
+            scorer = ScaleShiftScorer(HIDDEN_SIZE, partition)
+        else:
+            scorer = LoopedLinearScorer(HIDDEN_SIZE, partition, tied_weight)
+        head = FoldedHead(HIDDEN_SIZE, partition, scorer)
+    module = Model(embedding, head).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=weight_std)
+    return head, module
+
+
+def make_hidden(num_rows: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, HIDDEN_SIZE, dtype=torch.float64, generator=generator)
+
+
+def naive_groups(layout: Layout) -> list[list[int]]:
+    """The tokens of each group by the paper's floor formula, one token at a time."""
+    vocabulary_size, order = layout.vocabulary_size, layout.order().tolist()
+    group_size = layout.group_size or min(s for s in range(1, vocabulary_size + 1) if s * s >= vocabulary_size)
+    num_groups = min(
+        range(1, vocabulary_size + 1), key=lambda groups: (abs(-(-vocabulary_size // groups) - group_size), groups)
+    )
+    return [
+        [order[p] for p in range(vocabulary_size * g // num_groups, vocabulary_size * (g + 1) // num_groups)]
+        for g in range(num_groups)
+    ]
+
+
+def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Tensor:
+    """log P [N, V] token by token: P(v) = softmax over groups [g] * softmax over the tokens of group g."""
+    if isinstance(head, FullHead):
+        return _log_softmax([hidden @ head.weight[token] for token in range(layout.vocabulary_size)])
+    assert isinstance(head, FoldedHead)
+    groups = naive_groups(layout)
+    group_log_prob = _log_softmax([hidden @ head.group_weight[group] for group in range(len(groups))])
+    columns: dict[int, Tensor] = {}
+    position = 0
+    for group, tokens in enumerate(groups):
+        scores = []
+        for slot, token in enumerate(tokens):
+            if isinstance(head.scorer, ScaleShiftScorer):
+                score = head.scorer.scale[group, slot] * (hidden @ head.scorer.shared[slot])
+                scores.append(score + head.scorer.shift[group, slot])
+            else:
+                assert isinstance(head.scorer, LoopedLinearScorer)
+                row = token if kind == "linear_tied" else position
+                scores.append(hidden @ head.scorer.weight[row] + head.scorer.bias[position])
+            position += 1
+        within = _log_softmax(scores)
+        for slot, token in enumerate(tokens):
+            columns[token] = group_log_prob[:, group] + within[:, slot]
+    return torch.stack([columns[token] for token in range(layout.vocabulary_size)], dim=1)
+
+
+def _log_softmax(scores: Sequence[Tensor]) -> Tensor:
+    stacked = torch.stack(list(scores), dim=1)
+    return stacked - stacked.exp().sum(dim=1, keepdim=True).log()
