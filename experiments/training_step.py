@@ -95,7 +95,8 @@ def report(table: pd.DataFrame, rate: float) -> str:
     seconds = {str(name): rows["seconds"].tolist() for name, rows in table.groupby("side", sort=False)}
     free = table[table["side"] == FREE].iloc[0]
     lines = [
-        "| head | tokens/s | speed, full = 1 | speed, free head = 1 | peak memory (GiB) | memory, free head = 1 | step / FLOP floor |",
+        "| head | tokens/s | speed, full = 1 | speed, free head = 1 | peak memory (GiB) | memory, free head = 1 "
+        "| step / FLOP floor |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, values in seconds.items():
@@ -107,7 +108,8 @@ def report(table: pd.DataFrame, rate: float) -> str:
             f"| {name} | {tokens_per_second(values, int(row['tokens'])):,.0f} "
             f"| {to_full.median:.2f} ({to_full.low:.2f} to {to_full.high:.2f}) "
             f"| {to_free.median:.2f} ({to_free.low:.2f} to {to_free.high:.2f}) "
-            f"| {row['peak_memory_gib']:.3f} | {row['peak_memory_gib'] / free['peak_memory_gib']:.2f} | {above_floor:.1f} |"
+            f"| {row['peak_memory_gib']:.3f} | {row['peak_memory_gib'] / free['peak_memory_gib']:.2f} "
+            f"| {above_floor:.1f} |"
         )
     return "\n".join(lines)
 

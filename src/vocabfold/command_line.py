@@ -13,7 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vocabfold.errors import UserError
 
-
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -24,7 +25,7 @@ from vocabfold.records import RESULTS
 COLORS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7"}
 GREY = "#666666"
 COLUMN_INCHES = 3.4  # one column of a two-column page
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
     "legend.fontsize": 7,
@@ -75,7 +76,7 @@ def draw_for_scales(experiment: str, draw: Callable[[str], None]) -> Callable[[]
         scales = sys.argv[1:] or sorted(path.parent.name for path in RESULTS.glob(f"*/{experiment}.csv"))
         if not scales:
             raise UserError(f"there is no results/*/{experiment}.csv to draw: run `make reproduce` first")
-        with plt.rc_context(STYLE):
+        with plt.rc_context(STYLE):  # type: ignore[arg-type]
             for scale in scales:
                 draw(scale)
 

@@ -18,9 +18,9 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
-        with open(beside, "rb+") as written:
+        with beside.open("rb+") as written:
             os.fsync(written.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself must survive a power cut

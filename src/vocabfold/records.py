@@ -22,11 +22,32 @@ from vocabfold.files import write_text
 from vocabfold.settings import Settings
 
 RESULTS = Path("results")
-RUN_COLUMNS = (
-    "experiment scale corpus seed model hidden_size num_layers head scorer partition_order group_size num_groups "
-    "shortlist tied learning_rate steps tokens validation_loss_nats perplexity group_accuracy tokens_per_second "
-    "peak_memory_gib flops_per_token num_parameters"
-).split()
+RUN_COLUMNS = [
+    "experiment",
+    "scale",
+    "corpus",
+    "seed",
+    "model",
+    "hidden_size",
+    "num_layers",
+    "head",
+    "scorer",
+    "partition_order",
+    "group_size",
+    "num_groups",
+    "shortlist",
+    "tied",
+    "learning_rate",
+    "steps",
+    "tokens",
+    "validation_loss_nats",
+    "perplexity",
+    "group_accuracy",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "flops_per_token",
+    "num_parameters",
+]
 ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
 # Two runs that agree in these are the same measurement; the table keeps the newer one.
 IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
@@ -151,7 +172,7 @@ def main() -> None:
     """Command line: EXPERIMENT SCALE."""
     if len(sys.argv) != 3:
         raise UserError("usage: python -m vocabfold.records EXPERIMENT SCALE")
-    print(f"wrote {collect(*sys.argv[1:])}")
+    print(f"wrote {collect(sys.argv[1], sys.argv[2])}")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def run_name(_root_: DictConfig) -> str:
 
     The same command finds the same folder again, and so continues or skips; any other setting gets another folder.
     """
-    config = OmegaConf.masked_copy(_root_, [key for key in _root_ if key not in NAMELESS_KEYS])
+    config = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in NAMELESS_KEYS])
     plain: Any = OmegaConf.to_container(config, resolve=True)
     for key in NAMELESS_DATA_KEYS:
         plain["data"].pop(key, None)

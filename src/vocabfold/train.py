@@ -15,7 +15,6 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype, enabled=self.settings.precision != "fp32")
 
     def flops_per_token(self) -> float:
-        """FLOPs of one forward and backward pass, a token; it leaves weights, gradients and random state as they were."""
+        """FLOPs of one forward and backward pass, a token. Weights, gradients and random state stay as they were."""
         inputs, targets = (tensor.to(self.device) for tensor in self.batches.batch(0))
 
         def forward_and_backward() -> None:
@@ -242,6 +241,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     if (row := finished_row(folder)) is not None:
         tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
         return row
+    code_commit()  # read now, and remembered: the tree may change while the run goes on
     device = choose_device(settings.device, int(os.environ.get("LOCAL_RANK", "0")))
     ranks = join_ranks(device.type)
     trainer = Trainer(settings, load_corpus(settings.data), ranks, device)
@@ -262,7 +262,8 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
 
 def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
     """The loop: steps until a budget is used up, logging, evaluations and checkpoints; return the last evaluation."""
-    settings, evaluation = trainer.settings, {}
+    settings = trainer.settings
+    evaluation: dict[str, float] = {}
     bar = tqdm(
         total=trainer.total_steps, initial=trainer.step, desc=Path(settings.run_dir).name, disable=record is None
     )
