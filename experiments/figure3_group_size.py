@@ -1,15 +1,19 @@
 """Figure 3 of arXiv 2411.06371: memory and validation loss of the grouped head against group size.
 
-results/SCALE/figure3_group_size.csv and main_comparison.csv -> results/SCALE/figure3_group_size.png
+results/SCALE/figure3_group_size.csv and main_comparison.csv -> results/SCALE/figure3_group_size.png, with the published
+points (results/paper) and the memory at the paper's own size (results/simulated) drawn in.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
+from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
 from vocabfold.records import RESULTS, read_table
 
@@ -42,6 +46,7 @@ def draw(scale: str) -> None:
         axis.text(
             VOCABULARY_SIZE**0.5, 1.01, "√V", transform=axis.get_xaxis_transform(), ha="center", fontsize=7, color=GREY
         )
+    draw_simulated(axes[0])
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2]))
     axes[0].yaxis.set_major_formatter(ScalarFormatter())
@@ -53,11 +58,32 @@ def draw(scale: str) -> None:
 
 
 def draw_published(axis: Axes, name: str, column: str) -> None:
-    """The authors' own points, from results/paper."""
-    published = pd.read_csv(RESULTS / "paper" / f"{name}.csv")
+    """The authors' own points."""
+    published = read_reference(RESULTS / "paper" / f"{name}.csv", "restore it from the repository")
     axis.plot(
         published["group_size"], published[column], color=GREY, marker=".", label="published (grouped)", linewidth=0.8
     )
+
+
+def draw_simulated(axis: Axes) -> None:
+    """Our grouped head at the batch and sequence length of the published curve."""
+    path = RESULTS / "simulated" / "figure3_simulated_memory.csv"
+    table = read_reference(path, "run experiments/figure3_simulated_memory.py first").query("head == 'grouped'")
+    shape = f"{table['batch_size'].iloc[0]} x {table['sequence_length'].iloc[0]}"
+    axis.plot(
+        table["group_size"],
+        table["peak_gib"],
+        color=COLORS["purple"],
+        linestyle="-.",
+        label=f"ours, simulated at {shape}",
+    )
+
+
+def read_reference(path: Path, remedy: str) -> pd.DataFrame:
+    """A table that is drawn beside ours. Raises UserError where it is missing."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {remedy}")
+    return pd.read_csv(path)
 
 
 def draw_ours(axis: Axes, grouped: pd.DataFrame, column: str) -> None:

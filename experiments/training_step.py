@@ -8,7 +8,6 @@ writes results/SCALE/training_step.csv, one row a head and round, and prints eac
 
 from __future__ import annotations
 
-import argparse
 import os
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -19,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from vocabfold.command_line import one_line_errors
+from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
 from vocabfold.heads.build import PartitionSettings
@@ -117,7 +116,7 @@ def report(table: pd.DataFrame, rate: float) -> str:
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--hidden-size", type=int, default=128)

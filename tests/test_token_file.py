@@ -131,6 +131,18 @@ def test_cache_is_built_once_for_a_key(tmp_path: Path) -> None:
     assert builder.calls == 2
 
 
+def test_a_finished_cache_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a cache in a folder that cannot be written still serves."""
+    builder = Builder()
+    first = cached(tmp_path, builder)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the lock was taken")
+
+    monkeypatch.setattr(module.FileLock, "acquire", refuse)
+    assert cached(tmp_path, builder).tokens.tolist() == first.tokens.tolist()
+
+
 def test_code_version_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builder = Builder()
     first = cached(tmp_path, builder)

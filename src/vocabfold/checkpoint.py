@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ def load_checkpoint(
     if not path.is_file():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+            if (part := archive.testzip()) is not None:
+                raise UserError(f"wrong checksum in {part}")
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
@@ -60,7 +65,8 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def save_weights(folder: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """Write the model's weights (a tied weight once) and its partition as safetensors."""
+    """Write the model's weights (a tied weight once) and its partition as safetensors, with a checksum."""
+    metadata = {**metadata, "crc32": checksum(model)}
     with replacing(folder / WEIGHTS_NAME) as beside:
         safetensors.torch.save_model(model, str(beside), metadata)
 
@@ -70,9 +76,19 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     path = folder / WEIGHTS_NAME
     try:
         safetensors.torch.load_model(model, path)
+        if (expected := weights_metadata(folder).get("crc32")) is not None and expected != checksum(model):
+            raise UserError(f"{path} is damaged (checksum): delete the run folder and train again")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be loaded: {reason}") from error
+
+
+def checksum(model: nn.Module) -> str:
+    """CRC-32 of the state's bytes in the order of its names: safetensors itself notices a damaged header only."""
+    value = 0
+    for _, tensor in sorted(model.state_dict().items()):
+        value = zlib.crc32(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def weights_metadata(folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
 
 
@@ -71,3 +72,20 @@ class MeanLosses:
         )
         count = max(1.0, totals.pop("count"))
         return {prefix + name: value / count for name, value in totals.items()}
+
+
+def choose_device(name: str, precision: str, local_rank: int) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU. Raises UserError for a device or precision not to be had."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}: choose auto, cpu or cuda")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device=cuda, but this machine or this build of torch has no CUDA: use device=cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use precision=fp16")
+    return device

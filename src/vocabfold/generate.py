@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from vocabfold.checkpoint import load_weights, weights_metadata
-from vocabfold.command_line import one_line_errors
+from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.errors import UserError
 from vocabfold.models.build import ModelWithHead, build_model
@@ -55,15 +55,17 @@ def generate(
 def load_run(folder: Path, device: torch.device) -> ModelWithHead:
     """The trained model of a finished run, ready to use. Raises UserError for a folder that is not one."""
     settings = load_settings(folder)
-    vocabulary_size = int(weights_metadata(folder)["vocabulary_size"])
-    model = build_model(settings.model, settings.head, vocabulary_size)
+    vocabulary_size = weights_metadata(folder).get("vocabulary_size", "")
+    if not vocabulary_size.isdecimal():
+        raise UserError(f"{folder} holds weights without their vocabulary size: train it again with this version")
+    model = build_model(settings.model, settings.head, int(vocabulary_size))
     load_weights(folder, model)
     return model.to(device).eval()
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m vocabfold.generate", description=__doc__)
+    parser = ArgumentParser(prog="python -m vocabfold.generate", description=__doc__)
     parser.add_argument(
         "run", type=Path, help="folder of a finished training run, such as results/runs/laptop/single/…"
     )
@@ -81,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Command line; see --help."""
     arguments = parse_arguments()
+    if arguments.max_tokens < 1:
+        raise UserError(f"--max-tokens is {arguments.max_tokens}: choose at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but there is no CUDA here: use --device cpu")
     tokenizer = load_for_generation(load_settings(arguments.run).data)

@@ -57,7 +57,10 @@ class RunRecord:
     """The record of one run that is under way, from ``resume_step`` on: later metrics of a killed run are dropped."""
 
     def __init__(self, folder: Path, settings: Settings, resume_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder} ({error.strerror}): set run_dir=FOLDER") from error
         config = dataclasses.asdict(settings)
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         self.path = folder / "metrics.jsonl"

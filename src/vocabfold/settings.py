@@ -100,6 +100,15 @@ class Settings:
             )
         if not self.optimizer.learning_rate > 0:
             raise UserError(f"optimizer.learning_rate is {self.optimizer.learning_rate}: choose more than 0")
+        if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise UserError(
+                f"optimizer.betas is {self.optimizer.betas}: choose two numbers, at least 0 and less than 1"
+            )
+        if self.optimizer.gradient_clip is not None and not self.optimizer.gradient_clip > 0:
+            raise UserError(f"optimizer.gradient_clip is {self.optimizer.gradient_clip}: choose more than 0, or null")
+        for name in ("weight_decay", "warmup_steps", "final_fraction"):
+            if not getattr(self.optimizer, name) >= 0:
+                raise UserError(f"optimizer.{name} is {getattr(self.optimizer, name)}: choose 0 or more")
         choose("optimizer.name", self.optimizer.name, ("adam", "adamw"))
         choose("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine"))
         choose("precision", self.precision, ("fp32", "bf16", "fp16"))
@@ -126,7 +135,11 @@ def load_settings(run_folder: Path) -> Settings:
     path = run_folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_folder} holds no config.yaml: name the folder of a training run")
-    return settings_from(OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    try:
+        config = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: delete the run folder and train again") from error
+    return settings_from(config)
 
 
 def run_name(_root_: DictConfig) -> str:

@@ -32,7 +32,7 @@ from vocabfold.command_line import USER_ERRORS, exit_with, one_line_errors
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import Batches
 from vocabfold.data.corpora import Corpus, load_corpus
-from vocabfold.distributed import MeanLosses, Ranks, join_ranks
+from vocabfold.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
 from vocabfold.heads.build import describe_head
@@ -220,17 +220,6 @@ def steps_of(settings: Settings, batches: Batches) -> int | None:
     return max(1, min(limits)) if limits else None
 
 
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU. Raises UserError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device is {name!r}: choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but this machine or this build of torch has no CUDA: use device=cpu")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
 def train(settings: Settings, command: str) -> dict[str, Any]:
     """Train one model to the end, resuming where its folder has a checkpoint; return its result row.
 
@@ -242,7 +231,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
         tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
         return row
     code_commit()  # read now, and remembered: the tree may change while the run goes on
-    device = choose_device(settings.device, int(os.environ.get("LOCAL_RANK", "0")))
+    device = choose_device(settings.device, settings.precision, int(os.environ.get("LOCAL_RANK", "0")))
     ranks = join_ranks(device.type)
     trainer = Trainer(settings, load_corpus(settings.data), ranks, device)
     record = RunRecord(folder, settings, trainer.step) if ranks.is_first else None
@@ -265,7 +254,11 @@ def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
     settings = trainer.settings
     evaluation: dict[str, float] = {}
     bar = tqdm(
-        total=trainer.total_steps, initial=trainer.step, desc=Path(settings.run_dir).name, disable=record is None
+        total=trainer.total_steps,
+        initial=trainer.step,
+        desc=Path(settings.run_dir).name,
+        disable=record is None,
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a log file wants few lines
     )
     while not trainer.has_ended():
         is_logged = (trainer.step + 1) % settings.log_every == 0

@@ -88,9 +88,8 @@ def cached_token_file(
     cache_dir = cache_dir.expanduser()
     folder = cache_dir / f"{label}-{digest[:12]}"
     try:
-        return open_token_file(
-            folder, key
-        )  # before the lock: a finished cache may lie in a folder that cannot be written
+        # Before the lock: a finished cache may lie in a folder that cannot be written.
+        return open_token_file(folder, full_key)
     except (FileNotFoundError, DamagedTokenFile):
         pass
     lock = FileLock(cache_dir / f".{folder.name}.lock")

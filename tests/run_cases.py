@@ -1,0 +1,53 @@
+"""A tiny corpus and a tiny model for the tests that start whole programs."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+WORDS = ("the cat", "a dog", "the bird", "saw", "ran", "found", "sang", "red", "blue", "home", "and then", "under")
+TINY = [
+    "scale=smoke",
+    "data=text",
+    "data.train=train.txt",
+    "data.valid=valid.txt",
+    "data.workers=1",
+    "sequence_length=16",
+    "batch_size=2",
+    "model.hidden_size=16",
+    "model.num_layers=2",
+    "wandb.mode=disabled",
+    "device=cpu",
+]
+
+
+def write_corpus(folder: Path) -> None:
+    """train.txt and valid.txt, a few hundred words each."""
+    generator = random.Random(0)
+    for name, documents in (("train.txt", 20), ("valid.txt", 4)):
+        texts = [" ".join(generator.choices(WORDS, k=50)) for _ in range(documents)]
+        (folder / name).write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+
+
+def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` in ``folder``, on one thread, with its token cache there."""
+    environment = os.environ | {"VOCABFOLD_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def call(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """``main`` in this process with ``arguments`` as its command line; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    try:
+        main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0

@@ -1,0 +1,167 @@
+"""The statistics of the figures, and each figure program on a small table."""
+
+from __future__ import annotations
+
+import math
+import runpy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from run_cases import call
+from vocabfold.figures import mean_and_interval, summarise
+from vocabfold.records import write_table
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PROGRAMS = sorted(
+    path.stem for path in (REPOSITORY / "experiments").glob("*.py") if "draw_for_scales" in path.read_text()
+)
+# Arms of two seeds and more, one of them with a single seed: an interval that does not exist must not stop a figure.
+ARMS = [
+    ("gpt2", "full", None, 3),
+    ("gpt2", "grouped", 225, 2),
+    ("gpt_neo", "full", None, 2),
+    ("gpt_neo", "grouped", 225, 1),
+]
+
+
+def run_row(model: str, head: str, group_size: int | None, seed: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "scale": "smoke",
+        "corpus": "stories",
+        "seed": seed,
+        "model": model,
+        "hidden_size": 64,
+        "num_layers": 4,
+        "head": head,
+        "group_size": group_size,
+        "num_groups": None if group_size is None else math.ceil(50257 / group_size),
+        "learning_rate": 2e-3,
+        "steps": 100,
+        "tokens": 200_000,
+        "validation_loss_nats": 4.0 + 0.1 * seed + 0.001 * (group_size or 0),
+        "perplexity": 60.0 + seed,
+        "tokens_per_second": 1000.0 + 10 * seed,
+        "peak_memory_gib": 0.5 + 0.01 * seed,
+        "flops_per_token": 1e7,
+        "num_parameters": 4_000_000,
+        "hardware": "test machine",
+        "torch": "2",
+        "commit": "none",
+        "command": "none",
+        **changes,
+    }
+
+
+def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(experiment, its rows): what the programs read."""
+    yield (
+        "main_comparison",
+        [run_row(model, head, size, seed) for model, head, size, seeds in ARMS for seed in range(seeds)],
+    )
+    yield (
+        "figure3_group_size",
+        [run_row("gpt2", "grouped", group_size, seed) for group_size in (14, 225, 3864) for seed in range(3)],
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """results/ with the tables of scale smoke and the reference values; its parent is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for reference in ("paper", "simulated"):
+        shutil.copytree(REPOSITORY / "results" / reference, tmp_path / "results" / reference)
+    for experiment, rows in tables():
+        table = pd.DataFrame([{**row, "experiment": experiment} for row in rows])
+        write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv")
+    return tmp_path / "results"
+
+
+def draw(program: str, monkeypatch: pytest.MonkeyPatch, *scales: str) -> int:
+    path = str(REPOSITORY / "experiments" / f"{program}.py")
+
+    def program_itself() -> None:
+        runpy.run_path(path, run_name="__main__")
+
+    return call(program_itself, monkeypatch, *scales)
+
+
+def test_mean_and_interval_are_students() -> None:
+    values = [1.0, 2.0, 4.0, 4.5]
+    mean, half_width = mean_and_interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+    assert (mean - half_width, mean + half_width) == pytest.approx((low, high))
+    # by hand: two values 0 and 2 have the standard error 1, and t at 97.5% with one degree of freedom is 12.706
+    assert mean_and_interval([0.0, 2.0]) == pytest.approx((1.0, 12.7062), rel=1e-5)
+
+
+def test_one_value_has_no_interval() -> None:
+    mean, half_width = mean_and_interval([3.0])
+    assert mean == 3.0 and math.isnan(half_width)
+
+
+def test_summarise_gives_one_row_a_group() -> None:
+    table = pd.DataFrame({"head": ["a", "a", "b"], "size": [1, 1, None], "loss": [0.0, 2.0, 5.0]})
+    summary = summarise(table, ["head", "size"], "loss")
+    assert list(summary.columns) == ["head", "size", "mean", "half_width", "seeds"]
+    assert summary["head"].tolist() == ["a", "b"]
+    assert summary["mean"].tolist() == [1.0, 5.0]
+    assert summary["seeds"].tolist() == [2, 1]
+    assert summary["half_width"][0] == pytest.approx(12.7062, rel=1e-5) and math.isnan(summary["half_width"][1])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_figure_is_drawn_the_same_each_time(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], program: str
+) -> None:
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert draw(program, monkeypatch, "smoke") == 0, capfd.readouterr().err
+    picture = results / "smoke" / f"{program}.png"
+    pixels = matplotlib.image.imread(picture)
+    height, width = pixels.shape[:2]
+    assert 600 <= width <= 4000 and 300 <= height <= 4000
+    assert pixels[..., :3].std() > 0.05  # more than an empty page
+    drawn = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert {path.stem for path in drawn.keys() - before.keys()} == {program}
+    assert {path: drawn[path] for path in before} == before
+    for path in drawn.keys() - before.keys():
+        path.unlink()
+    assert draw(program, monkeypatch) == 0  # without a name: every scale that has the table
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == drawn
+
+
+def test_the_table_beside_the_figure_holds_means_and_intervals(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert draw("main_comparison", monkeypatch, "smoke") == 0
+    lines = (results / "smoke" / "main_comparison.md").read_text().splitlines()
+    (full,) = [line for line in lines if line.startswith("| GPT-2, full")]
+    mean, half_width = mean_and_interval([4.0, 4.1, 4.2])
+    assert f"| {mean:.3f} ± {half_width:.3f} |" in full and full.endswith("| 3 |")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "make reproduce"), ("seed,model\n0,gpt2\n", "has no column experiment")]
+)
+def test_a_missing_or_foreign_table_is_told_in_one_line(
+    results: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    program: str,
+    content: str | None,
+    words: str,
+) -> None:
+    for path in results.glob("smoke/*.csv"):
+        path.unlink() if content is None else path.write_text(content)
+    before = sorted(results.rglob("*"))
+    for scales in ((), ("smoke",)):
+        assert draw(program, monkeypatch, *scales) == 2
+        written = capfd.readouterr().err
+        assert written.count("\n") == 1 and words in written
+    assert sorted(results.rglob("*")) == before
