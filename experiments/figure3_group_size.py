@@ -7,6 +7,7 @@ points (results/paper) and the memory at the paper's own size (results/simulated
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -33,7 +34,7 @@ def draw(scale: str) -> None:
     grouped = read_table("figure3_group_size", scale)
     full = read_table("main_comparison", scale).query("head == 'full'")
     full = full[full["hidden_size"].isin(grouped["hidden_size"])]
-    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.7))
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.8))
     for axis, (column, label, published, published_column) in zip(axes, PANELS, strict=True):
         draw_published(axis, published, published_column)
         draw_ours(axis, grouped, column)
@@ -52,17 +53,24 @@ def draw(scale: str) -> None:
     axes[0].yaxis.set_major_formatter(ScalarFormatter())
     axes[0].yaxis.set_minor_formatter(NullFormatter())
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    handles, labels = in_columns(handles, labels, 3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.suptitle(caption(grouped, full), fontsize=7)
     save(figure, RESULTS / scale / "figure3_group_size.png")
+
+
+def in_columns(handles: list[Any], labels: list[str], columns: int) -> tuple[list[Any], list[str]]:
+    """Legend entries reordered so that matplotlib, which fills columns first, reads row by row, ours first."""
+    entries = sorted(zip(handles, labels, strict=True), key=lambda entry: (not entry[1].startswith("ours"), entry[1]))
+    entries = [entry for column in range(columns) for entry in entries[column::columns]]
+    return [handle for handle, _ in entries], [label for _, label in entries]
 
 
 def draw_published(axis: Axes, name: str, column: str) -> None:
     """The authors' own points."""
     published = read_reference(RESULTS / "paper" / f"{name}.csv", "restore it from the repository")
-    axis.plot(
-        published["group_size"], published[column], color=GREY, marker=".", label="published (grouped)", linewidth=0.8
-    )
+    label = "published, grouped (memory in GB)"
+    axis.plot(published["group_size"], published[column], color=GREY, marker=".", label=label, linewidth=0.8)
 
 
 def draw_simulated(axis: Axes) -> None:
@@ -75,7 +83,7 @@ def draw_simulated(axis: Axes) -> None:
         table["peak_gib"],
         color=COLORS["purple"],
         linestyle="-.",
-        label=f"ours, simulated at {shape}",
+        label=f"ours, grouped, simulated at {shape}",
     )
 
 
@@ -96,7 +104,7 @@ def draw_ours(axis: Axes, grouped: pd.DataFrame, column: str) -> None:
         color=COLORS["blue"],
         marker="o",
         capsize=2,
-        label="ours (grouped)",
+        label="ours, grouped",
     )
 
 
