@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from scipy import stats
 
-from vocabfold.figures import COLORS, COLUMN_INCHES, draw_for_scales, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, draw_for_scales, mean_and_interval, save, summarise
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
 
@@ -73,7 +74,25 @@ def markdown(table: pd.DataFrame) -> str:
         lines.append(f"| {name_of(arm, table)} | " + " | ".join(cells) + f" | {arm['seeds']} |")
     first = table.iloc[0]
     notes = f"Corpus {first['corpus']}, {first['tokens']:,} tokens; mean ± 95% interval (Student's t) over seeds."
-    return "\n".join([*lines, "", notes, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])
+    hardware = f"Hardware: {first['hardware']}; torch {first['torch']}."
+    return "\n".join([*lines, "", *differences(table), "", notes, hardware, ""])
+
+
+def differences(table: pd.DataFrame) -> list[str]:
+    """Grouped minus full in validation loss, for each model: the mean over seeds, its 95% interval, a paired t-test."""
+    lines = []
+    for _, rows in table.groupby(["hidden_size", "model"]):
+        loss = rows.pivot(index="seed", columns="head", values="validation_loss_nats").dropna()
+        if not {"full", "grouped"} <= set(loss.columns) or len(loss) < 2:
+            continue
+        mean, half_width = mean_and_interval((loss["grouped"] - loss["full"]).tolist())
+        p_value = stats.ttest_rel(loss["grouped"], loss["full"]).pvalue
+        name = name_of(rows.iloc[0], table).removesuffix(f", {rows.iloc[0]['head']}")
+        lines.append(
+            f"* {name}: grouped minus full {mean:+.3f} ± {half_width:.3f} nats (paired t-test over {len(loss)} seeds, "
+            f"p = {p_value:.2g})"
+        )
+    return lines
 
 
 if __name__ == "__main__":
