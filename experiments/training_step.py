@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from vocabfold.allocator import keep_freed_memory
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
@@ -125,6 +126,8 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does; it helps the full softmax most
     model_settings = ModelSettings(
         hidden_size=arguments.hidden_size, num_layers=arguments.num_layers, max_positions=arguments.sequence_length
     )

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 
-# Logits of N x V are fresh hundreds of megabytes a step; on Linux, huge pages halve the time a CPU takes to map them.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler's remark on memory that is older than itself
 
 import contextlib
@@ -27,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from vocabfold.allocator import keep_freed_memory
 from vocabfold.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.command_line import USER_ERRORS, exit_with, one_line_errors
 from vocabfold.constants import IGNORE_INDEX
@@ -232,6 +231,8 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
         return row
     code_commit()  # read now, and remembered: the tree may change while the run goes on
     device = choose_device(settings.device, settings.precision, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cpu":
+        keep_freed_memory()
     ranks = join_ranks(device.type)
     trainer = Trainer(settings, load_corpus(settings.data), ranks, device)
     record = RunRecord(folder, settings, trainer.step) if ranks.is_first else None
