@@ -31,6 +31,8 @@ setup: .venv/ready
 reproduce: .venv/ready
 	@for sweep in $(SWEEPS); do $(RUN) experiment=$$sweep || exit; done
 	@for sweep in $(SWEEPS); do $(BIN)/python -m vocabfold.records $$sweep $(SCALE) || exit; done
+	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
+		&& touch results/runs/$(SCALE)/training_step.done; }
 	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
 
