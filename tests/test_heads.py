@@ -280,7 +280,7 @@ def test_safetensors_round_trip(kind: str, tmp_path: Path) -> None:
 def test_a_tied_head_uses_the_embedding_itself(name: str) -> None:
     embedding = nn.Embedding(30, HIDDEN_SIZE)
     before = embedding.weight.detach().clone()
-    head = build_head(HeadSettings(name=name, tied=True, scorer="linear_looped"), 30, embedding)
+    head = build_head(HeadSettings(name=name, tied=True, scorer="linear_sorted"), 30, embedding)
     assert any(parameter is embedding.weight for parameter in head.parameters())
     assert torch.equal(embedding.weight, before)
     head.loss(torch.randn(4, HIDDEN_SIZE), torch.tensor([1, 2, 3, 29])).loss.backward()
@@ -306,6 +306,7 @@ def test_build_grouped_head(scorer: str) -> None:
         "partition_order": "bpe",
         "group_size": 7,
         "num_groups": 715,
+        "shortlist": 0,
     }
     full = HeadSettings(tied=False)
     assert describe_head(full, build_head(full, 5000, embedding)) == {"head": "full", "tied": False}
@@ -315,9 +316,15 @@ def test_build_grouped_head(scorer: str) -> None:
     ("settings", "message"),
     [
         (HeadSettings(name="ful"), r"head\.name is 'ful': choose one of full, grouped"),
-        (HeadSettings(name="grouped", scorer="x"), r"head\.scorer is 'x': choose one of scale_shift, linear_looped"),
-        (HeadSettings(name="grouped", partition=PartitionSettings(order="x")), r"order is 'x': choose one of bpe"),
-        (HeadSettings(name="grouped", tied=True), r"use head\.tied=false or head\.scorer=linear_looped"),
+        (
+            HeadSettings(name="grouped", scorer="x"),
+            r"head\.scorer is 'x': choose one of scale_shift, scale_shift_plain,",
+        ),
+        (
+            HeadSettings(name="grouped", partition=PartitionSettings(order="x")),
+            r"order is 'x': choose one of bpe, freq",
+        ),
+        (HeadSettings(name="grouped", tied=True), r"use head\.tied=false or head\.scorer=linear_sorted"),
         (HeadSettings(name="grouped", tied=False, partition=PartitionSettings(group_size=0)), r"group_size is 0"),
     ],
 )
