@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 20  # logits at a time: 4 MiB in fp32, which a CPU's cache can hold
+CHUNK_ELEMENTS = 1 << 18  # logits at a time: 1 MiB in fp32, so that a CPU's cache holds what is made of them
 FEWEST_ROWS = 128  # below that a matrix product is slow
 
 

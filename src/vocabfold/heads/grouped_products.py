@@ -47,6 +47,7 @@ class GroupedLinearKernel:
         num_slots = -(-partition.num_slots // ALIGNMENT) * ALIGNMENT if self.grouped else partition.num_slots
         columns = torch.arange(num_slots, device=hidden.device)
         exists = columns < partition.sizes[partition.multi_groups, None]
+        owned = exists.flatten().nonzero().squeeze(-1)
         places = (partition.multi_starts[:-1, None] + columns).where(exists, 0)
         group_rows = weight[partition.multi_tokens[places] if self.tied else places].to(self.dtype)
         padded_bias = bias.to(log_prob.dtype)[places].where(exists, -torch.inf)
@@ -76,8 +77,10 @@ class GroupedLinearKernel:
         if grad_rows is not None:
             owners = partition.multi_tokens if self.tied else torch.arange(len(bias), device=hidden.device)
             grad_weight = torch.zeros_like(weight, dtype=log_prob.dtype)
-            grad_weight.index_copy_(0, owners, grad_rows[exists])
-        return Rows(log_prob, hits, [grad_hidden, grad_weight, None if grad_bias is None else grad_bias[exists]])
+            grad_weight.index_copy_(0, owners, grad_rows.flatten(0, 1).index_select(0, owned))
+        if grad_bias is not None:
+            grad_bias = grad_bias.flatten().index_select(0, owned)
+        return Rows(log_prob, hits, [grad_hidden, grad_weight, grad_bias])
 
 
 class _Grouped:

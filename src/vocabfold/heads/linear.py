@@ -122,9 +122,11 @@ class LinearKernel:
         hidden, weight, bias = inputs
         targets, bounds = self.targets, self.partition.multi_bounds
         exists = self.partition.multi_slot_exists
+        # Places, not a mask: how many a mask picks depends on values, which a simulation of memory does not have.
+        places = exists.flatten().nonzero().squeeze(-1)
         log_prob = hidden.new_zeros(len(hidden), dtype=sum_dtype(self.dtype))
         padded_bias = torch.full_like(exists, -torch.inf, dtype=log_prob.dtype)
-        padded_bias.masked_scatter_(exists, bias.to(log_prob.dtype))
+        padded_bias.view(-1).index_copy_(0, places, bias.to(log_prob.dtype))
         hits = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device) if with_hits else None
         wanted = any(needs)
         grad_hidden = torch.zeros_like(hidden) if wanted else None
@@ -163,7 +165,9 @@ class LinearKernel:
                     product = (group_slope.t() @ some[segment]).to(grad_weight.dtype)
                     grad_weight.index_add_(0, self.partition.multi_tokens[start:stop], product)
             grad_hidden.index_copy_(0, rows, grad_some.to(hidden.dtype))
-        return Rows(log_prob, hits, [grad_hidden, grad_weight, None if grad_bias is None else grad_bias[exists]])
+        if grad_bias is not None:
+            grad_bias = grad_bias.flatten().index_select(0, places)
+        return Rows(log_prob, hits, [grad_hidden, grad_weight, grad_bias])
 
     def _rows(self, weight: Tensor, group: int) -> Tensor:
         start, stop = self.partition.multi_bounds[group : group + 2]

@@ -150,7 +150,7 @@ class ScaleShiftKernel:
             some = hidden.index_select(0, rows).to(self.dtype)
             product = (some @ shared_cast.t()).to(log_prob.dtype)
             some_scale = scale.index_select(0, groups)
-            logits = torch.addcmul(masked_shift.index_select(0, groups), some_scale, product)
+            logits = masked_shift.index_select(0, groups).addcmul_(some_scale, product)
             low = self._correct(logits, some, part, inputs)
             if hits is not None:
                 hits[rows] = logits.argmax(dim=-1) == slots

@@ -22,7 +22,8 @@ from torch import Tensor
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer
 
-GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first; twice as many each time after
+GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first; twice as many each time after,
+VISITED_ELEMENTS = 1 << 18  # as long as the log-probabilities of all rows' groups stay within this
 WHOLE_ROWS_ELEMENTS = 1 << 22  # tokens of all rows that may be held at once while a nucleus is collected
 
 
@@ -51,7 +52,7 @@ def topk_by_visits(
         best[rows], chosen = candidates.topk(k, dim=-1)
         visited_tokens = torch.cat([tokens[rows], tokens_of(partition, visited).flatten(1)], dim=-1)
         tokens[rows] = visited_tokens.gather(-1, chosen)
-        start, width = start + width, 2 * width
+        start, width = start + width, _wider(width, len(rows), partition)
     return best, tokens
 
 
@@ -62,6 +63,11 @@ def tokens_of(partition: Partition, groups: Tensor) -> Tensor:
         groups.unsqueeze(-1).expand(*groups.shape, partition.num_slots),
         torch.minimum(slots, partition.sizes[groups].unsqueeze(-1) - 1),
     )
+
+
+def _wider(width: int, num_rows: int, partition: Partition) -> int:
+    most = VISITED_ELEMENTS // max(1, num_rows * partition.num_slots)
+    return max(GROUPS_A_VISIT, min(2 * width, most))
 
 
 def log_sum(log_weights: Tensor) -> Tensor:
@@ -184,7 +190,7 @@ def is_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, t
         mass, before = log_sum(weights), log_sum(weights.masked_fill(~precedes, -torch.inf))
         for table, value in ((low, mass), (high, mass), (before_low, before), (before_high, before)):
             table[rows] = table[rows].scatter(-1, visited, value)
-        start, width = start + width, 2 * width
+        start, width = start + width, _wider(width, len(rows), groups.partition)
 
 
 def _precedes(weights: Tensor, ids: Tensor, own_weight: Tensor, own: Tensor) -> Tensor:
@@ -197,8 +203,8 @@ def draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Gen
 
     Groups are visited until the tokens seen settle the nucleus: ranked by weight, a seen token belongs to it if those
     before it hold less than top_p Z. That is settled once the lower and the upper bound of Z say the same of every
-    seen token, and the last that belongs is at least as likely as any token of an unvisited group can be: then no
-    unseen token can come before it, and those after it are outside.
+    seen token, and the last that belongs is likelier than any token of an unvisited group can be: then no unseen
+    token can come before it, and what comes after it, seen or not, has at least top_p Z before it.
     """
     tokens = torch.zeros(len(groups.hidden), dtype=torch.int64, device=groups.hidden.device)
     step = max(1, WHOLE_ROWS_ELEMENTS // groups.partition.vocabulary_size)
@@ -222,10 +228,13 @@ def _draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Ge
         weights = groups.select(rows).visit(visited)
         mass = log_sum(weights)
         low[rows], high[rows] = (table[rows].scatter(-1, visited, mass) for table in (low, high))
-        seen, by_weight = torch.cat([seen, weights.flatten(1)], dim=-1).sort(dim=-1, descending=True, stable=True)
         seen_tokens = torch.cat([seen_tokens, tokens_of(groups.partition, visited).flatten(1)], dim=-1)
+        # By weight, and by id where weights are equal: the nucleus that is_in_nucleus means.
+        seen_tokens, by_id = seen_tokens.sort(dim=-1)
+        seen = torch.cat([seen, weights.flatten(1)], dim=-1).gather(-1, by_id)
+        seen, by_weight = seen.sort(dim=-1, descending=True, stable=True)
         seen_tokens = seen_tokens.gather(-1, by_weight)
-        start, width = start + width, 2 * width
+        start, width = start + width, _wider(width, len(rows), groups.partition)
         probability = (seen - seen[:, :1]).exp()
         before = probability.cumsum(dim=-1) - probability
         least, most = (top_p * (log_sum(table[rows]).unsqueeze(-1) - seen[:, :1]).exp() for table in (low, high))
@@ -236,7 +245,7 @@ def _draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Ge
             last = seen.gather(-1, (belongs.sum(dim=-1, keepdim=True) - 1).clamp(min=0)).squeeze(-1)
             unseen = bound[rows].gather(-1, ranked[rows, start].unsqueeze(-1)).squeeze(-1)
             # Where all that was seen belongs, tokens not seen may belong too.
-            settled = (belongs == (before < most)).all(dim=-1) & (last >= unseen) & ~belongs[:, -1]
+            settled = (belongs == (before < most)).all(dim=-1) & (last > unseen) & ~belongs[:, -1]
         done = settled.nonzero().squeeze(-1)
         if len(done) > 0:
             choice = torch.multinomial(probability[done] * belongs[done], 1, generator=generator)
