@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from head_cases import FAST_KINDS, HIDDEN_SIZE, LAYOUTS, Layout, Model, make_head, make_hidden
 from vocabfold.constants import IGNORE_INDEX
-from vocabfold.heads import FoldedHead, SortedLinearScorer, TokenScorer, equal_partition, gradients_in_forward
+from vocabfold.heads import (
+    FoldedHead,
+    SortedLinearScorer,
+    TokenScorer,
+    equal_partition,
+    gradients_in_forward,
+    grouped_products,
+)
 from vocabfold.heads.grouped_products import GroupedLinearKernel
 from vocabfold.heads.linear import LinearKernel
 from vocabfold.heads.scorers import SortedTargets
@@ -225,8 +232,11 @@ def test_training_steps_are_those_of_the_plain_head(kind: str, shuffled: bool) -
         *((True, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     ],
 )
-def test_products_of_all_groups_at_once(layout: Layout, tied: bool, grouped: bool, dtype: torch.dtype) -> None:
+def test_products_of_all_groups_at_once(
+    layout: Layout, tied: bool, grouped: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What CUDA runs, on a CPU: padded blocks and grouped products give what the loop over the groups gives."""
+    monkeypatch.setattr(grouped_products, "GATHERED_ELEMENTS", 500)
     torch.manual_seed(0)
     partition = equal_partition(layout.vocabulary_size, layout.group_size, layout.order(), layout.shortlist)
     num_rows, hidden_size = 150, 16
@@ -261,3 +271,14 @@ def test_asking_for_few_groups_reads_only_their_rows() -> None:
         groups = torch.tensor([[0, 30, 12], [88, 11, 40]])
         found, expected = (scorer.group_log_prob(make_hidden(2), groups) for scorer in scorers)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@every_fast_kind
+def test_compiled_models_take_the_heads_as_they_are(kind: str) -> None:
+    fast, plain = twins(kind, LAYOUTS["shortlist"])
+    hidden, targets = batch(LAYOUTS["shortlist"])
+    expected = plain.head.loss(hidden, targets).loss
+    compiled = torch.compile(fast.head, backend="eager")
+    result = compiled(hidden, targets)
+    torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(result.loss, hidden, fast), gradients(expected, hidden, plain))

@@ -317,6 +317,9 @@ def test_build_grouped_head(scorer: str) -> None:
         "num_groups": 715,
         "shortlist": 0,
     }
+    settings.scorer, settings.partition = "low_rank", PartitionSettings("random", 7, seed=3)
+    row = describe_head(settings, build_head(settings, 5000, embedding))
+    assert (row["scorer"], row["partition_order"]) == ("low_rank_rank4", "random_seed3")
     full = HeadSettings(tied=False)
     assert describe_head(full, build_head(full, 5000, embedding)) == {"head": "full", "tied": False}
 

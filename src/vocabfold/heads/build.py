@@ -107,12 +107,17 @@ def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
     """The columns of a result row that say which head was trained (empty where a head has no such thing)."""
     row: dict[str, Any] = {"head": settings.name, "tied": settings.tied}
     if isinstance(head, FoldedHead):
+        # Runs that differ must differ in these columns: a table keeps one row of each combination.
+        rank = f"_rank{settings.rank}" if settings.scorer.startswith("low_rank") else ""
+        partition = settings.partition
+        seed = f"_seed{partition.seed}" if partition.order == "random" and partition.seed else ""
+        source = "_run" if partition.order == "clustered" and partition.clustered_from else ""
         row |= {
-            "scorer": settings.scorer,
-            "partition_order": settings.partition.order,
+            "scorer": settings.scorer + rank,
+            "partition_order": partition.order + seed + source,
             "group_size": head.partition.num_slots,
             "num_groups": head.partition.num_groups,
-            "shortlist": settings.partition.shortlist,
+            "shortlist": partition.shortlist,
         }
     return row
 

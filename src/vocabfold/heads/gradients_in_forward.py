@@ -35,6 +35,7 @@ class Kernel(Protocol):
         """``weights`` [N] of the rows in the sum, None for 1 each; ``needs``: which inputs want a gradient."""
 
 
+@torch.compiler.disable  # loops over as many groups as a batch happens to hold: nothing a compiled graph could keep
 def total_log_prob(kernel: Kernel, inputs: tuple[Tensor, ...], with_hits: bool) -> tuple[Tensor, Tensor | None]:
     """(sum of log P over the rows, how many are the likeliest choice); gradients are ready when it returns.
 
@@ -46,6 +47,7 @@ def total_log_prob(kernel: Kernel, inputs: tuple[Tensor, ...], with_hits: bool) 
     return total, hits
 
 
+@torch.compiler.disable
 def each_log_prob(kernel: Kernel, inputs: tuple[Tensor, ...]) -> Tensor:
     """log P of each row [N]. Only with what comes back are the rows' weights known: backward computes all again."""
     log_prob: Tensor = _Each.apply(kernel, *inputs)

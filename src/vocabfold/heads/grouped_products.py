@@ -15,6 +15,7 @@ from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import SortedTargets
 
 BLOCK_ROWS = 32
+GATHERED_ELEMENTS = 1 << 24  # numbers of the groups' matrices that are copied for their blocks at a time
 ALIGNMENT = 16  # grouped_mm wants rows of a multiple of 16 bytes
 
 
@@ -119,15 +120,26 @@ class _Blocks:
         padded = values.new_zeros(len(self.group_of_block) * BLOCK_ROWS, values.shape[1])
         return padded.index_copy_(0, self.places, values).view(len(self.group_of_block), BLOCK_ROWS, -1)
 
-    def _rows(self, blocks: Tensor) -> Tensor:
-        return blocks.flatten(0, 1).index_select(0, self.places)
+    def _products(self, values: Tensor, transposed: bool) -> Tensor:
+        blocks = self._blocks(values)
+        step = max(1, GATHERED_ELEMENTS // self.group_rows[:1].numel())
+        products = []
+        for start in range(0, len(blocks), step):
+            part = slice(start, start + step)
+            matrices = self.group_rows[self.group_of_block[part]]
+            products.append(torch.bmm(blocks[part], matrices.transpose(1, 2) if transposed else matrices))
+        return torch.cat(products).flatten(0, 1).index_select(0, self.places)
 
     def logits(self, some: Tensor) -> Tensor:
-        return self._rows(torch.bmm(self._blocks(some), self.group_rows[self.group_of_block].transpose(1, 2)))
+        return self._products(some, transposed=True)
 
     def grad_hidden(self, slope: Tensor) -> Tensor:
-        return self._rows(torch.bmm(self._blocks(slope), self.group_rows[self.group_of_block]))
+        return self._products(slope, transposed=False)
 
     def add_grad_rows(self, grad_rows: Tensor, slope: Tensor, some: Tensor) -> None:
-        product = torch.bmm(self._blocks(slope).transpose(1, 2), self._blocks(some))
-        grad_rows.index_add_(0, self.group_of_block, product.to(grad_rows.dtype))
+        slope, some = self._blocks(slope), self._blocks(some)
+        step = max(1, GATHERED_ELEMENTS // self.group_rows[:1].numel())
+        for start in range(0, len(slope), step):
+            part = slice(start, start + step)
+            product = torch.bmm(slope[part].transpose(1, 2), some[part])
+            grad_rows.index_add_(0, self.group_of_block[part], product.to(grad_rows.dtype))
