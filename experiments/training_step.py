@@ -36,14 +36,18 @@ from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 from vocabfold.records import RESULTS
 
 VOCABULARY_SIZE = 50_257
+SHORTLIST = PartitionSettings(shortlist=2048)
 HEADS = {
     "full": HeadSettings(name="full", tied=True),
-    "grouped scale_shift": HeadSettings(
-        name="grouped", tied=False, scorer="scale_shift", partition=PartitionSettings()
+    "grouped scale_shift": HeadSettings(name="grouped", tied=False, scorer="scale_shift"),
+    "grouped scale_shift_plain": HeadSettings(name="grouped", tied=False, scorer="scale_shift_plain"),
+    "grouped low_rank": HeadSettings(name="grouped", tied=False, scorer="low_rank"),
+    "grouped linear_sorted": HeadSettings(name="grouped", tied=True, scorer="linear_sorted"),
+    "grouped linear_sorted shortlist": HeadSettings(
+        name="grouped", tied=True, scorer="linear_sorted", partition=SHORTLIST
     ),
-    "grouped linear_looped": HeadSettings(
-        name="grouped", tied=True, scorer="linear_looped", partition=PartitionSettings()
-    ),
+    "grouped linear_sorted free": HeadSettings(name="grouped", tied=False, scorer="linear_sorted"),
+    "grouped linear_looped": HeadSettings(name="grouped", tied=True, scorer="linear_looped"),
 }
 FREE = "free"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,23 +13,41 @@ from vocabfold.heads import (
     FullHead,
     Head,
     LoopedLinearScorer,
+    LowRankScorer,
+    Partition,
+    PlainLowRankScorer,
+    PlainScaleShiftScorer,
     ScaleShiftScorer,
+    SortedLinearScorer,
     TokenScorer,
     equal_partition,
 )
 
 HIDDEN_SIZE = 6
-KINDS = ("full_tied", "full_free", "scale_shift", "linear_free", "linear_tied")
-FOLDED_KINDS = KINDS[2:]
+SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
+    "scale_shift": lambda partition, _: ScaleShiftScorer(HIDDEN_SIZE, partition),
+    "scale_shift_plain": lambda partition, _: PlainScaleShiftScorer(HIDDEN_SIZE, partition),
+    "low_rank": lambda partition, _: LowRankScorer(HIDDEN_SIZE, partition, rank=2),
+    "low_rank_plain": lambda partition, _: PlainLowRankScorer(HIDDEN_SIZE, partition, rank=2),
+    "sorted_free": lambda partition, _: SortedLinearScorer(HIDDEN_SIZE, partition),
+    "sorted_tied": lambda partition, weight: SortedLinearScorer(HIDDEN_SIZE, partition, weight),
+    "looped_free": lambda partition, _: LoopedLinearScorer(HIDDEN_SIZE, partition),
+    "looped_tied": lambda partition, weight: LoopedLinearScorer(HIDDEN_SIZE, partition, weight),
+}
+FOLDED_KINDS = tuple(SCORERS)
+FAST_KINDS = ("scale_shift", "low_rank", "sorted_free", "sorted_tied")
+KINDS = ("full_tied", "full_free", *FOLDED_KINDS)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A vocabulary of V tokens, the wanted group size S (None: the default) and whether its order is shuffled."""
+    """A vocabulary of V tokens, the wanted group size S (None: the default), whether its order is shuffled, and how
+    many of its first tokens have a group to themselves."""
 
     vocabulary_size: int
     group_size: int | None
     shuffled: bool = False
+    shortlist: int = 0
 
     def order(self) -> Tensor:
         tokens = torch.arange(self.vocabulary_size)
@@ -44,6 +62,9 @@ LAYOUTS = {
     "one_slot": Layout(11, 1, shuffled=True),
     "one_group": Layout(23, 23, shuffled=True),
     "two_tokens": Layout(2, 1),
+    "shortlist": Layout(61, 9, shuffled=True, shortlist=13),
+    "shortlist_in_token_order": Layout(40, None, shortlist=1),
+    "all_but_one_group_single": Layout(12, 5, shuffled=True, shortlist=7),
 }
 
 
@@ -69,13 +90,9 @@ def make_head(
         head = FullHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight)
     else:
         partition = equal_partition(
-            layout.vocabulary_size, layout.group_size, layout.order() if order is None else order
+            layout.vocabulary_size, layout.group_size, layout.order() if order is None else order, layout.shortlist
         )
-        scorer: TokenScorer
-        if kind == "scale_shift":
-            scorer = ScaleShiftScorer(HIDDEN_SIZE, partition)
-        else:
-            scorer = LoopedLinearScorer(HIDDEN_SIZE, partition, tied_weight)
+        scorer = SCORERS[kind](partition, tied_weight)
         head = FoldedHead(HIDDEN_SIZE, partition, scorer)
     module = Model(embedding, head).double()
     for parameter in module.parameters():
@@ -90,13 +107,12 @@ def make_hidden(num_rows: int, seed: int = 1) -> Tensor:
 
 def naive_groups(layout: Layout) -> list[list[int]]:
     """The tokens of each group by the paper's floor formula, one token at a time."""
-    vocabulary_size, order = layout.vocabulary_size, layout.order().tolist()
-    group_size = layout.group_size or min(s for s in range(1, vocabulary_size + 1) if s * s >= vocabulary_size)
-    num_groups = min(
-        range(1, vocabulary_size + 1), key=lambda groups: (abs(-(-vocabulary_size // groups) - group_size), groups)
-    )
-    return [
-        [order[p] for p in range(vocabulary_size * g // num_groups, vocabulary_size * (g + 1) // num_groups)]
+    shortlist, order = layout.shortlist, layout.order().tolist()
+    rest = layout.vocabulary_size - shortlist
+    group_size = layout.group_size or min(s for s in range(1, rest + 1) if s * s >= rest)
+    num_groups = min(range(1, rest + 1), key=lambda groups: (abs(-(-rest // groups) - group_size), groups))
+    return [[token] for token in order[:shortlist]] + [
+        [order[shortlist + p] for p in range(rest * g // num_groups, rest * (g + 1) // num_groups)]
         for g in range(num_groups)
     ]
 
@@ -109,21 +125,28 @@ def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Ten
     groups = naive_groups(layout)
     group_log_prob = _log_softmax([hidden @ head.group_weight[group] for group in range(len(groups))])
     columns: dict[int, Tensor] = {}
-    position = 0
+    place = index = 0  # among the tokens, and the groups, that have parameters
     for group, tokens in enumerate(groups):
+        if len(tokens) == 1:
+            columns[tokens[0]] = group_log_prob[:, group]
+            continue
         scores = []
         for slot, token in enumerate(tokens):
-            if isinstance(head.scorer, ScaleShiftScorer):
-                score = head.scorer.scale[group, slot] * (hidden @ head.scorer.shared[slot])
-                scores.append(score + head.scorer.shift[group, slot])
+            scorer = head.scorer
+            if isinstance(scorer, PlainScaleShiftScorer):
+                score = scorer.scale[index, slot] * (hidden @ scorer.shared[slot]) + scorer.shift[index, slot]
+                if isinstance(scorer, PlainLowRankScorer):
+                    score = score + hidden @ scorer.down[index].t() @ scorer.up[index, slot]
             else:
-                assert isinstance(head.scorer, LoopedLinearScorer)
-                row = token if kind == "linear_tied" else position
-                scores.append(hidden @ head.scorer.weight[row] + head.scorer.bias[position])
-            position += 1
+                assert isinstance(scorer, LoopedLinearScorer)
+                row = token if kind.endswith("tied") else place
+                score = hidden @ scorer.weight[row] + scorer.bias[place]
+            scores.append(score)
+            place += 1
         within = _log_softmax(scores)
         for slot, token in enumerate(tokens):
             columns[token] = group_log_prob[:, group] + within[:, slot]
+        index += 1
     return torch.stack([columns[token] for token in range(layout.vocabulary_size)], dim=1)
 
 

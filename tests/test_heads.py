@@ -210,16 +210,25 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+SAMPLING: dict[str, dict[str, Any]] = {
+    "sample": {},
+    "sample_tempered": {"temperature": 0.8},
+    "sample_top_p": {"top_p": 0.9},
+    "sample_top_k": {"top_k": 20},
+}
+
+
 @every_kind
-@pytest.mark.parametrize("method", ["loss", "accuracy", "target_log_prob", "sample"])
+@pytest.mark.parametrize("method", ["loss", "accuracy", "target_log_prob", *SAMPLING])
 def test_only_the_full_head_builds_n_times_v(kind: str, method: str) -> None:
-    layout, num_rows = Layout(1021, None), 64
-    head, _ = make_head(kind, layout)
-    hidden = make_hidden(num_rows).requires_grad_()
-    targets = torch.arange(num_rows) * 15
+    layout, num_rows = Layout(4099, None), 512
+    head, module = make_head(kind, layout, weight_std=1.0)
+    module.float()
+    hidden = make_hidden(num_rows).float().requires_grad_()
+    targets = torch.arange(num_rows) * 8
     with LargestTensor() as largest:
-        if method == "sample":
-            head.sample(hidden)
+        if method in SAMPLING:
+            head.sample(hidden, **SAMPLING[method])
         elif method == "target_log_prob":
             head.target_log_prob(hidden, targets).sum().backward()
         else:
@@ -227,7 +236,7 @@ def test_only_the_full_head_builds_n_times_v(kind: str, method: str) -> None:
     if kind.startswith("full"):
         assert largest.num_elements >= num_rows * layout.vocabulary_size
     else:
-        assert largest.num_elements <= num_rows * layout.vocabulary_size // 8
+        assert largest.num_elements <= num_rows * layout.vocabulary_size // (3 if method in SAMPLING else 16)
 
 
 @every_kind
@@ -280,7 +289,7 @@ def test_safetensors_round_trip(kind: str, tmp_path: Path) -> None:
 def test_a_tied_head_uses_the_embedding_itself(name: str) -> None:
     embedding = nn.Embedding(30, HIDDEN_SIZE)
     before = embedding.weight.detach().clone()
-    head = build_head(HeadSettings(name=name, tied=True, scorer="linear_looped"), 30, embedding)
+    head = build_head(HeadSettings(name=name, tied=True, scorer="linear_sorted"), 30, embedding)
     assert any(parameter is embedding.weight for parameter in head.parameters())
     assert torch.equal(embedding.weight, before)
     head.loss(torch.randn(4, HIDDEN_SIZE), torch.tensor([1, 2, 3, 29])).loss.backward()
@@ -306,7 +315,11 @@ def test_build_grouped_head(scorer: str) -> None:
         "partition_order": "bpe",
         "group_size": 7,
         "num_groups": 715,
+        "shortlist": 0,
     }
+    settings.scorer, settings.partition = "low_rank", PartitionSettings("random", 7, seed=3)
+    row = describe_head(settings, build_head(settings, 5000, embedding))
+    assert (row["scorer"], row["partition_order"]) == ("low_rank_rank4", "random_seed3")
     full = HeadSettings(tied=False)
     assert describe_head(full, build_head(full, 5000, embedding)) == {"head": "full", "tied": False}
 
@@ -315,9 +328,15 @@ def test_build_grouped_head(scorer: str) -> None:
     ("settings", "message"),
     [
         (HeadSettings(name="ful"), r"head\.name is 'ful': choose one of full, grouped"),
-        (HeadSettings(name="grouped", scorer="x"), r"head\.scorer is 'x': choose one of scale_shift, linear_looped"),
-        (HeadSettings(name="grouped", partition=PartitionSettings(order="x")), r"order is 'x': choose one of bpe"),
-        (HeadSettings(name="grouped", tied=True), r"use head\.tied=false or head\.scorer=linear_looped"),
+        (
+            HeadSettings(name="grouped", scorer="x"),
+            r"head\.scorer is 'x': choose one of scale_shift, scale_shift_plain,",
+        ),
+        (
+            HeadSettings(name="grouped", partition=PartitionSettings(order="x")),
+            r"order is 'x': choose one of bpe, freq",
+        ),
+        (HeadSettings(name="grouped", tied=True), r"use head\.tied=false or head\.scorer=linear_sorted"),
         (HeadSettings(name="grouped", tied=False, partition=PartitionSettings(group_size=0)), r"group_size is 0"),
     ],
 )

@@ -139,3 +139,28 @@ def test_loading_rebuilds_what_is_derived_in_a_copy_too() -> None:
     loaded.load_state_dict(saved.state_dict())
     check_partition(loaded, 50, 8, list(range(49, -1, -1)))
     check_partition(original, 50, 8, list(range(50)))
+
+
+def test_a_shortlist_is_groups_of_one_token() -> None:
+    partition = equal_partition(20, 5, torch.arange(20).flip(0), shortlist=4)
+    assert partition.sizes.tolist() == [1, 1, 1, 1, 5, 5, 6]
+    assert partition.order[:4].tolist() == [19, 18, 17, 16]
+    assert partition.single_groups.tolist() == [0, 1, 2, 3]
+    assert partition.multi_groups.tolist() == [4, 5, 6]
+    assert partition.multi_index.tolist() == [-1, -1, -1, -1, 0, 1, 2]
+    assert partition.multi_positions.tolist() == list(range(4, 20))
+    assert partition.multi_tokens.tolist() == list(range(15, -1, -1))
+    assert partition.multi_bounds == partition.multi_starts.tolist() == [0, 5, 10, 16]
+    assert partition.first_multi_token is None
+    assert equal_partition(20, 5, shortlist=4).first_multi_token == 4
+    assert equal_partition(20, 20).first_multi_token == 0
+    assert equal_partition(3, 1).first_multi_token is None
+    assert equal_partition(1004, shortlist=4).num_slots == 32
+
+
+@pytest.mark.parametrize("shortlist", [-1, 97, 200])
+def test_a_shortlist_outside_the_vocabulary_is_refused(shortlist: int) -> None:
+    with pytest.raises(UserError, match=f"shortlist is {shortlist}: choose 0 or more, below the vocabulary size 97"):
+        equal_partition(97, 3, shortlist=shortlist)
+    with pytest.raises(UserError, match="group_size is 88: choose between 1 and the 87 tokens outside the shortlist"):
+        equal_partition(97, 88, shortlist=10)

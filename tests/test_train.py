@@ -164,6 +164,8 @@ def assert_two_processes_equal_one(*overrides: str, base: list[str]) -> None:
         runs.append(without_clocks(Path(folder)))
     assert len(runs[0]) == 5
     for first, second in zip(*runs, strict=True):
+        for line in (first, second):
+            line.pop("flops_per_token", None)  # of the first process's own rows: a head leaves padding out
         assert second == pytest.approx(first, rel=2e-5)
 
 

@@ -34,7 +34,7 @@ from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
-from vocabfold.heads.build import describe_head
+from vocabfold.heads.build import describe_head, token_order
 from vocabfold.measure.flops import training_flops_per_token
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.measure.memory import live_tensors, peak_memory_of
@@ -55,7 +55,8 @@ class Trainer:
     def __init__(self, settings: Settings, corpus: Corpus, ranks: Ranks, device: torch.device) -> None:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
         torch.manual_seed(settings.seed)
-        self.model: ModelWithHead = build_model(settings.model, settings.head, corpus.vocabulary_size).to(device)
+        order = token_order(settings.head, corpus.vocabulary_size, corpus.train.tokens)
+        self.model: ModelWithHead = build_model(settings.model, settings.head, corpus.vocabulary_size, order).to(device)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         shared = {"sequence_length": settings.sequence_length, "layout": settings.data["layout"]}
@@ -65,9 +66,7 @@ class Trainer:
             corpus.valid, batch_size=settings.evaluation_batch_size, seed=settings.seed, shuffle=False, **shared
         )
         self.total_steps = steps_of(settings, self.batches)
-        self.step = 0
-        self.tokens = 0
-        self.timed_tokens = 0
+        self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
         self.measured: dict[str, float] = {}
         self.checkpoint_step: int | None = None

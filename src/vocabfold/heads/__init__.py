@@ -1,11 +1,13 @@
 """Output heads: hidden states to loss, log-probabilities and samples. Take one out for a model of your own."""
 
 from vocabfold.heads.base import Head, HeadLoss
-from vocabfold.heads.build import HeadSettings, build_head
+from vocabfold.heads.build import HeadSettings, build_head, token_order
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
+from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
+from vocabfold.heads.low_rank import LowRankScorer, PlainLowRankScorer
 from vocabfold.heads.partition import Partition, equal_partition
-from vocabfold.heads.scorers import LoopedLinearScorer, ScaleShiftScorer, TokenScorer
+from vocabfold.heads.scorers import PlainScaleShiftScorer, ScaleShiftScorer, TokenScorer
 
 __all__ = [
     "FoldedHead",
@@ -14,9 +16,14 @@ __all__ = [
     "HeadLoss",
     "HeadSettings",
     "LoopedLinearScorer",
+    "LowRankScorer",
     "Partition",
+    "PlainLowRankScorer",
+    "PlainScaleShiftScorer",
     "ScaleShiftScorer",
+    "SortedLinearScorer",
     "TokenScorer",
     "build_head",
     "equal_partition",
+    "token_order",
 ]

@@ -115,11 +115,6 @@ def log_softmax(logits: Tensor) -> Tensor:
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def mean_over_targets(log_prob: Tensor, counted: Tensor, num_targets: Tensor) -> Tensor:
-    """Minus the mean of ``log_prob`` [N] where ``counted`` [N]; 0, still part of the graph, where nothing counts."""
-    return -torch.where(counted, log_prob, 0.0).sum() / num_targets.clamp(min=1)
-
-
 def counted_targets(targets: Tensor) -> tuple[Tensor, Tensor]:
     """(which targets count [N], how many)."""
     counted = targets != IGNORE_INDEX

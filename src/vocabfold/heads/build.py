@@ -2,45 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor, nn
 
+from vocabfold.checkpoint import WEIGHTS_NAME
 from vocabfold.errors import UserError
 from vocabfold.heads.base import Head
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
-from vocabfold.heads.partition import Partition, equal_partition
-from vocabfold.heads.scorers import LoopedLinearScorer, ScaleShiftScorer, TokenScorer
-
-ORDERS = ("bpe",)
-SCORERS = ("scale_shift", "linear_looped")
+from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
+from vocabfold.heads.low_rank import LowRankScorer, PlainLowRankScorer
+from vocabfold.heads.orders import (
+    clustered_order,
+    cooccurrence_embedding,
+    frequency_order,
+    random_order,
+    token_counts,
+)
+from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
+from vocabfold.heads.scorers import PlainScaleShiftScorer, ScaleShiftScorer, TokenScorer
 
 
 @dataclass
 class PartitionSettings:
-    """``order`` of the vocabulary and the wanted ``group_size`` S (None: sqrt V)."""
+    """``order`` of the vocabulary and the sizes of its groups: ``shortlist`` K groups of one token, then equal groups
+    with the wanted ``group_size`` S (None: the root of the number of tokens in them).
+
+    ``seed`` decides the random order. ``clustered_from``: the folder of a trained run whose input embedding is
+    clustered; None clusters tokens by their neighbours in the training stream.
+    """
 
     order: str = "bpe"
     group_size: int | None = None
+    shortlist: int = 0
+    seed: int = 0
+    clustered_from: str | None = None
 
 
 @dataclass
 class HeadSettings:
-    """One node of conf/head. ``partition`` and ``scorer`` describe a folded head and stay unread by the full one."""
+    """One node of conf/head. ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head
+    and stay unread by the full one."""
 
     name: str = "full"
     tied: bool = True
     init_std: float = 0.02
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     scorer: str = "scale_shift"
+    rank: int = 4
 
 
-def build_head(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding) -> Head:
+ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
+
+
+def build_head(
+    settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None = None
+) -> Head:
     """The head that ``settings`` names; a tied head lends the rows of ``embedding`` [V, D].
 
-    Raises UserError for a name or setting that no head has.
+    ``order`` [V], the token at each position of a partition, comes from ``token_order``; None stands in with token
+    order, as for a head whose weights, and with them its order, are loaded next. Raises UserError for a name or
+    setting that no head has.
     """
     if settings.name not in BUILDERS:
         raise UserError(f"head.name is {settings.name!r}: choose one of {', '.join(BUILDERS)}")
@@ -48,31 +77,90 @@ def build_head(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embed
         raise UserError(
             f"the embedding has {embedding.num_embeddings} rows for {vocabulary_size} tokens: use head.tied=false"
         )
-    return BUILDERS[settings.name](settings, vocabulary_size, embedding)
+    return BUILDERS[settings.name](settings, vocabulary_size, embedding, order)
+
+
+def token_order(settings: HeadSettings, vocabulary_size: int, tokens: np.ndarray) -> Tensor | None:
+    """The order [V] that ``settings`` ask for, counted on the training stream ``tokens`` where it depends on it; None
+    for a head without a partition. Raises UserError for an order or sizes that no partition has, or where the run to
+    cluster from cannot be read."""
+    partition = settings.partition
+    if settings.name != "grouped":
+        return None
+    _check_order(partition)
+    if partition.order == "bpe":
+        return torch.arange(vocabulary_size)
+    if partition.order == "random":
+        return random_order(vocabulary_size, partition.seed)
+    counts = token_counts(tokens, vocabulary_size)
+    if partition.order == "frequency":
+        return frequency_order(counts)
+    boundaries = equal_boundaries(vocabulary_size, partition.group_size, partition.shortlist)
+    if partition.clustered_from is None:
+        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
+    else:
+        embedding = saved_embedding(Path(partition.clustered_from), vocabulary_size)
+    return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist])
 
 
 def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
     """The columns of a result row that say which head was trained (empty where a head has no such thing)."""
     row: dict[str, Any] = {"head": settings.name, "tied": settings.tied}
     if isinstance(head, FoldedHead):
+        # Runs that differ must differ in these columns: a table keeps one row of each combination.
+        rank = f"_rank{settings.rank}" if settings.scorer.startswith("low_rank") else ""
+        partition = settings.partition
+        seed = f"_seed{partition.seed}" if partition.order == "random" and partition.seed else ""
+        source = "_run" if partition.order == "clustered" and partition.clustered_from else ""
         row |= {
-            "scorer": settings.scorer,
-            "partition_order": settings.partition.order,
+            "scorer": settings.scorer + rank,
+            "partition_order": partition.order + seed + source,
             "group_size": head.partition.num_slots,
             "num_groups": head.partition.num_groups,
+            "shortlist": partition.shortlist,
         }
     return row
 
 
-def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding) -> Head:
+def saved_embedding(folder: Path, vocabulary_size: int) -> Tensor:
+    """The input embedding [V, D] of a finished run. Raises UserError where there is none of this vocabulary."""
+    path = folder / WEIGHTS_NAME
+    try:
+        with safetensors.safe_open(path, framework="pt") as weights:
+            # safetensors keeps one name of a tied weight, and which one is its own choice.
+            for name in ("backbone.token_embedding.weight", "head.weight", "head.scorer.weight"):
+                if name in weights.keys():  # noqa: SIM118 (the reader is no mapping)
+                    embedding: Tensor = weights.get_tensor(name)
+                    break
+            else:
+                raise UserError(f"{path} holds no input embedding: name the folder of a language model's run")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"head.partition.clustered_from={folder}: {path.name} cannot be read ({error})") from error
+    if len(embedding) != vocabulary_size:
+        raise UserError(
+            f"{path} was trained on {len(embedding)} tokens, this corpus has {vocabulary_size}: "
+            "name a run with the same tokenizer"
+        )
+    return embedding
+
+
+def _check_order(partition: PartitionSettings) -> None:
+    if partition.order not in ORDERS:
+        raise UserError(f"head.partition.order is {partition.order!r}: choose one of {', '.join(ORDERS)}")
+
+
+def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     return FullHead(embedding.embedding_dim, vocabulary_size, _tied_weight(settings, embedding), settings.init_std)
 
 
-def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding) -> Head:
-    if settings.partition.order not in ORDERS:
-        raise UserError(f"head.partition.order is {settings.partition.order!r}: choose one of {', '.join(ORDERS)}")
-    partition = equal_partition(vocabulary_size, settings.partition.group_size)
-    scorer = _build_scorer(settings, partition, embedding)
+def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
+    _check_order(settings.partition)
+    partition = equal_partition(
+        vocabulary_size, settings.partition.group_size, order, shortlist=settings.partition.shortlist
+    )
+    if settings.scorer not in SCORERS:
+        raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
+    scorer = SCORERS[settings.scorer](settings, partition, embedding)
     return FoldedHead(embedding.embedding_dim, partition, scorer, settings.init_std)
 
 
@@ -80,17 +168,43 @@ def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Paramete
     return cast(nn.Parameter, embedding.weight) if settings.tied else None
 
 
-def _build_scorer(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
-    hidden_size = embedding.embedding_dim
-    if settings.scorer == "scale_shift":
-        if settings.tied:
-            raise UserError(
-                "scale_shift has no row for each token to tie: use head.tied=false or head.scorer=linear_looped"
-            )
-        return ScaleShiftScorer(hidden_size, partition, settings.init_std)
-    if settings.scorer == "linear_looped":
-        return LoopedLinearScorer(hidden_size, partition, _tied_weight(settings, embedding), settings.init_std)
-    raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
+def _scale_shift(kind: type[PlainScaleShiftScorer]) -> ScorerBuilder:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
+        _refuse_tied(settings)
+        return kind(embedding.embedding_dim, partition, settings.init_std)
+
+    return build
+
+
+def _low_rank(kind: type[PlainLowRankScorer]) -> ScorerBuilder:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
+        _refuse_tied(settings)
+        return kind(embedding.embedding_dim, partition, settings.rank, settings.init_std)
+
+    return build
+
+
+def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
+        return kind(embedding.embedding_dim, partition, _tied_weight(settings, embedding), settings.init_std)
+
+    return build
+
+
+def _refuse_tied(settings: HeadSettings) -> None:
+    if settings.tied:
+        raise UserError(
+            f"{settings.scorer} has no row for each token to tie: use head.tied=false or head.scorer=linear_sorted"
+        )
 
 
 BUILDERS = {"full": _build_full, "grouped": _build_grouped}
+ORDERS = ("bpe", "frequency", "random", "clustered")
+SCORERS: dict[str, ScorerBuilder] = {
+    "scale_shift": _scale_shift(ScaleShiftScorer),
+    "scale_shift_plain": _scale_shift(PlainScaleShiftScorer),
+    "linear_sorted": _linear(SortedLinearScorer),
+    "linear_looped": _linear(LoopedLinearScorer),
+    "low_rank": _low_rank(LowRankScorer),
+    "low_rank_plain": _low_rank(PlainLowRankScorer),
+}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax, mean_over_targets
+from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax
+from vocabfold.heads.gradients_in_forward import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer
-
-GROUPS_A_VISIT = 8  # how many more groups of each row topk looks into at a time
+from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus, topk_by_visits
 
 
 class FoldedHead(Head):
@@ -44,19 +44,14 @@ class FoldedHead(Head):
         group is the target's) and ``token_accuracy`` (the likeliest slot of the target's own group is the target's)."""
         counted, num_targets = counted_targets(targets)
         groups, slots = self._group_and_slot(targets, counted)
-        group_logits = F.linear(hidden, self.group_weight)
-        group_loss = mean_over_targets(-F.cross_entropy(group_logits, groups, reduction="none"), counted, num_targets)
-        parts = {}
-        if with_accuracy:
-            slot_log_prob = self.scorer.group_log_prob(hidden, groups.unsqueeze(-1)).squeeze(1)
-            token_log_prob = slot_log_prob.gather(-1, slots.unsqueeze(-1)).squeeze(-1)
-            group_hits = (group_logits.detach().argmax(dim=-1) == groups) & counted
-            token_hits = (slot_log_prob.detach().argmax(dim=-1) == slots) & counted
-            parts["group_accuracy"] = group_hits.sum() / num_targets.clamp(min=1)
-            parts["token_accuracy"] = token_hits.sum() / num_targets.clamp(min=1)
-        else:
-            token_log_prob = self.scorer.target_log_prob(hidden, groups, slots)
-        token_loss = mean_over_targets(token_log_prob, counted, num_targets)
+        kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
+        group_total, group_hits = total_log_prob(kernel, (hidden, self.group_weight), with_accuracy)
+        token_total, token_hits = self.scorer.total_log_prob(hidden, groups, slots, counted, with_accuracy)
+        divisor = num_targets.clamp(min=1)
+        parts: dict[str, Tensor] = {}
+        if group_hits is not None and token_hits is not None:
+            parts |= {"group_accuracy": group_hits / divisor, "token_accuracy": token_hits / divisor}
+        group_loss, token_loss = -group_total / divisor, -token_total / divisor
         parts |= {"group_loss": group_loss.detach(), "token_loss": token_loss.detach()}
         return HeadLoss(group_loss + token_loss, num_targets, parts)
 
@@ -64,7 +59,8 @@ class FoldedHead(Head):
         """See Head.target_log_prob."""
         counted, _ = counted_targets(targets)
         groups, slots = self._group_and_slot(targets, counted)
-        group_log_prob = -F.cross_entropy(F.linear(hidden, self.group_weight), groups, reduction="none")
+        kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
+        group_log_prob = each_log_prob(kernel, (hidden, self.group_weight))
         return torch.where(counted, group_log_prob + self.scorer.target_log_prob(hidden, groups, slots), 0.0)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
@@ -75,33 +71,9 @@ class FoldedHead(Head):
         return by_position[:, self.partition.position_of]
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See Head.topk. Exact without [N, V]: groups are visited from the likeliest down, and since
-        P(v) = P(g) P(t|g) <= P(g), no token of an unvisited group can enter once P of the next group is below the
-        k-th best token found so far. A row that needs no further group is left alone."""
+        """See Head.topk. Exact without [N, V]: see visiting.topk_by_visits."""
         self.check_k(k)
-        group_log_prob, group = self.group_log_prob(hidden).sort(dim=-1, descending=True)
-        best = hidden.new_full((len(hidden), k), -torch.inf, dtype=group_log_prob.dtype)
-        tokens = torch.zeros(best.shape, dtype=torch.int64, device=hidden.device)
-        for start in range(0, self.partition.num_groups, GROUPS_A_VISIT):
-            rows = (group_log_prob[:, start] > best[:, -1]).nonzero().squeeze(-1)
-            if len(rows) == 0:
-                break
-            visited = group[rows, start : start + GROUPS_A_VISIT]
-            log_prob = self.scorer.group_log_prob(hidden[rows], visited).to(best.dtype)
-            log_prob = log_prob + group_log_prob[rows, start : start + GROUPS_A_VISIT].unsqueeze(-1)
-            candidates = torch.cat([best[rows], log_prob.flatten(1)], dim=-1)
-            best[rows], chosen = candidates.topk(k, dim=-1)
-            tokens[rows] = self._tokens_of(chosen, tokens[rows], visited)
-        return best, tokens
-
-    def _tokens_of(self, chosen: Tensor, kept: Tensor, visited: Tensor) -> Tensor:
-        """Token ids of the columns ``chosen`` [R, k] of (kept [R, k] | slots of the groups visited [R, M] x S)."""
-        k, num_slots = kept.shape[-1], self.partition.num_slots
-        beyond = (chosen - k).clamp(min=0)
-        groups = visited.gather(-1, beyond // num_slots)
-        # A slot without a token may be chosen only while fewer than k real ones were seen; it has -inf and is replaced.
-        slots = torch.minimum(beyond % num_slots, self.partition.sizes[groups] - 1)
-        return torch.where(chosen < k, kept.gather(-1, chosen.clamp(max=k - 1)), self.partition.token_at(groups, slots))
+        return topk_by_visits(self.partition, self.scorer, hidden, self.group_log_prob(hidden), k)
 
     @torch.no_grad()
     def sample(
@@ -112,12 +84,20 @@ class FoldedHead(Head):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """See Head.sample. At temperature 1 without cuts: draw the group, then the token, O(D (G + S)) a row;
-        with ``top_k`` through ``topk``; otherwise through the whole distribution."""
+        """See Head.sample. Exact without [N, V]: with ``top_k`` through ``topk``; otherwise a group is drawn, then a
+        token. With ``top_p``, one that is outside the nucleus is replaced by a draw from the nucleus itself: a token v
+        of a nucleus of mass m then comes with p(v) + (1 - m) p(v) / m = p(v) / m."""
         self.check_sampling(temperature, top_k, top_p)
-        if temperature != 1.0 or top_k is not None or top_p is not None:
+        if temperature == 0 or top_k is not None:
             return super().sample(hidden, temperature, top_k, top_p, generator)
-        group = torch.multinomial(self.group_log_prob(hidden).exp(), 1, generator=generator)
-        slot_probability = self.scorer.group_log_prob(hidden, group).squeeze(1).exp()
-        slot = torch.multinomial(slot_probability, 1, generator=generator)
-        return self.partition.token_at(group, slot).squeeze(-1)
+        log_ratio = self.group_log_prob(hidden).double()
+        if temperature != 1.0:
+            log_ratio -= self.topk(hidden, 1)[0].double()
+        # Below this nothing changes any more, and quotients would overflow.
+        groups = TemperedGroups(self.partition, self.scorer, hidden, log_ratio, max(temperature, 1e-100))
+        tokens, log_weights = draw(groups, generator)
+        if top_p is not None and top_p < 1:
+            outside = (~is_in_nucleus(groups, tokens, log_weights, top_p)).nonzero().squeeze(-1)
+            if len(outside) > 0:
+                tokens[outside] = draw_from_nucleus(groups.select(outside), top_p, generator)
+        return tokens

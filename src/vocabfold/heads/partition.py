@@ -46,20 +46,45 @@ class Partition(nn.Module):
         slot_at = torch.arange(len(self.order), device=self.order.device) - self.boundaries[group_at]
         position_of = torch.empty_like(self.order)
         position_of[self.order] = torch.arange(len(self.order), device=self.order.device)
+        multi_groups = (sizes > 1).nonzero().squeeze(-1)
+        multi_index = torch.full_like(sizes, -1)
+        multi_index[multi_groups] = torch.arange(len(multi_groups), device=self.order.device)
+        multi_starts = torch.zeros(len(multi_groups) + 1, dtype=torch.int64, device=self.order.device)
+        multi_starts[1:] = sizes[multi_groups].cumsum(0)
+        multi_positions = (multi_index[group_at] >= 0).nonzero().squeeze(-1)
         for name, value in {
             "sizes": sizes,
             "position_of": position_of,
             "group_of": group_at[position_of],
             "slot_of": slot_at[position_of],
+            "multi_groups": multi_groups,
+            "multi_index": multi_index,
+            "multi_starts": multi_starts,
+            "multi_positions": multi_positions,
+            "multi_tokens": self.order[multi_positions],
         }.items():
             self.register_buffer(name, value, persistent=False)
         self.num_slots = int(sizes.max())
+        # On the host: a loop over groups must not wait for the device at each of them.
+        self.multi_bounds = multi_starts.tolist()
+        self.first_multi_token = None
+        if len(multi_positions) > 0 and (self.multi_tokens.diff() == 1).all():
+            self.first_multi_token = int(self.multi_tokens[0])
 
     sizes: Tensor  # [G] tokens in each group
     position_of: Tensor  # [V] position of each token
     group_of: Tensor  # [V]
     slot_of: Tensor  # [V]
     num_slots: int  # S: slots of the largest group
+
+    # A group of one token leaves nothing to score: token scorers have parameters for the others alone.
+    multi_groups: Tensor  # [M] the groups with more than one token
+    multi_index: Tensor  # [G] place of each group in multi_groups, -1 where it has one token
+    multi_starts: Tensor  # [M + 1] where each of their tokens begin in multi_positions
+    multi_positions: Tensor  # the positions that they own, rising
+    multi_tokens: Tensor  # the tokens there
+    multi_bounds: list[int]  # multi_starts
+    first_multi_token: int | None  # of multi_tokens, where each of them is the one before plus 1
 
     @property
     def vocabulary_size(self) -> int:
@@ -76,6 +101,16 @@ class Partition(nn.Module):
         """[G, S]: whether a token owns the slot. The others must never be given probability."""
         return torch.arange(self.num_slots, device=self.sizes.device) < self.sizes[:, None]
 
+    @property
+    def multi_slot_exists(self) -> Tensor:
+        """[M, S]: slot_exists of the groups with more than one token."""
+        return torch.arange(self.num_slots, device=self.sizes.device) < self.sizes[self.multi_groups, None]
+
+    @property
+    def single_groups(self) -> Tensor:
+        """The groups of one token, [G - M]."""
+        return (self.sizes == 1).nonzero().squeeze(-1)
+
     def token_at(self, groups: Tensor, slots: Tensor) -> Tensor:
         """The token in each slot of each group (same shapes in and out)."""
         return self.order[self.boundaries[groups] + slots]
@@ -86,27 +121,41 @@ def _derive_again(partition: Partition, _incompatible_keys: object) -> None:
     partition._derive()
 
 
-def equal_partition(vocabulary_size: int, group_size: int | None = None, order: Tensor | None = None) -> Partition:
-    """The paper's equal groups (arXiv 2411.06371): group g owns positions floor(V g / G) .. floor(V (g + 1) / G) - 1.
+def equal_partition(
+    vocabulary_size: int, group_size: int | None = None, order: Tensor | None = None, shortlist: int = 0
+) -> Partition:
+    """The paper's equal groups (arXiv 2411.06371), after a shortlist of groups of one token.
 
+    The first ``shortlist`` K positions are a group each. Over the R = V - K others, G groups: group g owns the
+    positions K + floor(R g / G) .. K + floor(R (g + 1) / G) - 1.
     ``group_size`` is the wanted number of slots S; G brings the largest group as near to S as equal groups can, the
-    fewer groups where two are equally near. Group sizes differ by at most one. None takes ceil(sqrt(V)), where G + S
+    fewer groups where two are equally near. Group sizes differ by at most one. None takes ceil(sqrt(R)), where G + S
     is smallest.
     ``order`` [V] is the token at each position; None keeps token order, which for a BPE vocabulary is merge order.
-    Raises UserError unless 1 <= group_size <= V and ``order`` holds V tokens.
+    Raises UserError unless 0 <= shortlist < V, 1 <= group_size <= R and ``order`` holds V tokens.
     """
-    if group_size is None:
-        group_size = math.ceil(math.sqrt(vocabulary_size))
-    if not 1 <= group_size <= vocabulary_size:
-        raise UserError(
-            f"head.partition.group_size is {group_size}: choose between 1 and the vocabulary size {vocabulary_size}"
-        )
-    fewest = vocabulary_size // group_size
-    # Equally near: the fewer groups, so that S = 1 does not ask for more groups than tokens.
-    num_groups = min(fewest, fewest + 1, key=lambda groups: abs(math.ceil(vocabulary_size / groups) - group_size))
-    boundaries = torch.arange(num_groups + 1, dtype=torch.int64) * vocabulary_size // num_groups
+    boundaries = equal_boundaries(vocabulary_size, group_size, shortlist)
     if order is None:
         order = torch.arange(vocabulary_size)
     if len(order) != vocabulary_size:
         raise UserError(f"the order holds {len(order)} tokens: give one of all {vocabulary_size} in the vocabulary")
     return Partition(order, boundaries)
+
+
+def equal_boundaries(vocabulary_size: int, group_size: int | None = None, shortlist: int = 0) -> Tensor:
+    """The group boundaries [G + 1] of ``equal_partition``."""
+    if not 0 <= shortlist < vocabulary_size:
+        raise UserError(
+            f"head.partition.shortlist is {shortlist}: choose 0 or more, below the vocabulary size {vocabulary_size}"
+        )
+    rest = vocabulary_size - shortlist
+    if group_size is None:
+        group_size = math.ceil(math.sqrt(rest))
+    if not 1 <= group_size <= rest:
+        room = f"the vocabulary size {rest}" if shortlist == 0 else f"the {rest} tokens outside the shortlist"
+        raise UserError(f"head.partition.group_size is {group_size}: choose between 1 and {room}")
+    fewest = rest // group_size
+    # Equally near: the fewer groups, so that S = 1 does not ask for more groups than tokens.
+    num_groups = min(fewest, fewest + 1, key=lambda groups: abs(math.ceil(rest / groups) - group_size))
+    boundaries = shortlist + torch.arange(num_groups + 1, dtype=torch.int64) * rest // num_groups
+    return torch.cat([torch.arange(shortlist), boundaries])

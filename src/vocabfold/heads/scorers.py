@@ -1,4 +1,4 @@
-"""The token scorers of a folded head: P(t | g, h) over the slots of a group."""
+"""The contract of a folded head's token scorers, P(t | g, h) over the slots of a group, and scale-and-shift."""
 
 from __future__ import annotations
 
@@ -9,110 +9,215 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.heads.base import log_softmax
+from vocabfold.heads.gradients_in_forward import (
+    Kernel,
+    Rows,
+    add_product,
+    chunks,
+    each_log_prob,
+    log_prob_and_slope,
+    product_dtype,
+    sum_dtype,
+    total_log_prob,
+    zero_gradients,
+)
 from vocabfold.heads.partition import Partition
 
 
 class TokenScorer(nn.Module, ABC):
-    """Log-probabilities of the slots within groups; a slot that no token owns has log-probability -inf."""
+    """Log-probabilities of the slots within groups; a slot that no token owns has log-probability -inf.
+
+    A scorer implements ``_slot_log_prob`` and ``_all_log_prob``, for the M groups with more than one token; the token
+    of any other group is certain. What it inherits for training is plain autograd, the slow reference of a fast one.
+    """
+
+    def __init__(self, partition: Partition) -> None:
+        super().__init__()
+        self.partition = partition
 
     @abstractmethod
+    def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """``hidden`` [N, D], ``index`` [N, K] among the M groups -> log P(. | group, hidden) [N, K, S]."""
+
+    @abstractmethod
+    def _all_log_prob(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [N, D] -> log P(slot | its group, hidden) of the tokens at the partition's multi_positions."""
+
+    def total_log_prob(
+        self, hidden: Tensor, groups: Tensor, slots: Tensor, counted: Tensor, with_hits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Training: (sum of log P(slot | group, hidden) over the rows ``counted`` [N], how many of these slots are
+        the likeliest of their group, where asked for)."""
+        log_prob = torch.where(counted, self.target_log_prob(hidden, groups, slots), 0.0).sum()
+        if not with_hits:
+            return log_prob, None
+        likeliest = self.group_log_prob(hidden.detach(), groups.unsqueeze(-1)).squeeze(1).argmax(dim=-1)
+        return log_prob, ((likeliest == slots) & counted).sum()
+
     def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
-        """``hidden`` [N, D], ``groups`` [N], ``slots`` [N] -> log P(slot | group, hidden) [N]. The training path."""
+        """``hidden`` [N, D], ``groups`` [N], ``slots`` [N] -> log P(slot | group, hidden) [N]."""
+        log_prob = self.group_log_prob(hidden, groups.unsqueeze(-1)).squeeze(1)
+        return log_prob.gather(-1, slots.unsqueeze(-1)).squeeze(-1)
 
-    @abstractmethod
     def group_log_prob(self, hidden: Tensor, groups: Tensor) -> Tensor:
-        """``hidden`` [N, D], ``groups`` [N, M] -> log P(. | group, hidden) [N, M, S] for M groups of each row."""
+        """``hidden`` [N, D], ``groups`` [N, K] -> log P(. | group, hidden) [N, K, S] for K groups of each row."""
+        index = self.partition.multi_index[groups]
+        if len(self.partition.multi_groups) == len(self.partition.sizes):
+            return self._slot_log_prob(hidden, index)
+        certain = hidden.new_full((self.partition.num_slots,), -torch.inf, dtype=sum_dtype(hidden.dtype))
+        certain[0] = 0.0
+        if len(self.partition.multi_groups) == 0:
+            return certain.expand(*groups.shape, -1)
+        log_prob = self._slot_log_prob(hidden, index.clamp(min=0))
+        return torch.where((index >= 0).unsqueeze(-1), log_prob, certain.to(log_prob.dtype))
 
-    @abstractmethod
     def position_log_prob(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> log P(slot | its group, hidden) [N, V], by position."""
+        if len(self.partition.multi_groups) == len(self.partition.sizes):
+            return self._all_log_prob(hidden)
+        certain = hidden.new_zeros(len(hidden), self.partition.vocabulary_size, dtype=sum_dtype(hidden.dtype))
+        if len(self.partition.multi_groups) == 0:
+            return certain
+        log_prob = self._all_log_prob(hidden)
+        return certain.to(log_prob.dtype).index_copy(1, self.partition.multi_positions, log_prob)
 
 
-class ScaleShiftScorer(TokenScorer):
-    """scale_g * (W_s h) + shift_g: one shared product and 2 G S numbers (arXiv 2411.06371, its fast form).
+class FastTokenScorer(TokenScorer):
+    """Trains through a kernel that sorts the rows by group and computes the gradients on the way forward."""
+
+    @abstractmethod
+    def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
+        """The kernel for these targets."""
+
+    @abstractmethod
+    def _parameters_of_kernel(self) -> tuple[Tensor, ...]:
+        """Its inputs after hidden."""
+
+    def total_log_prob(
+        self, hidden: Tensor, groups: Tensor, slots: Tensor, counted: Tensor, with_hits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """See TokenScorer.total_log_prob. Keeps nothing of N x S."""
+        kernel = self._kernel(groups, slots, counted, product_dtype(hidden))
+        total, hits = total_log_prob(kernel, (hidden, *self._parameters_of_kernel()), with_hits)
+        if hits is not None:
+            hits = hits + (counted & (self.partition.sizes[groups] == 1)).sum()
+        return total, hits
+
+    def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
+        """See TokenScorer.target_log_prob."""
+        kernel = self._kernel(groups, slots, torch.ones_like(groups, dtype=torch.bool), product_dtype(hidden))
+        return each_log_prob(kernel, (hidden, *self._parameters_of_kernel()))
+
+
+class SortedTargets:
+    """The rows that a scorer has to look at, sorted by group: those that count, in groups of more than one token."""
+
+    def __init__(self, partition: Partition, groups: Tensor, slots: Tensor, counted: Tensor) -> None:
+        index = partition.multi_index[groups].masked_fill(~counted, -1)
+        kept = (index >= 0).nonzero().squeeze(-1)
+        self.index, order = index[kept].sort(stable=True)
+        self.rows = kept[order]
+        self.slots = slots[self.rows]
+        self.num_groups = len(partition.multi_groups)
+
+    def segments(self, part: slice) -> list[tuple[int, slice]]:
+        """(index of a group, its rows within ``part`` of the sorted rows), for each group that has some there."""
+        numbers = torch.bincount(self.index[part], minlength=self.num_groups)
+        found = numbers.nonzero().squeeze(-1).tolist()
+        ends = numbers.cumsum(0)[found].tolist()
+        return [(group, slice(start, end)) for group, start, end in zip(found, [0, *ends], ends, strict=False)]
+
+
+class ScaleShiftKernel:
+    """scale_g * (W_s h) + shift_g, then log softmax over the slots of g: inputs hidden [N, D], W_s [S, D], scale [M, S]
+    and shift [M, S]. PlainScaleShiftScorer is the plain form."""
+
+    def __init__(self, targets: SortedTargets, slot_exists: Tensor, dtype: torch.dtype) -> None:
+        self.targets, self.slot_exists, self.dtype = targets, slot_exists, dtype
+
+    def __call__(self, inputs: tuple[Tensor, ...], weights: Tensor | None, needs: list[bool], with_hits: bool) -> Rows:
+        """See Kernel."""
+        hidden, shared, scale, shift = inputs[:4]
+        targets = self.targets
+        shared_cast = shared.to(self.dtype)
+        log_prob = hidden.new_zeros(len(hidden), dtype=sum_dtype(self.dtype))
+        scale = scale.to(log_prob.dtype)
+        masked_shift = shift.to(log_prob.dtype).masked_fill(~self.slot_exists, -torch.inf)
+        hits = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device) if with_hits else None
+        gradients = zero_gradients(inputs) if any(needs) else []
+        for part in chunks(len(targets.rows), shared.shape[0]):
+            rows, groups, slots = targets.rows[part], targets.index[part], targets.slots[part]
+            some = hidden.index_select(0, rows).to(self.dtype)
+            product = (some @ shared_cast.t()).to(log_prob.dtype)
+            some_scale = scale.index_select(0, groups)
+            logits = masked_shift.index_select(0, groups).addcmul_(some_scale, product)
+            low = self._correct(logits, some, part, inputs)
+            if hits is not None:
+                hits[rows] = logits.argmax(dim=-1) == slots
+            some_weights = None if weights is None else weights.index_select(0, rows).to(log_prob.dtype)
+            chosen, slope = log_prob_and_slope(logits, slots, some_weights, bool(gradients))
+            log_prob.index_copy_(0, rows, chosen)
+            if slope is not None:
+                gradients[3].index_add_(0, groups, slope)
+                gradients[2].index_add_(0, groups, product.mul_(slope))
+                grad_product = some_scale.mul_(slope).to(self.dtype)
+                add_product(gradients[1], grad_product.t(), some)
+                grad_some = grad_product @ shared_cast
+                self._correct_gradients(low, slope, some, grad_some, part, inputs, gradients)
+                gradients[0].index_copy_(0, rows, grad_some.to(hidden.dtype))
+        return Rows(log_prob, hits, list(gradients) if gradients else [None] * len(inputs))
+
+    def _correct(self, logits: Tensor, some: Tensor, part: slice, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """Add to the logits of sorted rows ``part`` what a kernel has beyond scale and shift."""
+        return None
+
+    def _correct_gradients(
+        self,
+        low: Tensor | None,
+        slope: Tensor,
+        some: Tensor,
+        grad_some: Tensor,
+        part: slice,
+        inputs: tuple[Tensor, ...],
+        gradients: list[Tensor],
+    ) -> None:
+        """Add that part's gradients; ``low`` is what _correct returned."""
+
+
+class PlainScaleShiftScorer(TokenScorer):
+    """scale_g * (W_s h) + shift_g: one shared product and 2 M S numbers (arXiv 2411.06371, its fast form), by autograd.
 
     The shared W_s [S, D] starts as normal(0, ``init_std``), scales as 1, shifts as 0.
     """
 
     def __init__(self, hidden_size: int, partition: Partition, init_std: float = 0.02) -> None:
-        super().__init__()
-        self.partition = partition
-        num_groups, num_slots = partition.num_groups, partition.num_slots
+        super().__init__(partition)
+        num_groups, num_slots = len(partition.multi_groups), partition.num_slots
         self.shared = nn.Parameter(torch.empty(num_slots, hidden_size))
         nn.init.normal_(self.shared, std=init_std)
         self.scale = nn.Parameter(torch.ones(num_groups, num_slots))
         self.shift = nn.Parameter(torch.zeros(num_groups, num_slots))
 
     def _masked_shift(self) -> Tensor:
-        # Masking the [G, S] parameter instead of the [N, S] logits costs nothing that grows with N.
-        return self.shift.masked_fill(~self.partition.slot_exists, -torch.inf)
+        # Masking the [M, S] parameter instead of the [N, S] logits costs nothing that grows with N.
+        return self.shift.masked_fill(~self.partition.multi_slot_exists, -torch.inf)
 
-    def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
-        """See TokenScorer.target_log_prob."""
-        scale, shift = F.embedding(groups, self.scale), F.embedding(groups, self._masked_shift())
-        logits = torch.addcmul(shift, scale, F.linear(hidden, self.shared).to(scale.dtype))
-        return -F.cross_entropy(logits, slots, reduction="none")
-
-    def group_log_prob(self, hidden: Tensor, groups: Tensor) -> Tensor:
-        """See TokenScorer.group_log_prob."""
+    def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)
-        return log_softmax(self.scale[groups] * shared + self._masked_shift()[groups])
+        return log_softmax(self.scale[index] * shared + self._masked_shift()[index])
 
-    def position_log_prob(self, hidden: Tensor) -> Tensor:
-        """See TokenScorer.position_log_prob."""
+    def _all_log_prob(self, hidden: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)
         log_prob = log_softmax(self.scale * shared + self._masked_shift())
-        return log_prob[:, self.partition.slot_exists]
+        return log_prob[:, self.partition.multi_slot_exists]
 
 
-class LoopedLinearScorer(TokenScorer):
-    """W_g h + b_g: one linear layer a group, applied in a loop over the groups with masks (the paper's slow listing).
+class ScaleShiftScorer(FastTokenScorer, PlainScaleShiftScorer):
+    """The same numbers with gradients computed in the forward pass, a chunk of rows at a time."""
 
-    ``tied_weight`` [V, D], in token order, lends the rows of the input embedding; without it the rows are free,
-    stored by position, and start as normal(0, ``init_std``).
-    """
+    def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
+        targets = SortedTargets(self.partition, groups, slots, counted)
+        return ScaleShiftKernel(targets, self.partition.multi_slot_exists, dtype)
 
-    def __init__(
-        self,
-        hidden_size: int,
-        partition: Partition,
-        tied_weight: nn.Parameter | None = None,
-        init_std: float = 0.02,
-    ) -> None:
-        super().__init__()
-        self.partition = partition
-        self.tied = tied_weight is not None
-        if tied_weight is None:
-            tied_weight = nn.Parameter(torch.empty(partition.vocabulary_size, hidden_size))
-            nn.init.normal_(tied_weight, std=init_std)
-        self.weight = tied_weight
-        self.bias = nn.Parameter(torch.zeros(partition.vocabulary_size))
-
-    def _log_prob_of_group(self, hidden: Tensor, group: int) -> Tensor:
-        start, stop = self.partition.boundaries[group], self.partition.boundaries[group + 1]
-        rows = self.weight[self.partition.order[start:stop]] if self.tied else self.weight[start:stop]
-        return log_softmax(F.linear(hidden, rows, self.bias[start:stop]))
-
-    def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
-        """See TokenScorer.target_log_prob."""
-        result = hidden.new_zeros(len(hidden), dtype=torch.promote_types(self.bias.dtype, torch.float32))
-        for group in groups.unique().tolist():
-            members = (groups == group).nonzero().squeeze(-1)
-            log_prob = self._log_prob_of_group(hidden[members], group)
-            chosen = log_prob.gather(-1, slots[members].unsqueeze(-1)).squeeze(-1)
-            result = result.index_put((members,), chosen)
-        return result
-
-    def group_log_prob(self, hidden: Tensor, groups: Tensor) -> Tensor:
-        """See TokenScorer.group_log_prob."""
-        dtype = torch.promote_types(self.bias.dtype, torch.float32)
-        result = hidden.new_full((*groups.shape, self.partition.num_slots), -torch.inf, dtype=dtype)
-        for group in groups.unique().tolist():
-            rows, columns = (groups == group).nonzero(as_tuple=True)
-            log_prob = self._log_prob_of_group(hidden[rows], group)
-            result[rows, columns, : log_prob.shape[-1]] = log_prob
-        return result
-
-    def position_log_prob(self, hidden: Tensor) -> Tensor:
-        """See TokenScorer.position_log_prob."""
-        return torch.cat([self._log_prob_of_group(hidden, group) for group in range(self.partition.num_groups)], dim=-1)
+    def _parameters_of_kernel(self) -> tuple[Tensor, ...]:
+        return self.shared, self.scale, self.shift

@@ -38,8 +38,13 @@ class ModelWithHead(nn.Module):
         return self.head(hidden.flatten(0, -2), targets.flatten(), with_accuracy)
 
 
-def build_model(model: ModelSettings, head: HeadSettings, vocabulary_size: int) -> ModelWithHead:
-    """A model with fresh weights from torch's global generator. Raises UserError for impossible settings."""
+def build_model(
+    model: ModelSettings, head: HeadSettings, vocabulary_size: int, order: Tensor | None = None
+) -> ModelWithHead:
+    """A model with fresh weights from torch's global generator; ``order`` as in ``build_head``.
+
+    Raises UserError for impossible settings.
+    """
     config = GPTConfig(
         vocabulary_size=vocabulary_size,
         hidden_size=model.hidden_size,
@@ -51,4 +56,4 @@ def build_model(model: ModelSettings, head: HeadSettings, vocabulary_size: int) 
         dropout=model.dropout,
     )
     backbone = GPT(config)
-    return ModelWithHead(backbone, build_head(head, vocabulary_size, backbone.token_embedding))
+    return ModelWithHead(backbone, build_head(head, vocabulary_size, backbone.token_embedding, order))

@@ -1,0 +1,176 @@
+"""One linear layer per group, W_g h + b_g, with free rows or the input embedding's: looped by autograd, and fast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vocabfold.heads.base import log_softmax
+from vocabfold.heads.gradients_in_forward import (
+    Kernel,
+    Rows,
+    add_product,
+    chunks,
+    log_prob_and_slope,
+    sum_dtype,
+)
+from vocabfold.heads.grouped_products import GroupedLinearKernel
+from vocabfold.heads.partition import Partition
+from vocabfold.heads.scorers import FastTokenScorer, SortedTargets, TokenScorer
+
+GATHERED_ELEMENTS = 1 << 22  # numbers of weight rows copied together at a time when few groups are asked for
+
+
+class LoopedLinearScorer(TokenScorer):
+    """W_g h + b_g, applied in a loop over the groups with masks (the paper's slow listing, arXiv 2411.06371).
+
+    ``tied_weight`` [V, D], in token order, lends the rows of the input embedding; without it the rows are free, one
+    for each token of ``partition.multi_tokens`` in that order, and start as normal(0, ``init_std``). So is the bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        partition: Partition,
+        tied_weight: nn.Parameter | None = None,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__(partition)
+        num_tokens = len(partition.multi_tokens)
+        self.tied = tied_weight is not None
+        if tied_weight is None:
+            tied_weight = nn.Parameter(torch.empty(num_tokens, hidden_size))
+            nn.init.normal_(tied_weight, std=init_std)
+        self.weight = tied_weight
+        self.bias = nn.Parameter(torch.zeros(num_tokens))
+
+    def _log_prob_of_group(self, hidden: Tensor, index: int) -> Tensor:
+        start, stop = self.partition.multi_bounds[index : index + 2]
+        rows = self.weight[self.partition.multi_tokens[start:stop]] if self.tied else self.weight[start:stop]
+        return log_softmax(F.linear(hidden, rows, self.bias[start:stop]))
+
+    def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
+        """See TokenScorer.target_log_prob."""
+        result = hidden.new_zeros(len(hidden), dtype=sum_dtype(self.bias.dtype))
+        indices = self.partition.multi_index[groups]
+        for index in indices[indices >= 0].unique().tolist():
+            members = (indices == index).nonzero().squeeze(-1)
+            log_prob = self._log_prob_of_group(hidden[members], index)
+            chosen = log_prob.gather(-1, slots[members].unsqueeze(-1)).squeeze(-1)
+            result = result.index_put((members,), chosen)
+        return result
+
+    def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
+        shape = (*index.shape, self.partition.num_slots)
+        result = hidden.new_full(shape, -torch.inf, dtype=sum_dtype(self.bias.dtype))
+        for group in index.unique().tolist():
+            rows, columns = (index == group).nonzero(as_tuple=True)
+            log_prob = self._log_prob_of_group(hidden[rows], group)
+            result[rows, columns, : log_prob.shape[-1]] = log_prob
+        return result
+
+    def _all_log_prob(self, hidden: Tensor) -> Tensor:
+        indices = range(len(self.partition.multi_groups))
+        return torch.cat([self._log_prob_of_group(hidden, index) for index in indices], dim=-1)
+
+
+class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
+    """The same numbers: rows sorted by group, one product per group that has some, gradients in the forward pass.
+
+    On CUDA the groups' products run together (grouped_products.py).
+    """
+
+    def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
+        targets = SortedTargets(self.partition, groups, slots, counted)
+        kind = LinearKernel if groups.device.type == "cpu" else GroupedLinearKernel
+        return kind(self.partition, targets, self.tied, dtype)
+
+    def _parameters_of_kernel(self) -> tuple[Tensor, ...]:
+        return self.weight, self.bias
+
+    def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
+        num_slots, num_rows = self.partition.num_slots, len(self.weight)
+        if index.numel() * num_slots >= num_rows:  # reading every row once is cheaper than copying these
+            return super()._slot_log_prob(hidden, index)
+        exists = self.partition.multi_slot_exists[index]
+        columns = torch.arange(num_slots, device=index.device)
+        places = (self.partition.multi_starts[index].unsqueeze(-1) + columns).where(exists, 0)
+        bias = self.bias[places].where(exists, -torch.inf)
+        rows = self.partition.multi_tokens[places] if self.tied else places
+        step = max(1, GATHERED_ELEMENTS // (index.shape[1] * num_slots * hidden.shape[1]))
+        log_probs = []
+        for start in range(0, len(index), step):
+            part = slice(start, start + step)
+            weight = self.weight[rows[part]].flatten(1, 2)
+            logits = torch.bmm(weight, hidden[part].unsqueeze(-1)).view_as(bias[part])
+            log_probs.append(log_softmax(logits + bias[part]))
+        return torch.cat(log_probs) if log_probs else bias
+
+
+class LinearKernel:
+    """log softmax(W_g h + b_g): inputs hidden [N, D], W [V or as many as the bias, D] and b. LoopedLinearScorer is the
+    plain form."""
+
+    def __init__(self, partition: Partition, targets: SortedTargets, tied: bool, dtype: torch.dtype) -> None:
+        self.partition, self.targets, self.tied, self.dtype = partition, targets, tied, dtype
+        # Rows that follow each other are read, and their gradient is written, where they lie.
+        self.first_row = partition.first_multi_token if tied else 0
+
+    def __call__(self, inputs: tuple[Tensor, ...], weights: Tensor | None, needs: list[bool], with_hits: bool) -> Rows:
+        """See Kernel."""
+        hidden, weight, bias = inputs
+        targets, bounds = self.targets, self.partition.multi_bounds
+        exists = self.partition.multi_slot_exists
+        # Places, not a mask: how many a mask picks depends on values, which a simulation of memory does not have.
+        places = exists.flatten().nonzero().squeeze(-1)
+        log_prob = hidden.new_zeros(len(hidden), dtype=sum_dtype(self.dtype))
+        padded_bias = torch.full_like(exists, -torch.inf, dtype=log_prob.dtype)
+        padded_bias.view(-1).index_copy_(0, places, bias.to(log_prob.dtype))
+        hits = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device) if with_hits else None
+        wanted = any(needs)
+        grad_hidden = torch.zeros_like(hidden) if wanted else None
+        # A tied weight that is frozen, as when only the groups are learned, saves a tensor as large as the embedding.
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype(weight.dtype)) if needs[1] else None
+        grad_bias = torch.zeros_like(padded_bias) if wanted else None
+        for part in chunks(len(targets.rows), padded_bias.shape[1]):
+            rows, groups, slots = targets.rows[part], targets.index[part], targets.slots[part]
+            some = hidden.index_select(0, rows).to(self.dtype)
+            logits = padded_bias.index_select(0, groups)
+            segments = targets.segments(part)
+            for group, segment in segments:
+                group_rows = self._rows(weight, group)
+                add_product(logits[segment, : len(group_rows)], some[segment], group_rows.t())
+            if hits is not None:
+                hits[rows] = logits.argmax(dim=-1) == slots
+            some_weights = None if weights is None else weights.index_select(0, rows).to(log_prob.dtype)
+            chosen, slope = log_prob_and_slope(logits, slots, some_weights, wanted)
+            log_prob.index_copy_(0, rows, chosen)
+            if slope is None or grad_hidden is None or grad_bias is None:
+                continue
+            grad_bias.index_add_(0, groups, slope)
+            slope = slope.to(self.dtype)
+            grad_some = torch.empty_like(some)
+            for group, segment in segments:
+                group_rows = self._rows(weight, group)
+                group_slope = slope[segment, : len(group_rows)]
+                torch.mm(group_slope, group_rows, out=grad_some[segment])
+                if grad_weight is None:
+                    continue
+                start, stop = bounds[group : group + 2]
+                if self.first_row is not None:
+                    place = grad_weight[self.first_row + start : self.first_row + stop]
+                    add_product(place, group_slope.t(), some[segment])
+                else:
+                    product = (group_slope.t() @ some[segment]).to(grad_weight.dtype)
+                    grad_weight.index_add_(0, self.partition.multi_tokens[start:stop], product)
+            grad_hidden.index_copy_(0, rows, grad_some.to(hidden.dtype))
+        if grad_bias is not None:
+            grad_bias = grad_bias.flatten().index_select(0, places)
+        return Rows(log_prob, hits, [grad_hidden, grad_weight, grad_bias])
+
+    def _rows(self, weight: Tensor, group: int) -> Tensor:
+        start, stop = self.partition.multi_bounds[group : group + 2]
+        if self.first_row is not None:
+            return weight[self.first_row + start : self.first_row + stop].to(self.dtype)
+        return weight.index_select(0, self.partition.multi_tokens[start:stop]).to(self.dtype)

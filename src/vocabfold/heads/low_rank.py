@@ -1,0 +1,82 @@
+"""Scale-and-shift with a correction of rank r per group: scale_g * (W_s h) + shift_g + B_g (A_g h)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vocabfold.errors import UserError
+from vocabfold.heads.base import log_softmax
+from vocabfold.heads.gradients_in_forward import Kernel, add_product
+from vocabfold.heads.partition import Partition
+from vocabfold.heads.scorers import FastTokenScorer, PlainScaleShiftScorer, ScaleShiftKernel, SortedTargets
+
+
+class LowRankKernel(ScaleShiftKernel):
+    """ScaleShiftKernel with two more inputs: A [M, r, D] and B [M, S, r]."""
+
+    def _correct(self, logits: Tensor, some: Tensor, part: slice, inputs: tuple[Tensor, ...]) -> Tensor:
+        down, up = inputs[4].to(self.dtype), inputs[5].to(self.dtype)
+        low = some.new_empty(len(some), down.shape[1])
+        for group, rows in self.targets.segments(part):
+            low[rows] = some[rows] @ down[group].t()
+            add_product(logits[rows], low[rows], up[group].t())
+        return low
+
+    def _correct_gradients(
+        self,
+        low: Tensor | None,
+        slope: Tensor,
+        some: Tensor,
+        grad_some: Tensor,
+        part: slice,
+        inputs: tuple[Tensor, ...],
+        gradients: list[Tensor],
+    ) -> None:
+        assert low is not None
+        down, up = inputs[4].to(self.dtype), inputs[5].to(self.dtype)
+        slope = slope.to(self.dtype)
+        for group, rows in self.targets.segments(part):
+            grad_low = slope[rows] @ up[group]
+            add_product(grad_some[rows], grad_low, down[group])
+            add_product(gradients[4][group], grad_low.t(), some[rows])
+            add_product(gradients[5][group], slope[rows].t(), low[rows])
+
+
+class PlainLowRankScorer(PlainScaleShiftScorer):
+    """The correction by autograd. A [M, r, D] starts as normal(0, ``init_std``), B [M, S, r] as 0: at first the scorer
+    is scale-and-shift. Raises UserError for a rank below 1."""
+
+    def __init__(self, hidden_size: int, partition: Partition, rank: int, init_std: float = 0.02) -> None:
+        if rank < 1:
+            raise UserError(f"head.rank is {rank}: choose at least 1, or head.scorer=scale_shift for no correction")
+        super().__init__(hidden_size, partition, init_std)
+        num_groups = len(partition.multi_groups)
+        self.down = nn.Parameter(torch.empty(num_groups, rank, hidden_size))
+        nn.init.normal_(self.down, std=init_std)
+        self.up = nn.Parameter(torch.zeros(num_groups, partition.num_slots, rank))
+
+    def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
+        shared = F.linear(hidden, self.shared).unsqueeze(1)
+        low = torch.einsum("nkrd,nd->nkr", self.down[index], hidden)
+        correction = torch.einsum("nksr,nkr->nks", self.up[index], low)
+        return log_softmax(self.scale[index] * shared + self._masked_shift()[index] + correction)
+
+    def _all_log_prob(self, hidden: Tensor) -> Tensor:
+        shared = F.linear(hidden, self.shared).unsqueeze(1)
+        low = torch.einsum("mrd,nd->nmr", self.down, hidden)
+        correction = torch.einsum("msr,nmr->nms", self.up, low)
+        log_prob = log_softmax(self.scale * shared + self._masked_shift() + correction)
+        return log_prob[:, self.partition.multi_slot_exists]
+
+
+class LowRankScorer(FastTokenScorer, PlainLowRankScorer):
+    """The same numbers with gradients computed in the forward pass, a chunk of rows at a time."""
+
+    def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
+        targets = SortedTargets(self.partition, groups, slots, counted)
+        return LowRankKernel(targets, self.partition.multi_slot_exists, dtype)
+
+    def _parameters_of_kernel(self) -> tuple[Tensor, ...]:
+        return self.shared, self.scale, self.shift, self.down, self.up

@@ -1,0 +1,127 @@
+"""Orders of the vocabulary: which token stands at which position of a partition."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from vocabfold.errors import UserError
+
+BLOCK_TOKENS = 1 << 22  # of a token stream read at a time
+MOST_CONTEXTS = 256
+MOST_COUNTS = 1 << 25  # numbers in a co-occurrence matrix, 128 MiB
+CLUSTER_DIMENSIONS = 64
+TWO_MEANS_ROUNDS = 8
+SLOT_ROUNDS = 3
+# The exact matching of a group's tokens with slots takes time S^3: a second for so many.
+MOST_SLOTS_TO_MATCH = 1500
+
+
+def token_counts(tokens: np.ndarray, vocabulary_size: int) -> Tensor:
+    """How often each of the V tokens stands in a stream, such as a TokenFile's memory map: [V] int64."""
+    counts = np.zeros(vocabulary_size, dtype=np.int64)
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        counts += np.bincount(tokens[start : start + BLOCK_TOKENS], minlength=vocabulary_size)
+    return torch.from_numpy(counts)
+
+
+def frequency_order(counts: Tensor) -> Tensor:
+    """From the most frequent token down: [V]; of equally frequent ones the smaller id first."""
+    return counts.argsort(descending=True, stable=True)
+
+
+def random_order(vocabulary_size: int, seed: int) -> Tensor:
+    """A permutation [V] that ``seed`` alone decides."""
+    return torch.randperm(vocabulary_size, generator=torch.Generator().manual_seed(seed))
+
+
+def cooccurrence_embedding(tokens: np.ndarray, vocabulary_size: int, counts: Tensor) -> Tensor:
+    """What stands beside each token of a stream, as a vector: [V, min(64, twice the contexts)] float32.
+
+    Counted are the neighbours before and after, among the most frequent tokens (256 of them, fewer where V is beyond
+    65,536); the positive part of log(observed / expected by chance) is reduced to its leading principal directions.
+    """
+    contexts = frequency_order(counts)[: max(16, min(MOST_CONTEXTS, MOST_COUNTS // (2 * vocabulary_size)))]
+    num_contexts = len(contexts)
+    context_of = np.full(vocabulary_size, -1, dtype=np.int64)
+    context_of[contexts.numpy()] = np.arange(num_contexts)
+    observed = np.zeros((2, vocabulary_size * num_contexts), dtype=np.float32)
+    for start in range(0, len(tokens) - 1, BLOCK_TOKENS):
+        block = tokens[start : start + BLOCK_TOKENS + 1].astype(np.int64)
+        for side, (token, neighbour) in enumerate(((block[1:], block[:-1]), (block[:-1], block[1:]))):
+            context = context_of[neighbour]
+            pairs = token[context >= 0] * num_contexts + context[context >= 0]
+            observed[side] += np.bincount(pairs, minlength=observed.shape[1])
+    sides = torch.from_numpy(observed).view(2, vocabulary_size, num_contexts)
+    for side in sides:
+        expected = side.sum(1, keepdim=True) * side.sum(0, keepdim=True) / side.sum().clamp(min=1)
+        side.copy_((side / expected.clamp(min=1e-9)).clamp(min=1).log())
+    rows = sides.transpose(0, 1).reshape(vocabulary_size, 2 * num_contexts)
+    # The directions come from a small square matrix: a decomposition of all V rows would take minutes.
+    _, directions = torch.linalg.eigh(rows.T @ rows)
+    return rows @ directions[:, -CLUSTER_DIMENSIONS:]
+
+
+def clustered_order(embedding: Tensor, boundaries: Tensor, shortlisted: Tensor | None = None) -> Tensor:
+    """Tokens with similar rows of ``embedding`` [V, D'] share a group, and across groups a slot: [V].
+
+    ``boundaries`` [G + 1] are those of the partition to be; ``shortlisted`` [K] tokens take the first K positions.
+    Groups: the tokens are halved along the direction between the means of both halves, and each half again, with
+    sizes that fit the boundaries. Slots: what a group's mean leaves of its tokens is matched with the slots' means
+    over all groups. Deterministic. Raises UserError where the embedding is not finite.
+    """
+    if not embedding.isfinite().all():
+        raise UserError("the embedding to cluster holds values that are not finite: train that run again")
+    if shortlisted is None:
+        shortlisted = torch.empty(0, dtype=torch.int64)
+    rows = embedding.detach().float().cpu()
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    is_free = torch.ones(len(rows), dtype=torch.bool)
+    is_free[shortlisted] = False
+    free = is_free.nonzero().squeeze(-1)
+    group_starts = boundaries[boundaries >= len(shortlisted)] - len(shortlisted)
+    order = _halve(rows, free, group_starts)
+    return torch.cat([shortlisted, _match_slots(rows, order, group_starts)])
+
+
+def _halve(rows: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
+    """``tokens`` in an order that puts similar ones between the same two ``starts``."""
+    if len(starts) <= 2:
+        return tokens
+    middle = len(starts) // 2
+    num_left = int(starts[middle] - starts[0])
+    members = rows[tokens]
+    members = members - members.mean(0)
+    # The widest direction to begin with: the far ends of the spread, found in two steps.
+    far = members[members.norm(dim=1).argmax()]
+    direction = far - members[(members - far).norm(dim=1).argmax()]
+    for _ in range(TWO_MEANS_ROUNDS):
+        ranked = (members @ direction).argsort(stable=True)
+        direction = members[ranked[num_left:]].mean(0) - members[ranked[:num_left]].mean(0)
+    ranked = (members @ direction).argsort(stable=True)
+    left, right = tokens[ranked[:num_left]], tokens[ranked[num_left:]]
+    return torch.cat([_halve(rows, left, starts[: middle + 1]), _halve(rows, right, starts[middle:])])
+
+
+def _match_slots(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """The order with each group's tokens dealt to slots so that a slot's tokens resemble each other across groups."""
+    groups = [order[start:stop] for start, stop in zip(starts.tolist(), starts[1:].tolist(), strict=False)]
+    num_slots = max(len(group) for group in groups)
+    if len(groups) < 2 or num_slots > MOST_SLOTS_TO_MATCH:
+        return order
+    residuals = [rows[group] - rows[group].mean(0) for group in groups]
+    largest = max(range(len(groups)), key=lambda index: len(groups[index]))
+    slot_means = residuals[largest].clone()
+    for _ in range(SLOT_ROUNDS):
+        sums, numbers = torch.zeros_like(slot_means), torch.zeros(num_slots, 1)
+        for index, (group, residual) in enumerate(zip(groups, residuals, strict=True)):
+            similarity = residual @ slot_means[: len(group)].T
+            _, token_in_slot = linear_sum_assignment(similarity.T.numpy(), maximize=True)
+            dealt = torch.from_numpy(token_in_slot)
+            groups[index], residuals[index] = group[dealt], residual[dealt]
+            sums[: len(group)] += residuals[index]
+            numbers[: len(group)] += 1
+        slot_means = sums / numbers
+    return torch.cat(groups)

@@ -1,0 +1,254 @@
+"""The best tokens and samples of a folded head without [N, V]: groups are visited from the likeliest down.
+
+Written with p(v) = P(g) p(v|g) and a = 1 / temperature, the tempered weight of a token is w(v) = (p(v) / p_best)^a and
+that of a group M(g) = sum of w over its n tokens. Before a group is visited, all that is known is P(g), which bounds
+
+    w(v) <= min(1, (P / p_best)^a)                        p(v) <= P(g) and p(v) <= p_best
+    a <= 1:  (P/p_best)^a <= M <= n (P / (n p_best))^a    x^a is concave with 0^a = 0: subadditive; Jensen's inequality
+    a >= 1:  n (P / (n p_best))^a <= M <= (P/p_best)^a    x^a is convex with 0^a = 0: Jensen's inequality; superadditive
+    M <= n and, for a >= 1, M <= P / p_best               w <= 1, and then w <= p / p_best
+
+At a = 1 both ends are P(g) / p_best. A group of one token is known without a visit: both ends are its weight.
+All weights are held as logarithms in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vocabfold.heads.partition import Partition
+from vocabfold.heads.scorers import TokenScorer
+
+GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first; twice as many each time after,
+VISITED_ELEMENTS = 1 << 18  # as long as the log-probabilities of all rows' groups stay within this
+WHOLE_ROWS_ELEMENTS = 1 << 22  # tokens of all rows that may be held at once while a nucleus is collected
+
+
+def topk_by_visits(
+    partition: Partition, scorer: TokenScorer, hidden: Tensor, group_log_prob: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """(log P [N, k], token [N, k]), best first. Exact: p(v) <= P(g), so no token of an unvisited group can enter once
+    P of the next group is below the k-th best token found so far. A row that needs no further group is left alone."""
+    best = hidden.new_full((len(hidden), k), -torch.inf, dtype=group_log_prob.dtype)
+    tokens = torch.zeros(best.shape, dtype=torch.int64, device=hidden.device)
+    singles = partition.single_groups
+    if len(singles) > 0:
+        found = group_log_prob[:, singles].topk(min(k, len(singles)), dim=-1)
+        best[:, : found.values.shape[1]] = found.values
+        tokens[:, : found.values.shape[1]] = partition.order[partition.boundaries[singles]][found.indices]
+    group_log_prob, order = group_log_prob[:, partition.multi_groups].sort(dim=-1, descending=True)
+    start, width = 0, GROUPS_A_VISIT
+    while start < order.shape[1]:
+        rows = (group_log_prob[:, start] > best[:, -1]).nonzero().squeeze(-1)
+        if len(rows) == 0:
+            break
+        visited = partition.multi_groups[order[rows, start : start + width]]
+        log_prob = scorer.group_log_prob(hidden[rows], visited).to(best.dtype)
+        log_prob = log_prob + group_log_prob[rows, start : start + width].unsqueeze(-1)
+        candidates = torch.cat([best[rows], log_prob.flatten(1)], dim=-1)
+        best[rows], chosen = candidates.topk(k, dim=-1)
+        visited_tokens = torch.cat([tokens[rows], tokens_of(partition, visited).flatten(1)], dim=-1)
+        tokens[rows] = visited_tokens.gather(-1, chosen)
+        start, width = start + width, _wider(width, len(rows), partition)
+    return best, tokens
+
+
+def tokens_of(partition: Partition, groups: Tensor) -> Tensor:
+    """The token in each slot of each group, ``groups`` [...] -> [..., S]; a slot without a token repeats the last."""
+    slots = torch.arange(partition.num_slots, device=groups.device)
+    return partition.token_at(
+        groups.unsqueeze(-1).expand(*groups.shape, partition.num_slots),
+        torch.minimum(slots, partition.sizes[groups].unsqueeze(-1) - 1),
+    )
+
+
+def _wider(width: int, num_rows: int, partition: Partition) -> int:
+    most = VISITED_ELEMENTS // max(1, num_rows * partition.num_slots)
+    return max(GROUPS_A_VISIT, min(2 * width, most))
+
+
+def log_sum(log_weights: Tensor) -> Tensor:
+    """log of the sum over the last dimension, -inf where all are or there is none."""
+    return log_weights.logsumexp(dim=-1) if log_weights.shape[-1] else log_weights.sum(dim=-1) - torch.inf
+
+
+@dataclass
+class TemperedGroups:
+    """Some rows' distribution at a temperature, known by group only: log P(g) - log p_best [N, G], float64."""
+
+    partition: Partition
+    scorer: TokenScorer
+    hidden: Tensor
+    log_ratio: Tensor
+    temperature: float
+
+    def select(self, rows: Tensor) -> TemperedGroups:
+        """The same of some rows."""
+        return TemperedGroups(self.partition, self.scorer, self.hidden[rows], self.log_ratio[rows], self.temperature)
+
+    def visit(self, groups: Tensor) -> Tensor:
+        """``groups`` [N, K] -> log w [N, K, S] of their tokens, -inf where a slot has none."""
+        log_prob = self.scorer.group_log_prob(self.hidden, groups).double()
+        ratio = log_prob + self.log_ratio.gather(-1, groups).unsqueeze(-1)
+        return self._tempered(ratio).clamp(max=0.0)
+
+    def token_bound(self) -> Tensor:
+        """At least log w of any token of each group, [N, G]."""
+        return self._tempered(self.log_ratio).clamp(max=0.0)
+
+    def mass_bounds(self) -> tuple[Tensor, Tensor]:
+        """(at most, at least) log M of each group, [N, G] each; see the module's first lines."""
+        log_sizes = self.partition.sizes.double().log()
+        together = self._tempered(self.log_ratio)
+        if self.temperature == 1.0:
+            return together.clone(), together
+        spread = log_sizes + self._tempered(self.log_ratio - log_sizes)
+        if self.temperature > 1.0:
+            return together, torch.minimum(spread, log_sizes)
+        return spread, torch.minimum(torch.minimum(together, self.log_ratio), log_sizes)
+
+    def _tempered(self, log_ratio: Tensor) -> Tensor:
+        # At an infinite temperature too an impossible token stays impossible.
+        return torch.where(log_ratio == -torch.inf, log_ratio, log_ratio / self.temperature)
+
+    def ranked(self) -> Tensor:
+        """The groups of more than one token, the likeliest of each row first: [N, M]."""
+        multi_groups = self.partition.multi_groups
+        return multi_groups[self.log_ratio[:, multi_groups].argsort(dim=-1, descending=True)]
+
+    def singles(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The groups of one token [K], these tokens [K] and their log w [N, K], for which no visit is needed."""
+        groups = self.partition.single_groups
+        tokens = self.partition.order[self.partition.boundaries[groups]]
+        return groups, tokens, self._tempered(self.log_ratio[:, groups]).clamp(max=0.0)
+
+
+def draw(groups: TemperedGroups, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A token of each row from the tempered distribution, and its log w: ([N], [N]).
+
+    Exact by rejection: a group is drawn by the upper bounds of its mass, visited, and kept with probability
+    M / bound; if it is not, its bound becomes M and the row draws again. Whatever was learned before, a trial ends with
+    group g with probability (bound / total) (M / bound) = M(g) / total, in proportion to M, and a visited group is
+    always kept, so that G + 1 trials are enough.
+    """
+    partition, device = groups.partition, groups.hidden.device
+    tokens = torch.zeros(len(groups.hidden), dtype=torch.int64, device=device)
+    log_weights = torch.zeros(len(tokens), dtype=torch.float64, device=device)
+    bounds = groups.mass_bounds()[1]
+    is_visited = torch.zeros_like(bounds, dtype=torch.bool)
+    rows = torch.arange(len(tokens), device=device)
+    while len(rows) > 0:
+        group = torch.multinomial(bounds[rows].softmax(dim=-1), 1, generator=generator)
+        weights = groups.select(rows).visit(group).squeeze(1)
+        mass = log_sum(weights)
+        chance = (mass - bounds[rows].gather(-1, group).squeeze(-1)).exp()
+        is_kept = torch.rand(len(rows), generator=generator, dtype=chance.dtype, device=device) < chance
+        is_kept |= is_visited[rows].gather(-1, group).squeeze(-1)
+        kept = is_kept.nonzero().squeeze(-1)
+        slot = torch.multinomial(weights[kept].softmax(dim=-1), 1, generator=generator) if len(kept) else kept[:, None]
+        tokens[rows[kept]] = partition.token_at(group[kept], slot).squeeze(-1)
+        log_weights[rows[kept]] = weights[kept].gather(-1, slot).squeeze(-1)
+        bounds[rows] = bounds[rows].scatter(-1, group, mass.unsqueeze(-1))
+        is_visited[rows] = is_visited[rows].scatter(-1, group, True)
+        rows = rows[~is_kept]
+    return tokens, log_weights
+
+
+def is_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, top_p: float) -> Tensor:
+    """Whether each row's token [N] is among the likeliest that hold ``top_p`` of the mass: [N] bool.
+
+    It is if the tokens before it (likelier, or as likely with a smaller id) hold less than top_p Z, Z the sum of all
+    M. Unvisited groups put both between bounds: a group whose token bound is below the token's own weight has nothing
+    before it, any other at most its M. A row is left as soon as the bounds decide; with every group visited they do.
+    """
+    result = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    own, own_weight = tokens.unsqueeze(-1), log_weights.unsqueeze(-1)
+    low, high = groups.mass_bounds()
+    before_low = torch.full_like(low, -torch.inf)
+    before_high = high.masked_fill(groups.token_bound() < own_weight, -torch.inf)
+    singles, ids, weights = groups.singles()
+    before = weights.masked_fill(~_precedes(weights, ids, own_weight, own), -torch.inf)
+    before_low[:, singles] = before_high[:, singles] = before
+    log_p = torch.tensor(top_p, dtype=torch.float64, device=tokens.device).log()
+    ranked = groups.ranked()
+    rows = torch.arange(len(tokens), device=tokens.device)
+    start, width = 0, GROUPS_A_VISIT
+    while True:
+        inside = log_sum(before_high[rows]) < log_p + log_sum(low[rows])
+        outside = log_sum(before_low[rows]) >= log_p + log_sum(high[rows])
+        result[rows[inside]] = True
+        rows = rows[~inside & ~outside]
+        if len(rows) == 0 or start >= ranked.shape[1]:
+            return result
+        visited = ranked[rows, start : start + width]
+        weights = groups.select(rows).visit(visited)
+        ids = tokens_of(groups.partition, visited)
+        precedes = _precedes(weights, ids, own_weight[rows].unsqueeze(-1), own[rows].unsqueeze(-1))
+        mass, before = log_sum(weights), log_sum(weights.masked_fill(~precedes, -torch.inf))
+        for table, value in ((low, mass), (high, mass), (before_low, before), (before_high, before)):
+            table[rows] = table[rows].scatter(-1, visited, value)
+        start, width = start + width, _wider(width, len(rows), groups.partition)
+
+
+def _precedes(weights: Tensor, ids: Tensor, own_weight: Tensor, own: Tensor) -> Tensor:
+    # The id decides last, so that rounding cannot put a token before itself.
+    return ((weights > own_weight) | ((weights == own_weight) & (ids < own))) & (ids != own)
+
+
+def draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """A token of each row from its likeliest tokens that hold ``top_p`` of the mass: [N].
+
+    Groups are visited until the tokens seen settle the nucleus: ranked by weight, a seen token belongs to it if those
+    before it hold less than top_p Z. That is settled once the lower and the upper bound of Z say the same of every
+    seen token, and the last that belongs is likelier than any token of an unvisited group can be: then no unseen
+    token can come before it, and what comes after it, seen or not, has at least top_p Z before it.
+    """
+    tokens = torch.zeros(len(groups.hidden), dtype=torch.int64, device=groups.hidden.device)
+    step = max(1, WHOLE_ROWS_ELEMENTS // groups.partition.vocabulary_size)
+    for start in range(0, len(tokens), step):
+        rows = torch.arange(start, min(start + step, len(tokens)), device=tokens.device)
+        tokens[rows] = _draw_from_nucleus(groups.select(rows), top_p, generator)
+    return tokens
+
+
+def _draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Generator | None) -> Tensor:
+    ranked, bound = groups.ranked(), groups.token_bound()
+    num_rows, num_ranked = ranked.shape
+    result = torch.zeros(num_rows, dtype=torch.int64, device=ranked.device)
+    low, high = groups.mass_bounds()
+    _, tokens, seen = groups.singles()
+    seen_tokens = tokens.expand(num_rows, -1)
+    rows = torch.arange(num_rows, device=ranked.device)
+    start, width = 0, GROUPS_A_VISIT
+    while len(rows) > 0:
+        visited = ranked[rows, start : start + width]
+        weights = groups.select(rows).visit(visited)
+        mass = log_sum(weights)
+        low[rows], high[rows] = (table[rows].scatter(-1, visited, mass) for table in (low, high))
+        seen_tokens = torch.cat([seen_tokens, tokens_of(groups.partition, visited).flatten(1)], dim=-1)
+        # By weight, and by id where weights are equal: the nucleus that is_in_nucleus means.
+        seen_tokens, by_id = seen_tokens.sort(dim=-1)
+        seen = torch.cat([seen, weights.flatten(1)], dim=-1).gather(-1, by_id)
+        seen, by_weight = seen.sort(dim=-1, descending=True, stable=True)
+        seen_tokens = seen_tokens.gather(-1, by_weight)
+        start, width = start + width, _wider(width, len(rows), groups.partition)
+        probability = (seen - seen[:, :1]).exp()
+        before = probability.cumsum(dim=-1) - probability
+        least, most = (top_p * (log_sum(table[rows]).unsqueeze(-1) - seen[:, :1]).exp() for table in (low, high))
+        belongs = before < least
+        if start >= num_ranked:
+            settled = torch.ones_like(rows, dtype=torch.bool)
+        else:
+            last = seen.gather(-1, (belongs.sum(dim=-1, keepdim=True) - 1).clamp(min=0)).squeeze(-1)
+            unseen = bound[rows].gather(-1, ranked[rows, start].unsqueeze(-1)).squeeze(-1)
+            # Where all that was seen belongs, tokens not seen may belong too.
+            settled = (belongs == (before < most)).all(dim=-1) & (last > unseen) & ~belongs[:, -1]
+        done = settled.nonzero().squeeze(-1)
+        if len(done) > 0:
+            choice = torch.multinomial(probability[done] * belongs[done], 1, generator=generator)
+            result[rows[done]] = seen_tokens[done].gather(-1, choice).squeeze(-1)
+        rows, seen, seen_tokens = rows[~settled], seen[~settled], seen_tokens[~settled]
+    return result

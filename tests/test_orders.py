@@ -1,0 +1,207 @@
+"""Orders of the vocabulary: counts against a plain count, planted structure found again, runs that need no corpus."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from vocabfold import train as training
+from vocabfold.checkpoint import load_weights
+from vocabfold.errors import UserError
+from vocabfold.heads import FoldedHead, HeadSettings, build_head, orders, token_order
+from vocabfold.heads.build import PartitionSettings, saved_embedding
+from vocabfold.heads.orders import (
+    clustered_order,
+    cooccurrence_embedding,
+    frequency_order,
+    random_order,
+    token_counts,
+)
+from vocabfold.heads.partition import equal_boundaries
+from vocabfold.models.build import build_model
+from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
+
+STREAM = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], dtype=np.uint16)
+
+
+def test_counts_are_those_of_the_whole_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Counter(STREAM.tolist())
+    for block in (2, 3, 100):
+        monkeypatch.setattr(orders, "BLOCK_TOKENS", block)
+        assert token_counts(STREAM, 12).tolist() == [expected[token] for token in range(12)]
+
+
+def test_frequency_order_breaks_ties_by_id() -> None:
+    assert frequency_order(token_counts(STREAM, 8 + 2)).tolist() == [5, 1, 3, 2, 4, 6, 9, 0, 7, 8]
+
+
+def test_random_order_depends_on_its_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = random_order(500, 7)
+    torch.manual_seed(2)
+    assert torch.equal(first, random_order(500, 7))
+    assert torch.equal(first.sort().values, torch.arange(500))
+    assert not torch.equal(first, random_order(500, 8))
+
+
+def planted(num_groups: int, num_slots: int, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that are a sum of their topic's and their role's vector, shuffled: (embedding, topic, role)."""
+    generator = torch.Generator().manual_seed(0)
+    topics = torch.randn(num_groups, 40, generator=generator) * 3
+    roles = torch.randn(num_slots, 40, generator=generator)
+    shuffled = torch.randperm(num_groups * num_slots, generator=generator)
+    topic, role = shuffled // num_slots, shuffled % num_slots
+    rows = topics[topic] + roles[role] + noise * torch.randn(len(shuffled), 40, generator=generator)
+    return rows, topic, role
+
+
+def test_clusters_find_planted_groups_and_slots() -> None:
+    num_groups, num_slots = 16, 9
+    rows, topic, role = planted(num_groups, num_slots, noise=0.1)
+    order = clustered_order(rows, equal_boundaries(len(rows), num_slots))
+    assert torch.equal(order.sort().values, torch.arange(len(rows)))
+    topics, roles = topic[order].view(num_groups, num_slots), role[order].view(num_groups, num_slots)
+    assert sum(len(set(group.tolist())) == 1 for group in topics) >= num_groups - 4
+    # each slot holds one role in nearly all groups
+    share = [int(roles[:, slot].mode().values.eq(roles[:, slot]).sum()) / num_groups for slot in range(num_slots)]
+    assert sum(share) / num_slots > 0.85
+    assert torch.equal(order, clustered_order(rows, equal_boundaries(len(rows), num_slots)))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary_size", "group_size", "shortlist"), [(97, 10, 0), (97, 1, 0), (97, 97, 0), (50, 7, 13), (2, 1, 1)]
+)
+def test_clusters_fit_any_sizes(vocabulary_size: int, group_size: int, shortlist: int) -> None:
+    rows = torch.randn(vocabulary_size, 5, generator=torch.Generator().manual_seed(0))
+    shortlisted = torch.arange(vocabulary_size).flip(0)[:shortlist]
+    order = clustered_order(rows, equal_boundaries(vocabulary_size, group_size, shortlist), shortlisted)
+    assert torch.equal(order.sort().values, torch.arange(vocabulary_size))
+    assert torch.equal(order[:shortlist], shortlisted)
+
+
+def test_an_embedding_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(UserError, match="not finite"):
+        clustered_order(torch.full((4, 2), torch.nan), equal_boundaries(4, 2))
+
+
+def test_neighbours_tell_tokens_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of tokens that follow different markers."""
+    generator = random.Random(0)
+    stream: list[int] = []
+    for _ in range(6000):
+        kind = generator.randrange(2)
+        stream += [kind, 2 + kind + 2 * generator.randrange(20)]
+    tokens = np.array(stream, dtype=np.uint16)
+    whole = cooccurrence_embedding(tokens, 42, token_counts(tokens, 42))
+    monkeypatch.setattr(orders, "BLOCK_TOKENS", 1001)
+    torch.testing.assert_close(cooccurrence_embedding(tokens, 42, token_counts(tokens, 42)), whole)
+    embedding = whole / whole.norm(dim=1, keepdim=True)
+    even, odd = embedding[2::2].mean(0), embedding[3::2].mean(0)
+    assert ((embedding[2::2] @ even) > (embedding[2::2] @ odd)).all()
+    assert ((embedding[3::2] @ odd) > (embedding[3::2] @ even)).all()
+
+
+@pytest.mark.parametrize("order", ["bpe", "frequency", "random", "clustered"])
+@pytest.mark.parametrize("shortlist", [0, 3])
+def test_token_order_dispatches(order: str, shortlist: int) -> None:
+    tokens = np.random.default_rng(0).zipf(1.5, 5000).clip(1, 60).astype(np.uint16) - 1
+    settings = HeadSettings(
+        name="grouped", tied=False, partition=PartitionSettings(order=order, shortlist=shortlist, seed=4)
+    )
+    found = token_order(settings, 60, tokens)
+    assert found is not None
+    counts = token_counts(tokens, 60)
+    expected = {
+        "bpe": torch.arange(60),
+        "frequency": frequency_order(counts),
+        "random": random_order(60, 4),
+        "clustered": found,
+    }
+    assert torch.equal(found, expected[order])
+    head = build_head(settings, 60, nn.Embedding(60, 8), found)
+    assert isinstance(head, FoldedHead)
+    assert torch.equal(head.partition.order, found)
+    assert head.partition.sizes[:shortlist].eq(1).all()
+    if order == "clustered":
+        assert torch.equal(found[:shortlist], frequency_order(counts)[:shortlist])
+
+
+def test_a_head_without_a_partition_has_no_order() -> None:
+    assert token_order(HeadSettings(), 60, STREAM) is None
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        (PartitionSettings(order="x"), "choose one of bpe, frequency, random, clustered"),
+        (PartitionSettings(order="clustered", clustered_from="nowhere"), "clustered_from=nowhere: model.safetensors"),
+        (PartitionSettings(order="clustered", shortlist=60), "shortlist is 60: choose 0 or more, below"),
+    ],
+)
+def test_token_order_names_what_is_wrong(partition: PartitionSettings, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        token_order(HeadSettings(name="grouped", partition=partition), 60, STREAM)
+
+
+def settings_of(*overrides: str) -> Settings:
+    tiny = ["data=zipf", "data.vocabulary_size=101", "data.num_train_tokens=3000", "data.num_valid_tokens=200"]
+    tiny += ["sequence_length=16", "batch_size=4", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2"]
+    tiny += ["budget.tokens=null", "budget.steps=3", "wandb.mode=disabled", "device=cpu", "optimizer.name=adamw"]
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return settings_from(compose("train", [*tiny, *overrides]))
+
+
+def test_a_run_by_frequency_is_loaded_without_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+    settings = settings_of(
+        "head=grouped",
+        "head.partition.order=frequency",
+        "head.partition.shortlist=9",
+        "head.scorer=linear_sorted",
+        "head.tied=true",
+        "run_dir=run",
+    )
+    row = training.train(settings, "")
+    assert row["shortlist"] == 9 and row["partition_order"] == "frequency"
+    corpus = training.load_corpus(settings.data)
+    model = build_model(settings.model, settings.head, 101).eval()
+    load_weights(Path("run"), model)
+    assert isinstance(model.head, FoldedHead)
+    assert torch.equal(model.head.partition.order, frequency_order(token_counts(corpus.train.tokens, 101)))
+    tokens = torch.from_numpy(corpus.valid.tokens.astype("int64"))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 16):
+            window = tokens[start : start + 17]
+            log_prob = model.head.log_prob(model.backbone(window[None, :-1])[0])
+            total -= float(log_prob.gather(-1, window[1:, None]).sum())
+    assert row["validation_loss_nats"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+
+    torch.testing.assert_close(saved_embedding(Path("run"), 101), model.backbone.token_embedding.weight.detach())
+    with pytest.raises(UserError, match="trained on 101 tokens, this corpus has 102"):
+        saved_embedding(Path("run"), 102)
+    clustered = settings_of(
+        "head=grouped", "head.partition.order=clustered", "head.partition.clustered_from=run", "run_dir=clustered"
+    )
+    assert training.train(clustered, "")["partition_order"] == "clustered"
+
+
+@pytest.mark.parametrize("head", ["full", "grouped"])
+def test_the_saved_embedding_is_found_under_any_head(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+    settings = settings_of(f"head={head}", "run_dir=run")
+    training.train(settings, "")
+    model = build_model(settings.model, settings.head, 101)
+    load_weights(Path("run"), model)
+    torch.testing.assert_close(saved_embedding(Path("run"), 101), model.backbone.token_embedding.weight.detach())

@@ -1,0 +1,178 @@
+"""Bounds, nuclei and draws of a folded head against its whole distribution, on thousands of random cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from head_cases import LAYOUTS, Layout, make_head, make_hidden
+from test_head_sampling import GroupCounter, cut_distribution
+from vocabfold.heads import FoldedHead
+from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus
+
+TEMPERATURES = (0.05, 0.4, 0.9, 1.0, 1.3, 4.0, float("inf"))
+TOP_P = (1e-6, 0.1, 0.5, 0.9, 0.999)
+NUM_DRAWS = 20_000
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+every_temperature = pytest.mark.parametrize("temperature", TEMPERATURES)
+
+
+def cases(layout: Layout, temperature: float, num_rows: int = 6) -> Iterator[tuple[TemperedGroups, Tensor]]:
+    """Distributions from flat to peaked: (what is known by group, log w [N, V] of the full distribution)."""
+    for seed, weight_std in enumerate((0.05, 0.5, 1.5, 5.0)):
+        head, _ = make_head("sorted_free", layout, weight_std, seed=seed)
+        assert isinstance(head, FoldedHead)
+        hidden = make_hidden(num_rows, seed=seed)
+        with torch.no_grad():
+            log_prob = head.log_prob(hidden)
+            best = log_prob.max(dim=-1, keepdim=True).values
+            groups = TemperedGroups(
+                head.partition, head.scorer, hidden, head.group_log_prob(hidden) - best, temperature
+            )
+        yield groups, (log_prob - best) / temperature
+
+
+def ranked_mass(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens [N, V] from the likeliest down, the share of the mass before each)."""
+    weights, order = log_weights.exp().sort(dim=-1, descending=True, stable=True)
+    return order, (weights.cumsum(dim=-1) - weights) / weights.sum(dim=-1, keepdim=True)
+
+
+@every_layout
+@every_temperature
+def test_bounds_hold(layout: Layout, temperature: float) -> None:
+    for groups, log_weights in cases(layout, temperature):
+        low, high = groups.mass_bounds()
+        for group in range(groups.partition.num_groups):
+            weights = log_weights[:, groups.partition.group_of == group]
+            mass = weights.logsumexp(dim=-1)
+            assert (low[:, group] <= mass + 1e-9).all()
+            assert (mass <= high[:, group] + 1e-9).all()
+            assert (weights.max(dim=-1).values <= groups.token_bound()[:, group] + 1e-9).all()
+            visited = groups.visit(torch.full((len(weights), 1), group))[:, 0]
+            torch.testing.assert_close(visited.logsumexp(dim=-1), mass, rtol=1e-9, atol=1e-9)
+        if temperature == 1.0:
+            assert torch.equal(low, high)
+
+
+@every_layout
+@every_temperature
+def test_membership_of_every_token(layout: Layout, temperature: float) -> None:
+    """Each row of each case asks for each token: some 20,000 questions in all layouts and temperatures."""
+    vocabulary_size = layout.vocabulary_size
+    for groups, log_weights in cases(layout, temperature, num_rows=2):
+        order, before = ranked_mass(log_weights)
+        share_before = torch.empty_like(before).scatter(-1, order, before)
+        rows = torch.arange(2).repeat_interleave(vocabulary_size)
+        tokens = torch.arange(vocabulary_size).repeat(2)
+        many = groups.select(rows)
+        for top_p in TOP_P:
+            inside = is_in_nucleus(many, tokens, log_weights[rows, tokens], top_p).view(2, -1)
+            is_clear = (share_before - top_p).abs() > 1e-9
+            assert torch.equal(inside[is_clear], (share_before < top_p)[is_clear])
+            assert inside.any(dim=-1).all()
+
+
+@every_layout
+@every_temperature
+def test_draws_stay_in_the_nucleus_and_reach_all_of_it(layout: Layout, temperature: float) -> None:
+    num_draws = 60
+    for groups, log_weights in cases(layout, temperature):
+        order, before = ranked_mass(log_weights)
+        many = groups.select(torch.arange(len(order)).repeat_interleave(num_draws))
+        for top_p in TOP_P:
+            tokens = draw_from_nucleus(many, top_p, torch.Generator().manual_seed(2)).view(-1, num_draws)
+            share_before = torch.empty_like(before).scatter(-1, order, before)
+            assert (share_before.gather(-1, tokens) < top_p + 1e-9).all()
+            size = (before < top_p).sum(dim=-1)
+            for row in (size == 1).nonzero().flatten().tolist():
+                assert (tokens[row] == order[row, 0]).all()
+            for row in (size > 8).nonzero().flatten().tolist():
+                assert tokens[row].unique().numel() > 1
+
+
+def test_equally_likely_tokens_share_a_nucleus_of_the_smallest_size() -> None:
+    head, model = make_head("scale_shift", LAYOUTS["shortlist"])
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert isinstance(head, FoldedHead)
+    log_prob = head.log_prob(make_hidden(1))[0]
+    draws = head.sample(make_hidden(1).expand(2000, -1), top_p=0.3, generator=torch.Generator().manual_seed(0))
+    _, before = ranked_mass(log_prob[None])
+    smallest = int((before < 0.3).sum())
+    assert draws.unique().numel() <= smallest + 1
+
+
+def chi_squared_p(draws: Tensor, probability: Tensor) -> float:
+    counts = torch.bincount(draws, minlength=len(probability)).double()
+    assert counts[probability == 0].eq(0).all()
+    often = probability * len(draws) >= 5
+    observed, expected = counts[often].tolist(), (probability[often] * len(draws)).tolist()
+    rest = float(probability[~often].sum()) * len(draws)
+    if rest > 1e-6:
+        observed.append(float(counts[~often].sum()))
+        expected.append(rest)
+    return float(stats.chisquare(observed, expected).pvalue) if len(expected) > 1 else 1.0
+
+
+@pytest.mark.parametrize("kind", ["scale_shift", "low_rank", "sorted_tied"])
+@pytest.mark.parametrize("name", ["prime", "shortlist", "one_slot", "one_group"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.2},
+        {"temperature": 0.7},
+        {"temperature": 2.5},
+        {"top_p": 0.05},
+        {"top_p": 0.95},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"temperature": 1.6, "top_p": 0.7},
+        {"temperature": 1.6, "top_k": 9, "top_p": 0.7},
+    ],
+    ids=str,
+)
+def test_samples_follow_the_cut_distribution(kind: str, name: str, settings: dict[str, Any]) -> None:
+    head, _ = make_head(kind, LAYOUTS[name], weight_std=0.6)
+    hidden = make_hidden(1)
+    probability = torch.tensor(cut_distribution(head.log_prob(hidden)[0].tolist(), **settings), dtype=torch.float64)
+    draws = head.sample(hidden.expand(NUM_DRAWS, -1), generator=torch.Generator().manual_seed(3), **settings)
+    assert chi_squared_p(draws, probability) > 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_a_drawn_token_comes_with_its_weight(temperature: float) -> None:
+    for groups, log_weights in cases(LAYOUTS["shortlist"], temperature, num_rows=50):
+        tokens, found = draw(groups, torch.Generator().manual_seed(1))
+        torch.testing.assert_close(found, log_weights.gather(-1, tokens[:, None])[:, 0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.8}, {"top_p": 0.9}, {"temperature": 0.8, "top_p": 0.9}], ids=str
+)
+def test_sampling_leaves_unlikely_groups_alone(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    num_rows = 64
+    head, _ = make_head("sorted_free", Layout(401, 5, shortlist=20), weight_std=0.5)
+    assert isinstance(head, FoldedHead)
+    head.group_weight.data *= 10
+    counter = GroupCounter(head)
+    monkeypatch.setattr(head.scorer, "group_log_prob", counter)
+    head.sample(make_hidden(num_rows), generator=torch.Generator().manual_seed(0), **settings)
+    assert 0 < counter.num_groups <= num_rows * head.partition.num_groups // 4
+
+
+def test_a_shortlist_is_not_visited_for_the_best_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = make_head("scale_shift", Layout(401, 5, shortlist=200), weight_std=0.1)
+    assert isinstance(head, FoldedHead)
+    head.group_weight.data[:200] += 3 * make_hidden(1)
+    hidden = make_hidden(1)
+    expected = head.log_prob(hidden).topk(3).indices
+    assert (expected < 200).all()
+    counter = GroupCounter(head)
+    monkeypatch.setattr(head.scorer, "group_log_prob", counter)
+    assert torch.equal(head.topk(hidden, 3)[1], expected)
+    assert counter.num_groups == 0
