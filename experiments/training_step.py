@@ -39,9 +39,9 @@ VOCABULARY_SIZE = 50_257
 SHORTLIST = PartitionSettings(shortlist=2048)
 HEADS = {
     "full": HeadSettings(name="full", tied=True),
+    "grouped scale_shift_sorted": HeadSettings(name="grouped", tied=False, scorer="scale_shift_sorted"),
     "grouped scale_shift": HeadSettings(name="grouped", tied=False, scorer="scale_shift"),
-    "grouped scale_shift_plain": HeadSettings(name="grouped", tied=False, scorer="scale_shift_plain"),
-    "grouped low_rank": HeadSettings(name="grouped", tied=False, scorer="low_rank"),
+    "grouped low_rank_sorted": HeadSettings(name="grouped", tied=False, scorer="low_rank_sorted"),
     "grouped linear_sorted": HeadSettings(name="grouped", tied=True, scorer="linear_sorted"),
     "grouped linear_sorted shortlist": HeadSettings(
         name="grouped", tied=True, scorer="linear_sorted", partition=SHORTLIST

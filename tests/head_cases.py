@@ -15,27 +15,27 @@ from vocabfold.heads import (
     LoopedLinearScorer,
     LowRankScorer,
     Partition,
-    PlainLowRankScorer,
-    PlainScaleShiftScorer,
     ScaleShiftScorer,
     SortedLinearScorer,
+    SortedLowRankScorer,
+    SortedScaleShiftScorer,
     TokenScorer,
     equal_partition,
 )
 
 HIDDEN_SIZE = 6
 SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
+    "scale_shift_sorted": lambda partition, _: SortedScaleShiftScorer(HIDDEN_SIZE, partition),
     "scale_shift": lambda partition, _: ScaleShiftScorer(HIDDEN_SIZE, partition),
-    "scale_shift_plain": lambda partition, _: PlainScaleShiftScorer(HIDDEN_SIZE, partition),
+    "low_rank_sorted": lambda partition, _: SortedLowRankScorer(HIDDEN_SIZE, partition, rank=2),
     "low_rank": lambda partition, _: LowRankScorer(HIDDEN_SIZE, partition, rank=2),
-    "low_rank_plain": lambda partition, _: PlainLowRankScorer(HIDDEN_SIZE, partition, rank=2),
     "sorted_free": lambda partition, _: SortedLinearScorer(HIDDEN_SIZE, partition),
     "sorted_tied": lambda partition, weight: SortedLinearScorer(HIDDEN_SIZE, partition, weight),
     "looped_free": lambda partition, _: LoopedLinearScorer(HIDDEN_SIZE, partition),
     "looped_tied": lambda partition, weight: LoopedLinearScorer(HIDDEN_SIZE, partition, weight),
 }
 FOLDED_KINDS = tuple(SCORERS)
-FAST_KINDS = ("scale_shift", "low_rank", "sorted_free", "sorted_tied")
+FAST_KINDS = ("scale_shift_sorted", "low_rank_sorted", "sorted_free", "sorted_tied")
 KINDS = ("full_tied", "full_free", *FOLDED_KINDS)
 
 
@@ -133,9 +133,9 @@ def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Ten
         scores = []
         for slot, token in enumerate(tokens):
             scorer = head.scorer
-            if isinstance(scorer, PlainScaleShiftScorer):
+            if isinstance(scorer, ScaleShiftScorer):
                 score = scorer.scale[index, slot] * (hidden @ scorer.shared[slot]) + scorer.shift[index, slot]
-                if isinstance(scorer, PlainLowRankScorer):
+                if isinstance(scorer, LowRankScorer):
                     score = score + hidden @ scorer.down[index].t() @ scorer.up[index, slot]
             else:
                 assert isinstance(scorer, LoopedLinearScorer)

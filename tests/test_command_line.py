@@ -37,7 +37,7 @@ IMPOSSIBLE_SETTINGS = [
     ("budget.steps=0", "budget.steps is 0: choose more than 0"),
     ("head=grouped head.partition.group_size=0", "group_size is 0: choose between 1 and the vocabulary size 50257"),
     ("head=grouped head.partition.group_size=50258", "choose between 1 and the vocabulary size 50257"),
-    ("head=grouped head.scorer=nonesuch", "choose one of scale_shift, scale_shift_plain, "),
+    ("head=grouped head.scorer=nonesuch", "choose one of scale_shift, scale_shift_sorted, "),
     ("head=grouped head.tied=true", "use head.tied=false or head.scorer=linear_sorted"),
     ("data.train=missing.txt", "there is no file missing.txt; give the path of a UTF-8 text file"),
     ("data.train=null", "data=text needs data.train=FILE and data.valid=FILE"),

@@ -24,8 +24,8 @@ from vocabfold.heads.linear import LinearKernel
 from vocabfold.heads.scorers import SortedTargets
 
 PLAIN = {
-    "scale_shift": "scale_shift_plain",
-    "low_rank": "low_rank_plain",
+    "scale_shift_sorted": "scale_shift",
+    "low_rank_sorted": "low_rank",
     "sorted_free": "looped_free",
     "sorted_tied": "looped_tied",
 }

@@ -15,8 +15,8 @@ from vocabfold.models.build import ModelSettings, build_model
 
 VOCABULARY_SIZE, BATCH_SIZE, SEQUENCE_LENGTH = 50_257, 32, 512
 FAST = {
-    "scale_shift": HeadSettings("grouped", tied=False, scorer="scale_shift"),
-    "low_rank": HeadSettings("grouped", tied=False, scorer="low_rank"),
+    "scale_shift_sorted": HeadSettings("grouped", tied=False, scorer="scale_shift_sorted"),
+    "low_rank_sorted": HeadSettings("grouped", tied=False, scorer="low_rank_sorted"),
     "linear_sorted": HeadSettings("grouped", tied=True, scorer="linear_sorted"),
     "shortlist": HeadSettings(
         "grouped", tied=True, scorer="linear_sorted", partition=PartitionSettings("random", shortlist=2048)

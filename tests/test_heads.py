@@ -330,7 +330,7 @@ def test_build_grouped_head(scorer: str) -> None:
         (HeadSettings(name="ful"), r"head\.name is 'ful': choose one of full, grouped"),
         (
             HeadSettings(name="grouped", scorer="x"),
-            r"head\.scorer is 'x': choose one of scale_shift, scale_shift_plain,",
+            r"head\.scorer is 'x': choose one of scale_shift, scale_shift_sorted,",
         ),
         (
             HeadSettings(name="grouped", partition=PartitionSettings(order="x")),

@@ -97,7 +97,7 @@ def test_draws_stay_in_the_nucleus_and_reach_all_of_it(layout: Layout, temperatu
 
 
 def test_equally_likely_tokens_share_a_nucleus_of_the_smallest_size() -> None:
-    head, model = make_head("scale_shift", LAYOUTS["shortlist"])
+    head, model = make_head("scale_shift_sorted", LAYOUTS["shortlist"])
     for parameter in model.parameters():
         parameter.data.zero_()
     assert isinstance(head, FoldedHead)
@@ -120,7 +120,7 @@ def chi_squared_p(draws: Tensor, probability: Tensor) -> float:
     return float(stats.chisquare(observed, expected).pvalue) if len(expected) > 1 else 1.0
 
 
-@pytest.mark.parametrize("kind", ["scale_shift", "low_rank", "sorted_tied"])
+@pytest.mark.parametrize("kind", ["scale_shift_sorted", "low_rank_sorted", "sorted_tied"])
 @pytest.mark.parametrize("name", ["prime", "shortlist", "one_slot", "one_group"])
 @pytest.mark.parametrize(
     "settings",
@@ -166,7 +166,7 @@ def test_sampling_leaves_unlikely_groups_alone(settings: dict[str, Any], monkeyp
 
 
 def test_a_shortlist_is_not_visited_for_the_best_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    head, _ = make_head("scale_shift", Layout(401, 5, shortlist=200), weight_std=0.1)
+    head, _ = make_head("scale_shift_sorted", Layout(401, 5, shortlist=200), weight_std=0.1)
     assert isinstance(head, FoldedHead)
     head.group_weight.data[:200] += 3 * make_hidden(1)
     hidden = make_hidden(1)

@@ -5,9 +5,9 @@ from vocabfold.heads.build import HeadSettings, build_head, token_order
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
-from vocabfold.heads.low_rank import LowRankScorer, PlainLowRankScorer
+from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.partition import Partition, equal_partition
-from vocabfold.heads.scorers import PlainScaleShiftScorer, ScaleShiftScorer, TokenScorer
+from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
 
 __all__ = [
     "FoldedHead",
@@ -18,10 +18,10 @@ __all__ = [
     "LoopedLinearScorer",
     "LowRankScorer",
     "Partition",
-    "PlainLowRankScorer",
-    "PlainScaleShiftScorer",
     "ScaleShiftScorer",
     "SortedLinearScorer",
+    "SortedLowRankScorer",
+    "SortedScaleShiftScorer",
     "TokenScorer",
     "build_head",
     "equal_partition",

@@ -18,7 +18,7 @@ from vocabfold.heads.base import Head
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
-from vocabfold.heads.low_rank import LowRankScorer, PlainLowRankScorer
+from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.orders import (
     clustered_order,
     cooccurrence_embedding,
@@ -27,7 +27,7 @@ from vocabfold.heads.orders import (
     token_counts,
 )
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
-from vocabfold.heads.scorers import PlainScaleShiftScorer, ScaleShiftScorer, TokenScorer
+from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
 
 
 @dataclass
@@ -168,7 +168,7 @@ def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Paramete
     return cast(nn.Parameter, embedding.weight) if settings.tied else None
 
 
-def _scale_shift(kind: type[PlainScaleShiftScorer]) -> ScorerBuilder:
+def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
         return kind(embedding.embedding_dim, partition, settings.init_std)
@@ -176,7 +176,7 @@ def _scale_shift(kind: type[PlainScaleShiftScorer]) -> ScorerBuilder:
     return build
 
 
-def _low_rank(kind: type[PlainLowRankScorer]) -> ScorerBuilder:
+def _low_rank(kind: type[LowRankScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
         return kind(embedding.embedding_dim, partition, settings.rank, settings.init_std)
@@ -202,9 +202,9 @@ BUILDERS = {"full": _build_full, "grouped": _build_grouped}
 ORDERS = ("bpe", "frequency", "random", "clustered")
 SCORERS: dict[str, ScorerBuilder] = {
     "scale_shift": _scale_shift(ScaleShiftScorer),
-    "scale_shift_plain": _scale_shift(PlainScaleShiftScorer),
-    "linear_sorted": _linear(SortedLinearScorer),
+    "scale_shift_sorted": _scale_shift(SortedScaleShiftScorer),
     "linear_looped": _linear(LoopedLinearScorer),
+    "linear_sorted": _linear(SortedLinearScorer),
     "low_rank": _low_rank(LowRankScorer),
-    "low_rank_plain": _low_rank(PlainLowRankScorer),
+    "low_rank_sorted": _low_rank(SortedLowRankScorer),
 }

@@ -44,8 +44,7 @@ class FoldedHead(Head):
         group is the target's) and ``token_accuracy`` (the likeliest slot of the target's own group is the target's)."""
         counted, num_targets = counted_targets(targets)
         groups, slots = self._group_and_slot(targets, counted)
-        kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
-        group_total, group_hits = total_log_prob(kernel, (hidden, self.group_weight), with_accuracy)
+        group_total, group_hits = self._group_total(hidden, groups, counted, with_accuracy)
         token_total, token_hits = self.scorer.total_log_prob(hidden, groups, slots, counted, with_accuracy)
         divisor = num_targets.clamp(min=1)
         parts: dict[str, Tensor] = {}
@@ -54,6 +53,18 @@ class FoldedHead(Head):
         group_loss, token_loss = -group_total / divisor, -token_total / divisor
         parts |= {"group_loss": group_loss.detach(), "token_loss": token_loss.detach()}
         return HeadLoss(group_loss + token_loss, num_targets, parts)
+
+    def _group_total(
+        self, hidden: Tensor, groups: Tensor, counted: Tensor, with_hits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(sum of log P(group) over the rows ``counted``, how many are the likeliest group, where asked for)."""
+        if self.scorer.gradients_in_forward:
+            kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
+            return total_log_prob(kernel, (hidden, self.group_weight), with_hits)
+        logits = F.linear(hidden, self.group_weight)
+        log_prob = -F.cross_entropy(logits, groups, reduction="none")
+        hits = ((logits.detach().argmax(dim=-1) == groups) & counted).sum() if with_hits else None
+        return torch.where(counted, log_prob, 0.0).sum(), hits
 
     def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """See Head.target_log_prob."""

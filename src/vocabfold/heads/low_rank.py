@@ -10,7 +10,13 @@ from vocabfold.errors import UserError
 from vocabfold.heads.base import log_softmax
 from vocabfold.heads.gradients_in_forward import Kernel, add_product
 from vocabfold.heads.partition import Partition
-from vocabfold.heads.scorers import FastTokenScorer, PlainScaleShiftScorer, ScaleShiftKernel, SortedTargets
+from vocabfold.heads.scorers import (
+    FastTokenScorer,
+    ScaleShiftKernel,
+    ScaleShiftScorer,
+    SortedTargets,
+    TokenScorer,
+)
 
 
 class LowRankKernel(ScaleShiftKernel):
@@ -44,7 +50,7 @@ class LowRankKernel(ScaleShiftKernel):
             add_product(gradients[5][group], slope[rows].t(), low[rows])
 
 
-class PlainLowRankScorer(PlainScaleShiftScorer):
+class LowRankScorer(ScaleShiftScorer):
     """The correction by autograd. A [M, r, D] starts as normal(0, ``init_std``), B [M, S, r] as 0: at first the scorer
     is scale-and-shift. Raises UserError for a rank below 1."""
 
@@ -56,6 +62,8 @@ class PlainLowRankScorer(PlainScaleShiftScorer):
         self.down = nn.Parameter(torch.empty(num_groups, rank, hidden_size))
         nn.init.normal_(self.down, std=init_std)
         self.up = nn.Parameter(torch.zeros(num_groups, partition.num_slots, rank))
+
+    target_log_prob = TokenScorer.target_log_prob  # scale-and-shift's own has no room for the correction
 
     def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)
@@ -71,7 +79,7 @@ class PlainLowRankScorer(PlainScaleShiftScorer):
         return log_prob[:, self.partition.multi_slot_exists]
 
 
-class LowRankScorer(FastTokenScorer, PlainLowRankScorer):
+class SortedLowRankScorer(FastTokenScorer, LowRankScorer):
     """The same numbers with gradients computed in the forward pass, a chunk of rows at a time."""
 
     def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:

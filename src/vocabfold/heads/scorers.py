@@ -31,6 +31,8 @@ class TokenScorer(nn.Module, ABC):
     of any other group is certain. What it inherits for training is plain autograd, the slow reference of a fast one.
     """
 
+    gradients_in_forward = False  # whether training keeps gradients, not logits: the head's group softmax follows
+
     def __init__(self, partition: Partition) -> None:
         super().__init__()
         self.partition = partition
@@ -85,6 +87,8 @@ class TokenScorer(nn.Module, ABC):
 class FastTokenScorer(TokenScorer):
     """Trains through a kernel that sorts the rows by group and computes the gradients on the way forward."""
 
+    gradients_in_forward = True
+
     @abstractmethod
     def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
         """The kernel for these targets."""
@@ -130,7 +134,7 @@ class SortedTargets:
 
 class ScaleShiftKernel:
     """scale_g * (W_s h) + shift_g, then log softmax over the slots of g: inputs hidden [N, D], W_s [S, D], scale [M, S]
-    and shift [M, S]. PlainScaleShiftScorer is the plain form."""
+    and shift [M, S]. ScaleShiftScorer is the plain form."""
 
     def __init__(self, targets: SortedTargets, slot_exists: Tensor, dtype: torch.dtype) -> None:
         self.targets, self.slot_exists, self.dtype = targets, slot_exists, dtype
@@ -184,7 +188,7 @@ class ScaleShiftKernel:
         """Add that part's gradients; ``low`` is what _correct returned."""
 
 
-class PlainScaleShiftScorer(TokenScorer):
+class ScaleShiftScorer(TokenScorer):
     """scale_g * (W_s h) + shift_g: one shared product and 2 M S numbers (arXiv 2411.06371, its fast form), by autograd.
 
     The shared W_s [S, D] starts as normal(0, ``init_std``), scales as 1, shifts as 0.
@@ -202,6 +206,14 @@ class PlainScaleShiftScorer(TokenScorer):
         # Masking the [M, S] parameter instead of the [N, S] logits costs nothing that grows with N.
         return self.shift.masked_fill(~self.partition.multi_slot_exists, -torch.inf)
 
+    def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
+        """See TokenScorer.target_log_prob. As the paper has it, scale and shift [N, S] are looked up for each row."""
+        if len(self.partition.multi_groups) < len(self.partition.sizes):
+            return super().target_log_prob(hidden, groups, slots)
+        scale, shift = F.embedding(groups, self.scale), F.embedding(groups, self._masked_shift())
+        logits = torch.addcmul(shift, scale, F.linear(hidden, self.shared).to(scale.dtype))
+        return -F.cross_entropy(logits, slots, reduction="none")
+
     def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)
         return log_softmax(self.scale[index] * shared + self._masked_shift()[index])
@@ -212,7 +224,7 @@ class PlainScaleShiftScorer(TokenScorer):
         return log_prob[:, self.partition.multi_slot_exists]
 
 
-class ScaleShiftScorer(FastTokenScorer, PlainScaleShiftScorer):
+class SortedScaleShiftScorer(FastTokenScorer, ScaleShiftScorer):
     """The same numbers with gradients computed in the forward pass, a chunk of rows at a time."""
 
     def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
