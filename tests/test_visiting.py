@@ -10,9 +10,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from head_cases import LAYOUTS, Layout, make_head, make_hidden
+from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, make_head, make_hidden
 from test_head_sampling import GroupCounter, cut_distribution
-from vocabfold.heads import FoldedHead
+from vocabfold.heads import FoldedHead, PlainScaleShiftScorer
 from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus
 
 TEMPERATURES = (0.05, 0.4, 0.9, 1.0, 1.3, 4.0, float("inf"))
@@ -176,3 +176,36 @@ def test_a_shortlist_is_not_visited_for_the_best_token(monkeypatch: pytest.Monke
     monkeypatch.setattr(head.scorer, "group_log_prob", counter)
     assert torch.equal(head.topk(hidden, 3)[1], expected)
     assert counter.num_groups == 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.6])
+@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("weight_std", [0.4, 0.8])
+def test_a_nucleus_among_many_groups(temperature: float, top_p: float, weight_std: float) -> None:
+    """80 groups, of which a few settle the nucleus while the mass of the others is known by its bounds alone."""
+    head, _ = make_head("scale_shift", Layout(401, 5, shuffled=True), weight_std)
+    assert isinstance(head, FoldedHead)
+    hidden = make_hidden(1).expand(1500, -1)
+    log_prob = head.log_prob(hidden[:1])[0]
+    log_ratio = head.group_log_prob(hidden) - log_prob.max()
+    groups = TemperedGroups(head.partition, head.scorer, hidden, log_ratio.detach(), temperature)
+    draws = draw_from_nucleus(groups, top_p, torch.Generator().manual_seed(5))
+    expected = torch.tensor(cut_distribution(log_prob.tolist(), temperature, top_p=top_p), dtype=torch.float64)
+    assert chi_squared_p(draws, expected) > 1e-5
+
+
+def test_a_nucleus_goes_on_into_groups_not_yet_seen() -> None:
+    """Every token of a group is likelier than the whole next group, so that none seen is ever outside."""
+    head, _ = make_head("scale_shift", Layout(48, 2))
+    assert isinstance(head, FoldedHead)
+    hidden = torch.zeros(5000, HIDDEN_SIZE, dtype=torch.float64)
+    hidden[:, 0] = 1.0
+    head.group_weight.data[:, 0] = torch.arange(24, dtype=torch.float64) * torch.tensor(0.45).double().log()
+    assert isinstance(head.scorer, PlainScaleShiftScorer)
+    head.scorer.scale.data.zero_()
+    head.scorer.shift.data.zero_()
+    groups = TemperedGroups(head.partition, head.scorer, hidden, head.group_log_prob(hidden).detach(), 1.0)
+    draws = draw_from_nucleus(groups, 0.99999, torch.Generator().manual_seed(5))
+    expected = torch.tensor(cut_distribution(head.log_prob(hidden[:1])[0].tolist(), top_p=0.99999))
+    assert chi_squared_p(draws, expected.double()) > 1e-5
+    assert (draws >= 16).any()
