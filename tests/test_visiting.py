@@ -12,7 +12,7 @@ from torch import Tensor
 
 from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, make_head, make_hidden
 from test_head_sampling import GroupCounter, cut_distribution
-from vocabfold.heads import FoldedHead, PlainScaleShiftScorer
+from vocabfold.heads import FoldedHead, ScaleShiftScorer
 from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus
 
 TEMPERATURES = (0.05, 0.4, 0.9, 1.0, 1.3, 4.0, float("inf"))
@@ -201,7 +201,7 @@ def test_a_nucleus_goes_on_into_groups_not_yet_seen() -> None:
     hidden = torch.zeros(5000, HIDDEN_SIZE, dtype=torch.float64)
     hidden[:, 0] = 1.0
     head.group_weight.data[:, 0] = torch.arange(24, dtype=torch.float64) * torch.tensor(0.45).double().log()
-    assert isinstance(head.scorer, PlainScaleShiftScorer)
+    assert isinstance(head.scorer, ScaleShiftScorer)
     head.scorer.scale.data.zero_()
     head.scorer.shift.data.zero_()
     groups = TemperedGroups(head.partition, head.scorer, hidden, head.group_log_prob(hidden).detach(), 1.0)
