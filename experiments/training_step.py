@@ -9,6 +9,7 @@ writes results/SCALE/training_step.csv, one row a head and round, and prints eac
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=8)
+    parser.add_argument("--num-heads", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=512)
     arguments = parser.parse_args()
@@ -133,7 +135,10 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()  # as train.py does; it helps the full softmax most
     model_settings = ModelSettings(
-        hidden_size=arguments.hidden_size, num_layers=arguments.num_layers, max_positions=arguments.sequence_length
+        hidden_size=arguments.hidden_size,
+        num_layers=arguments.num_layers,
+        num_heads=arguments.num_heads,
+        max_positions=arguments.sequence_length,
     )
     shape = (arguments.batch_size, arguments.sequence_length + 1)
     # Real token frequencies fall roughly as 1 / rank, which decides how many groups a batch touches.
@@ -149,12 +154,18 @@ def main() -> None:
         hardware=hardware(),
         torch=torch_version(),
         commit=code_commit(),
-        command=f"python experiments/training_step.py --scale {arguments.scale} --rounds {arguments.rounds}",
+        command=" ".join(["python experiments/training_step.py", *sys.argv[1:]]),
     )
     path = RESULTS / arguments.scale / "training_step.csv"
     write_text(path, table.to_csv(index=False))
     rate = matrix_rate_flops_per_second(device, torch.float32)
-    words = report(table, rate) + f"\n\nMachine's matrix rate: {rate / 1e9:.0f} GFLOP/s. {hardware()}.\n"
+    setting = (
+        f"Hidden {arguments.hidden_size}, {arguments.num_layers} layers, V = {VOCABULARY_SIZE:,}, batch "
+        f"{arguments.batch_size} x {arguments.sequence_length}, fp32, Adam; {arguments.rounds} interleaved rounds: "
+        "median of the rounds' ratios and their 2.5 to 97.5% range.\n"
+        f"Matrix rate of the machine: {rate / 1e9:.0f} GFLOP/s. {hardware()}; torch {torch_version()}.\n"
+    )
+    words = f"{report(table, rate)}\n\n{setting}"
     write_text(path.with_suffix(".md"), words)
     print(words + f"wrote {path}")
 

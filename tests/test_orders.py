@@ -191,7 +191,7 @@ def test_a_run_by_frequency_is_loaded_without_its_corpus(tmp_path: Path, monkeyp
     clustered = settings_of(
         "head=grouped", "head.partition.order=clustered", "head.partition.clustered_from=run", "run_dir=clustered"
     )
-    assert training.train(clustered, "")["partition_order"] == "clustered"
+    assert training.train(clustered, "")["partition_order"] == "clustered_run"
 
 
 @pytest.mark.parametrize("head", ["full", "grouped"])
