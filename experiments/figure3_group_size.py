@@ -1,7 +1,8 @@
 """Figure 3 of arXiv 2411.06371: memory and validation loss of the grouped head against group size.
 
 results/SCALE/figure3_group_size.csv and main_comparison.csv -> results/SCALE/figure3_group_size.png, with the published
-points (results/paper) and the memory at the paper's own size (results/simulated) drawn in.
+points (results/paper) and the memory at the paper's own size (results/simulated) drawn in, and the same in numbers,
+results/SCALE/figure3_group_size.md
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
+from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
 
 VOCABULARY_SIZE = 50_257
@@ -57,6 +60,9 @@ def draw(scale: str) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.suptitle(caption(grouped, full), fontsize=7)
     save(figure, RESULTS / scale / "figure3_group_size.png")
+    path = RESULTS / scale / "figure3_group_size.md"
+    write_text(path, markdown(grouped, full))
+    print(f"wrote {path}")
 
 
 def in_columns(handles: list[Any], labels: list[str], columns: int) -> tuple[list[Any], list[str]]:
@@ -68,23 +74,29 @@ def in_columns(handles: list[Any], labels: list[str], columns: int) -> tuple[lis
 
 def draw_published(axis: Axes, name: str, column: str) -> None:
     """The authors' own points."""
-    published = read_reference(RESULTS / "paper" / f"{name}.csv", "restore it from the repository")
+    published = read_published(name, column)
     label = "published, grouped (memory in GB)"
-    axis.plot(published["group_size"], published[column], color=GREY, marker=".", label=label, linewidth=0.8)
+    axis.plot(published["group_size"], published["mean"], color=GREY, marker=".", label=label, linewidth=0.8)
 
 
 def draw_simulated(axis: Axes) -> None:
     """Our grouped head at the batch and sequence length of the published curve."""
-    path = RESULTS / "simulated" / "figure3_simulated_memory.csv"
-    table = read_reference(path, "run experiments/figure3_simulated_memory.py first").query("head == 'grouped'")
+    table = read_simulated()
     shape = f"{table['batch_size'].iloc[0]} x {table['sequence_length'].iloc[0]}"
-    axis.plot(
-        table["group_size"],
-        table["peak_gib"],
-        color=COLORS["purple"],
-        linestyle="-.",
-        label=f"ours, grouped, simulated at {shape}",
-    )
+    label = f"ours, grouped, simulated at {shape}"
+    axis.plot(table["group_size"], table["peak_gib"], color=COLORS["purple"], linestyle="-.", label=label)
+
+
+def read_published(name: str, column: str) -> pd.DataFrame:
+    """group_size and, as ``mean``, ``column`` of one published curve."""
+    table = read_reference(RESULTS / "paper" / f"{name}.csv", "restore it from the repository")
+    return table.rename(columns={column: "mean"})
+
+
+def read_simulated() -> pd.DataFrame:
+    """The grouped head's rows of the simulated table."""
+    path = RESULTS / "simulated" / "figure3_simulated_memory.csv"
+    return read_reference(path, "run experiments/figure3_simulated_memory.py first").query("head == 'grouped'")
 
 
 def read_reference(path: Path, remedy: str) -> pd.DataFrame:
@@ -116,6 +128,50 @@ def draw_baselines(axis: Axes, full: pd.DataFrame, column: str) -> None:
         axis.axhspan(
             row["mean"] - row["half_width"], row["mean"] + row["half_width"], color=color, alpha=0.15, linewidth=0
         )
+
+
+def markdown(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
+    """The figure in numbers: means and 95% intervals over seeds, extremes, and how the shapes follow the published."""
+    lines = ["| S | validation loss (nats) | group accuracy | peak memory (GiB) | seeds |", "|---|---|---|---|---|"]
+    loss, accuracy, memory = (
+        summarise(grouped, ["group_size"], column)
+        for column in ("validation_loss_nats", "group_accuracy", "peak_memory_gib")
+    )
+    means = zip(loss.itertuples(), accuracy["mean"], memory["mean"], strict=True)
+    for row, share, peak_gib in means:
+        interval = f"{row.mean:.3f} ± {row.half_width:.3f}"
+        lines.append(f"| {row.group_size:,} | {interval} | {share:.3f} | {peak_gib:.4f} | {row.seeds} |")
+    for _, baseline in summarise(full, ["model"], "validation_loss_nats").iterrows():
+        peak_gib = full.loc[full["model"] == baseline["model"], "peak_memory_gib"].mean()
+        interval = f"{baseline['mean']:.3f} ± {baseline['half_width']:.3f}"
+        lines.append(f"| {BASELINES[baseline['model']][0]} | {interval} | | {peak_gib:.4f} | {baseline['seeds']} |")
+    published = {column: read_published(name, column) for _, _, name, column in PANELS}
+    simulated = read_simulated().rename(columns={"peak_gib": "mean"})
+    worst, least = loss.sort_values("mean").iloc[-1], simulated.sort_values("mean").iloc[0]
+    published_worst = published["val_loss_nats"].sort_values("mean").iloc[-1]
+    published_least = published["memory_gb"].sort_values("mean").iloc[0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"* Worst loss: S = {worst['group_size']:,.0f}, {worst['mean']:.3f} nats; published: "
+            f"S = {published_worst['group_size']:,.0f}, {published_worst['mean']:.3f} nats.",
+            f"* Least memory at the published batch, simulated: S = {least['group_size']:,.0f}, "
+            f"{least['mean']:.3f} GiB; published: S = {published_least['group_size']:,.0f}, "
+            f"{published_least['mean']:.2f} GB.",
+            "* Correlation with the published curve over our group sizes: simulated memory "
+            f"{correlation(simulated, published['memory_gb']):.3f}, validation loss "
+            f"{correlation(loss, published['val_loss_nats']):.3f}.",
+            "",
+        ]
+    )
+
+
+def correlation(ours: pd.DataFrame, published: pd.DataFrame) -> float:
+    """Pearson's, with the published points interpolated in log S at our group sizes."""
+    sizes = np.log(ours["group_size"].to_numpy(dtype=float))
+    there = np.interp(sizes, np.log(published["group_size"].to_numpy(dtype=float)), published["mean"])
+    return float(np.corrcoef(ours["mean"], there)[0, 1])
 
 
 def caption(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
