@@ -26,6 +26,7 @@ from vocabfold.heads import HeadSettings
 from vocabfold.heads.build import PartitionSettings
 from vocabfold.measure.flops import training_flops_per_token
 from vocabfold.measure.machine import (
+    BYTES_PER_GIB,
     code_commit,
     hardware,
     matrix_rate_flops_per_second,
@@ -91,7 +92,7 @@ def measure(sides: dict[str, Side], rounds: int, device: torch.device) -> pd.Dat
         flops = training_flops_per_token(lambda side=side: side.loss().backward(), num_tokens)  # type: ignore[misc]
         for round_index, value in enumerate(seconds[name]):
             row = {"side": name, "round": round_index, "seconds": value, "tokens": num_tokens}
-            rows.append(row | {"peak_memory_gib": memory.peak_bytes / 2**30, "flops_per_token": flops})
+            rows.append(row | {"peak_memory_gib": memory.peak_bytes / BYTES_PER_GIB, "flops_per_token": flops})
     return pd.DataFrame(rows)
 
 

@@ -36,14 +36,13 @@ from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
 from vocabfold.heads.build import describe_head, token_order
 from vocabfold.measure.flops import training_flops_per_token
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.optimizer import build_optimizer, learning_rate_at
 from vocabfold.records import RunRecord, finished_row
 from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
 
-GIB = 2**30
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3
 AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,9 +185,9 @@ class Trainer:
 
         if self.step == WARM_UP_STEPS - 1:
             memory = peak_memory_of(step, self.device, live_tensors(self.model, self.optimizer))
-            self.measured["peak_memory_gib"] = memory.peak_bytes / GIB
+            self.measured["peak_memory_gib"] = memory.peak_bytes / BYTES_PER_GIB
             if memory.process_high_water_bytes is not None:
-                self.measured["process_high_water_gib"] = memory.process_high_water_bytes / GIB
+                self.measured["process_high_water_gib"] = memory.process_high_water_bytes / BYTES_PER_GIB
         else:
             step()
         if self.step > WARM_UP_STEPS:

@@ -8,13 +8,12 @@ from torch.nn import functional as F
 
 from vocabfold.errors import UserError
 from vocabfold.heads.base import log_softmax
-from vocabfold.heads.gradients_in_forward import Kernel, add_product
+from vocabfold.heads.gradients_in_forward import add_product
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import (
-    FastTokenScorer,
     ScaleShiftKernel,
     ScaleShiftScorer,
-    SortedTargets,
+    SortedScaleShiftScorer,
     TokenScorer,
 )
 
@@ -79,12 +78,10 @@ class LowRankScorer(ScaleShiftScorer):
         return log_prob[:, self.partition.multi_slot_exists]
 
 
-class SortedLowRankScorer(FastTokenScorer, LowRankScorer):
+class SortedLowRankScorer(SortedScaleShiftScorer, LowRankScorer):
     """The same numbers with gradients computed in the forward pass, a chunk of rows at a time."""
 
-    def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
-        targets = SortedTargets(self.partition, groups, slots, counted)
-        return LowRankKernel(targets, self.partition.multi_slot_exists, dtype)
+    kernel_type = LowRankKernel
 
     def _parameters_of_kernel(self) -> tuple[Tensor, ...]:
-        return self.shared, self.scale, self.shift, self.down, self.up
+        return *super()._parameters_of_kernel(), self.down, self.up

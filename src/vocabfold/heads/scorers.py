@@ -227,9 +227,11 @@ class ScaleShiftScorer(TokenScorer):
 class SortedScaleShiftScorer(FastTokenScorer, ScaleShiftScorer):
     """The same numbers with gradients computed in the forward pass, a chunk of rows at a time."""
 
+    kernel_type = ScaleShiftKernel
+
     def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
         targets = SortedTargets(self.partition, groups, slots, counted)
-        return ScaleShiftKernel(targets, self.partition.multi_slot_exists, dtype)
+        return self.kernel_type(targets, self.partition.multi_slot_exists, dtype)
 
     def _parameters_of_kernel(self) -> tuple[Tensor, ...]:
         return self.shared, self.scale, self.shift
