@@ -164,11 +164,9 @@ def markdown(by_rank: pd.DataFrame) -> str:
     """Mean loss and 95% interval over seeds, a line a head, a column a class of ranks."""
     names = rank_names(by_rank)
     lines = ["| head | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
-    for contender in map(str, by_rank["contender"].unique()):
-        rows = summarise(by_rank[by_rank["contender"] == contender], ["class"], "validation_loss_nats").set_index(
-            "class"
-        )
-        cells = [f"{rows.loc[number, 'mean']:.3f} ± {rows.loc[number, 'half_width']:.3f}" for number in names]
+    for contender in sorted(set(by_rank["contender"].astype(str))):
+        rows = summarise(by_rank[by_rank["contender"] == contender], ["class"], "validation_loss_nats")
+        cells = [f"{mean:.3f} ± {half_width:.3f}" for mean, half_width in rows[["mean", "half_width"]].to_numpy()]
         lines.append(f"| {contender} | " + " | ".join(cells) + " |")
     share = by_rank[by_rank["contender"] == by_rank["contender"].iloc[0]].groupby("class")["targets"].first()
     lines.append("| share of targets | " + " | ".join(f"{share[number] / share.sum():.1%}" for number in names) + " |")
