@@ -85,6 +85,15 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             for seed in (0, 1)
         ],
     )
+    yield (
+        "vocabulary_scaling",
+        [
+            contender_row(name, 225, seed) | {"vocabulary_size": size, "excess_loss_nats": size / 1e5 + seed}
+            for name in ("full_free", "linear_clustered")
+            for size in (10_000, 50_257)
+            for seed in (0, 1)
+        ],
+    )
     classes = {"rank": 6, "decile": 10}
     yield (
         "rare_tokens",
@@ -134,7 +143,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(REPOSITORY / "results" / reference, tmp_path / "results" / reference)
     for experiment, rows in tables():
         table = pd.DataFrame([{**row, "experiment": experiment} for row in rows])
-        further = ["sorted_by", "class"] if experiment == "rare_tokens" else []
+        further = [name for name in ("sorted_by", "class", "vocabulary_size") if name in table]
         write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv", further)
     write_side_tables(tmp_path / "results" / "smoke")
     return tmp_path / "results"

@@ -150,7 +150,8 @@ def collect(experiment: str, scale: str, results: Path = RESULTS) -> Path:
     metrics = [read_metrics(path.parent) for path in paths]
     if any(sum("validation_loss_nats" in line for line in lines) > 1 for lines in metrics):
         write_curves(rows, metrics, results / scale / f"{experiment}_curves.csv")
-    return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv")
+    further = [name for name in ("vocabulary_size",) if any(name in row for row in rows)]
+    return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv", further)
 
 
 def write_curves(rows: list[dict[str, Any]], metrics: list[list[dict[str, Any]]], path: Path) -> None:

@@ -293,7 +293,7 @@ def not_finite(trainer: Trainer, loss: float) -> str:
 def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[str, Any]:
     """The run's line in the results table."""
     settings = trainer.settings
-    extras: dict[str, Any] = {"contender": settings.contender} if settings.contender else {}
+    extras: dict[str, Any] = {"contender": settings.contender, "vocabulary_size": trainer.corpus.vocabulary_size}
     extras |= {name: value for name, value in final.items() if name.startswith(("validation_", "excess_"))}
     return {
         "experiment": settings.experiment,
