@@ -2,6 +2,7 @@
 
 from vocabfold.heads.base import Head, HeadLoss
 from vocabfold.heads.build import HeadSettings, build_head, token_order
+from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
@@ -10,6 +11,7 @@ from vocabfold.heads.partition import Partition, equal_partition
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
 
 __all__ = [
+    "ChunkedHead",
     "FoldedHead",
     "FullHead",
     "Head",
