@@ -11,18 +11,17 @@ from torch.nn import functional as F
 
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
-from vocabfold.heads.base import HeadLoss, counted_targets
-from vocabfold.heads.full import FullHead
+from vocabfold.heads.full import LeanFullHead
 from vocabfold.heads.gradients_in_forward import sum_dtype
 
 
-class ChunkedHead(FullHead):
+class ChunkedHead(LeanFullHead):
     """FullHead with another way to its loss: gradients are computed in the forward pass, ``chunk_rows`` rows at a time.
 
     Without options torch's function keeps [N, V] logits like any other, and its automatic chunk is a few rows. It
     knows no autocast, and bfloat16 inputs would get a loss rounded to bfloat16: here it always computes in float32
-    (float64 for a float64 model). The loss can be taken backward once. log_prob, topk and sample are FullHead's.
-    Raises UserError unless chunk_rows is at least 1.
+    (float64 for a float64 model). A loss can be taken backward once, and memory simulated without data misses the
+    chunk's logits. Raises UserError unless chunk_rows is at least 1.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class ChunkedHead(FullHead):
         vocabulary_size: int,
         tied_weight: nn.Parameter | None = None,
         init_std: float = 0.02,
-        chunk_rows: int = 256,
+        chunk_rows: int = 512,
     ) -> None:
         if chunk_rows < 1:
             raise UserError(f"head.chunk_rows is {chunk_rows}: choose at least 1")
@@ -39,30 +38,13 @@ class ChunkedHead(FullHead):
         self.options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows, chunking_method=None)
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        dtype = sum_dtype(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear_cross_entropy(
-                hidden.to(sum_dtype(hidden.dtype)),
-                self.weight.to(sum_dtype(hidden.dtype)),
+                hidden.to(dtype),
+                self.weight.to(dtype),
                 targets,
                 reduction=reduction,
                 ignore_index=IGNORE_INDEX,
                 options=self.options,
             )
-
-    def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
-        """See FullHead.loss."""
-        counted, num_targets = counted_targets(targets)
-        divisor = num_targets.clamp(min=1)
-        parts = {"accuracy": self._hits(hidden, targets, counted) / divisor} if with_accuracy else {}
-        # A sum: torch's own mean is NaN where every target is ignored.
-        return HeadLoss(self._cross_entropy(hidden, targets, "sum") / divisor, num_targets, parts)
-
-    @torch.no_grad()
-    def _hits(self, hidden: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-        rows = self.options.batch_chunk_size
-        likeliest = [self.logits(part).argmax(dim=-1) for part in hidden.split(rows)]
-        return ((torch.cat(likeliest) == targets) & counted).sum()
-
-    def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """See Head.target_log_prob. Backward computes the logits once more."""
-        return -self._cross_entropy(hidden, targets, "none")
