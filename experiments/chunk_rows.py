@@ -2,7 +2,8 @@
 
     python experiments/chunk_rows.py [--scale laptop] [--hidden-size 128] [--rounds 3]
 
-writes results/SCALE/chunk_rows_HIDDEN.csv, one row a side and round, and prints each side's ratio to the full softmax.
+writes results/SCALE/chunk_rows.csv, one row a side and round (rows of other hidden sizes stay), and prints each side's
+ratio to the full softmax.
 ``automatic`` leaves the chunk to torch.
 """
 
@@ -80,7 +81,10 @@ def main() -> None:
         commit=code_commit(),
         command=" ".join(["python experiments/chunk_rows.py", *sys.argv[1:]]),
     )
-    path = RESULTS / arguments.scale / f"chunk_rows_{hidden_size}.csv"
+    path = RESULTS / arguments.scale / "chunk_rows.csv"
+    if path.is_file():
+        before = pd.read_csv(path)
+        table = pd.concat([before[before["hidden_size"] != hidden_size], table])
     write_text(path, table.to_csv(index=False))
     print(f"wrote {path}")
 

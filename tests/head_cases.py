@@ -180,14 +180,18 @@ def naive_logits(
 
 def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Tensor:
     """log P [N, V] token by token: P(v) = softmax over groups [g] * softmax over the tokens of group g."""
-    group_logits, members = naive_logits(kind, layout, head, hidden)
+    return joined_log_prob(*naive_logits(kind, layout, head, hidden))
+
+
+def joined_log_prob(group_logits: Tensor, members: list[tuple[list[int], Tensor]]) -> Tensor:
+    """log P [N, V] from what naive_logits returns."""
     group_log_prob = _log_softmax(group_logits)
     columns: dict[int, Tensor] = {}
     for group, (tokens, logits) in enumerate(members):
-        within = _log_softmax(logits) if len(tokens) > 1 else torch.zeros(len(hidden), 1, dtype=hidden.dtype)
+        within = _log_softmax(logits) if len(tokens) > 1 else torch.zeros_like(group_logits[:, :1])
         for slot, token in enumerate(tokens):
             columns[token] = group_log_prob[:, group] + within[:, slot]
-    return torch.stack([columns[token] for token in range(layout.vocabulary_size)], dim=1)
+    return torch.stack([columns[token] for token in range(len(columns))], dim=1)
 
 
 def _capped(scores: Sequence[Tensor], head: FullHead | FoldedHead) -> Tensor:

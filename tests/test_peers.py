@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, adaptive_cutoffs, make_head, make_hidden
+from vocabfold import train as training
+from vocabfold.checkpoint import load_weights
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads import AdaptiveHead, ChunkedHead, FullHead, FusedHead, HeadSettings, build_head, token_order
 from vocabfold.heads.build import describe_head
+from vocabfold.models.build import build_model
+from vocabfold.records import read_metrics
+from vocabfold.settings import CONFIG_FOLDER, settings_from
 
 LAYOUT = LAYOUTS["prime"]
 TARGETS = torch.tensor([3, IGNORE_INDEX, 96, 0, 50, 50, IGNORE_INDEX, 12])
@@ -134,6 +141,46 @@ def test_a_chunked_head_computes_gradients_where_they_are_wanted() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="called twice"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    "overrides", [["head=chunked"], ["head=adaptive", "head.cutoffs=[20,60]", "head.div_value=2", "head.softcap=30"]]
+)
+def test_a_peer_trains_with_extras_and_its_weights_load_without_the_corpus(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path))
+    tiny = ["data=zipf", "data.vocabulary_size=211", "data.num_train_tokens=4000", "data.num_valid_tokens=300"]
+    tiny += ["sequence_length=16", "batch_size=4", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2"]
+    tiny += ["budget.tokens=null", "budget.steps=12", "log_every=1", "wandb.mode=disabled", f"run_dir={tmp_path}/run"]
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        extras = ["head.label_smoothing=0.1", "head.z_loss=0.01"]
+        settings = settings_from(compose("train", [*tiny, *overrides, *extras]))
+    row = training.train(settings, "")
+    first, *_, last = read_metrics(tmp_path / "run")
+    parts = [last[f"train_{name}"] for name in ("negative_log_likelihood", "smoothing_loss", "z_loss")]
+    assert last["train_loss"] == pytest.approx(0.9 * parts[0] + 0.1 * parts[1] + 0.01 * parts[2])
+    assert parts[0] < first["train_negative_log_likelihood"]
+    model = build_model(settings.model, settings.head, 211).eval()
+    load_weights(tmp_path / "run", model)
+    tokens = torch.from_numpy(training.load_corpus(settings.data).valid.tokens.astype("int64"))
+    starts = range(0, len(tokens) - 1, 16)
+    with torch.no_grad():
+        losses = [
+            model(window[None, :-1], window[None, 1:]).loss * (len(window) - 1)
+            for window in (tokens[start : start + 17] for start in starts)
+        ]
+    assert row["validation_loss_nats"] == pytest.approx(float(sum(losses)) / (len(tokens) - 1), rel=1e-5)
+
+
+def test_extras_that_are_off_leave_the_name_of_a_run_as_it_was() -> None:
+    def name(*overrides: str) -> str:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            return str(compose("train", list(overrides)).run_dir)
+
+    without = name("~head.label_smoothing", "~head.z_loss", "~head.softcap")
+    assert name() == without
+    assert name("head.z_loss=1e-4") != without
 
 
 def stand_in(calls: list[dict[str, Any]]) -> Any:

@@ -45,13 +45,14 @@ class FusedHead(LeanFullHead):
         self.kernel = kernel
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        if not (targets != IGNORE_INDEX).any():
+        counted = targets != IGNORE_INDEX
+        outside = counted & ((targets < 0) | (targets >= self.vocabulary_size))
+        some, some_outside = torch.stack([counted.any(), outside.any()]).tolist()  # the device is waited for once
+        if not some:
             # A kernel cannot be launched for no rows. The logits of none have a sum of 0 and zero gradients.
             nothing = self.logits(hidden[:0]).sum()
             return nothing if reduction == "sum" else nothing + torch.zeros_like(targets, dtype=nothing.dtype)
-        # Neither looks whether a target has a row: reading beyond the last would give any number.
-        outside = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= self.vocabulary_size))
-        if outside.any():
+        if some_outside:  # no kernel looks: reading beyond the last row would give any number
             raise IndexError(f"a target is outside the vocabulary of {self.vocabulary_size} tokens")
         common = {"ignore_index": IGNORE_INDEX, "reduction": reduction, "softcap": self.softcap}
         if self.kernel == "liger":
