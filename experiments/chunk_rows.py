@@ -48,8 +48,8 @@ def main() -> None:
     hidden = torch.randn(NUM_TOKENS, hidden_size, device=device, requires_grad=True)
     targets = torch.randint(VOCABULARY_SIZE, (NUM_TOKENS,), device=device)
     heads: dict[str, Head] = {"full": FullHead(hidden_size, VOCABULARY_SIZE, weight)}
-    for rows in CHUNK_ROWS:
-        heads[f"{rows}"] = ChunkedHead(hidden_size, VOCABULARY_SIZE, weight, chunk_rows=rows)
+    for chunk_rows in CHUNK_ROWS:
+        heads[f"{chunk_rows}"] = ChunkedHead(hidden_size, VOCABULARY_SIZE, weight, chunk_rows=chunk_rows)
     automatic = ChunkedHead(hidden_size, VOCABULARY_SIZE, weight)
     automatic.options = nn.LinearCrossEntropyOptions()
     heads["automatic"] = automatic
@@ -60,7 +60,7 @@ def main() -> None:
 
     sides = {name: lambda head=head: step(head) for name, head in heads.items()}
     seconds = interleaved_seconds(sides, arguments.rounds, 1, device, progress=True)
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, values in seconds.items():
         peak_memory = peak_memory_of(sides[name], device, [weight, hidden, targets]).peak_bytes / BYTES_PER_GIB
         rows += [

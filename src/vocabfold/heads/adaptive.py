@@ -121,4 +121,4 @@ class AdaptiveHead(FoldedHead):
         # The token of a cluster of one is certain: nothing is left to score.
         tail = nn.ModuleList(layers.tail[i] for i, size in enumerate(partition.sizes[kept[0] :].tolist()) if size > 1)
         super().__init__(hidden_size, partition, ClusterScorer(partition, tail), softcap=softcap)
-        self.group_weight = layers.head.weight
+        self.group_weight = cast(nn.Parameter, layers.head.weight)

@@ -79,15 +79,17 @@ class Head(nn.Module, ABC):
             shapes = f"{tuple(weights.shape)} for targets of {tuple(targets.shape)}"
             raise UserError(f"weights have the shape {shapes}: give one weight for each target")
         counted, num_targets = counted_targets(targets)
+        normalisers: list[Tensor] = []
         if options.label_smoothing == 0 and options.z_loss == 0:
-            log_prob, normalisers = self.target_log_prob(hidden, targets), []
+            log_prob = self.target_log_prob(hidden, targets)
         else:
             log_prob, normalisers = self._log_prob_and_normalisers(hidden, targets)
         terms = {"negative_log_likelihood": -log_prob}
         each = -log_prob
         if options.label_smoothing > 0:
             terms["smoothing_loss"] = -self._mean_log_prob(hidden, normalisers)
-            each = torch.lerp(each, terms["smoothing_loss"], options.label_smoothing)
+            share = options.label_smoothing
+            each = (1 - share) * each + share * terms["smoothing_loss"]
         if options.z_loss > 0:
             terms["z_loss"] = sum((normaliser.square() for normaliser in normalisers), torch.zeros_like(each))
             each = each + options.z_loss * terms["z_loss"]
