@@ -20,7 +20,16 @@ from vocabfold import train as training
 from vocabfold.checkpoint import load_weights
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
-from vocabfold.heads import AdaptiveHead, ChunkedHead, FullHead, FusedHead, HeadSettings, build_head, token_order
+from vocabfold.heads import (
+    AdaptiveHead,
+    ChunkedHead,
+    FullHead,
+    FusedHead,
+    HeadSettings,
+    LossOptions,
+    build_head,
+    token_order,
+)
 from vocabfold.heads.build import EXTRAS, describe_head
 from vocabfold.models.build import build_model
 from vocabfold.records import read_metrics
@@ -71,6 +80,16 @@ def test_an_adaptive_head_is_built_in_frequency_order() -> None:
         "num_groups": 7,
         "shortlist": 5,
     }
+
+
+@pytest.mark.parametrize("targets", [torch.full((8,), IGNORE_INDEX), torch.arange(0)])
+def test_an_adaptive_heads_clusters_without_a_row_have_zero_gradients(targets: Tensor) -> None:
+    head, _ = make_head("adaptive", LAYOUT)
+    hidden = make_hidden(len(targets))
+    for loss in (head.loss(hidden, targets, True).loss, head.loss_with(hidden, targets, LossOptions(z_loss=0.1)).loss):
+        head.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None and parameter.grad.eq(0).all() for parameter in head.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -30,11 +30,10 @@ class ClusterScorer(TokenScorer):
         self.tail = tail
 
     def _members(self, index: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(a cluster, the rows [N] whose ``index`` it is), for each that has some."""
+        """(a cluster, the rows [N] whose ``index`` it is). A cluster without a row is computed for none: its weights
+        then have gradients of zero, as DDP expects of every weight, and not none at all."""
         for cluster in range(len(self.tail)):
-            rows = (index == cluster).nonzero().squeeze(-1)
-            if len(rows) > 0:
-                yield cluster, rows
+            yield cluster, (index == cluster).nonzero().squeeze(-1)
 
     def _logits(self, hidden: Tensor, cluster: int) -> Tensor:
         return soft_cap(self.tail[cluster](hidden), self.softcap)
