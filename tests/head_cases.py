@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.heads import (
+    AdaptiveHead,
+    ChunkedHead,
     FoldedHead,
     FullHead,
     Head,
@@ -22,6 +24,7 @@ from vocabfold.heads import (
     TokenScorer,
     equal_partition,
 )
+from vocabfold.heads.adaptive import ClusterScorer
 
 HIDDEN_SIZE = 6
 SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
@@ -36,7 +39,8 @@ SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
 }
 FOLDED_KINDS = tuple(SCORERS)
 FAST_KINDS = ("scale_shift_sorted", "low_rank_sorted", "sorted_free", "sorted_tied")
-KINDS = ("full_tied", "full_free", *FOLDED_KINDS)
+FULL_KINDS = ("full_tied", "full_free", "chunked_tied", "chunked_free")
+KINDS = (*FULL_KINDS, *FOLDED_KINDS, "adaptive")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ LAYOUTS = {
 }
 
 
+def adaptive_cutoffs(vocabulary_size: int) -> list[int]:
+    """Of the adaptive heads in the tests: two, or one where that is all there is room for."""
+    return sorted({max(1, vocabulary_size // 10), max(1, vocabulary_size // 3)})
+
+
 class Model(nn.Module):
     """An embedding and the head that may share its rows, as a language model holds them."""
 
@@ -78,7 +87,12 @@ class Model(nn.Module):
 
 
 def make_head(
-    kind: str, layout: Layout, weight_std: float = 0.7, order: Tensor | None = None, seed: int = 0
+    kind: str,
+    layout: Layout,
+    weight_std: float = 0.7,
+    order: Tensor | None = None,
+    seed: int = 0,
+    softcap: float | None = None,
 ) -> tuple[Head, Model]:
     """A float64 head with every parameter drawn from normal(0, ``weight_std``), and the model that holds it."""
     torch.manual_seed(seed)
@@ -86,14 +100,18 @@ def make_head(
     tied_weight = embedding.weight if kind.endswith("tied") else None
     assert tied_weight is None or isinstance(tied_weight, nn.Parameter)
     head: Head
+    order = layout.order() if order is None else order
     if kind.startswith("full"):
-        head = FullHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight)
+        head = FullHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, softcap=softcap)
+    elif kind.startswith("chunked"):
+        head = ChunkedHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, chunk_rows=4)
+    elif kind == "adaptive":
+        cutoffs = adaptive_cutoffs(layout.vocabulary_size)
+        head = AdaptiveHead(HIDDEN_SIZE, layout.vocabulary_size, cutoffs, 2.0, order, softcap)
     else:
-        partition = equal_partition(
-            layout.vocabulary_size, layout.group_size, layout.order() if order is None else order, layout.shortlist
-        )
+        partition = equal_partition(layout.vocabulary_size, layout.group_size, order, layout.shortlist)
         scorer = SCORERS[kind](partition, tied_weight)
-        head = FoldedHead(HIDDEN_SIZE, partition, scorer)
+        head = FoldedHead(HIDDEN_SIZE, partition, scorer, softcap=softcap)
     module = Model(embedding, head).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=weight_std)
@@ -105,9 +123,14 @@ def make_hidden(num_rows: int, seed: int = 1) -> Tensor:
     return torch.randn(num_rows, HIDDEN_SIZE, dtype=torch.float64, generator=generator)
 
 
-def naive_groups(layout: Layout) -> list[list[int]]:
-    """The tokens of each group by the paper's floor formula, one token at a time."""
+def naive_groups(layout: Layout, kind: str = "") -> list[list[int]]:
+    """The tokens of each group by the paper's floor formula, token by token; of an adaptive head by its cutoffs."""
     shortlist, order = layout.shortlist, layout.order().tolist()
+    if kind == "adaptive":
+        first, *ends = [*adaptive_cutoffs(layout.vocabulary_size), layout.vocabulary_size]
+        return [[token] for token in order[:first]] + [
+            order[start:end] for start, end in zip([first, *ends], ends, strict=False)
+        ]
     rest = layout.vocabulary_size - shortlist
     group_size = layout.group_size or min(s for s in range(1, rest + 1) if s * s >= rest)
     num_groups = min(range(1, rest + 1), key=lambda groups: (abs(-(-rest // groups) - group_size), groups))
@@ -117,18 +140,22 @@ def naive_groups(layout: Layout) -> list[list[int]]:
     ]
 
 
-def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Tensor:
-    """log P [N, V] token by token: P(v) = softmax over groups [g] * softmax over the tokens of group g."""
+def naive_logits(
+    kind: str, layout: Layout, head: Head, hidden: Tensor
+) -> tuple[Tensor, list[tuple[list[int], Tensor]]]:
+    """Token by token: the logits of the groups [N, G] and, for each group, its tokens and their logits [N, its tokens].
+
+    In a full softmax each token is a group, and a token that is alone in its group has no logit within it.
+    """
+    assert isinstance(head, FullHead | FoldedHead)
     if isinstance(head, FullHead):
-        return _log_softmax([hidden @ head.weight[token] for token in range(layout.vocabulary_size)])
-    assert isinstance(head, FoldedHead)
-    groups = naive_groups(layout)
-    group_log_prob = _log_softmax([hidden @ head.group_weight[group] for group in range(len(groups))])
-    columns: dict[int, Tensor] = {}
+        logits = [hidden @ head.weight[token] for token in range(layout.vocabulary_size)]
+        return _capped(logits, head), [([token], hidden[:, :0]) for token in range(layout.vocabulary_size)]
+    members = []
     place = index = 0  # among the tokens, and the groups, that have parameters
-    for group, tokens in enumerate(groups):
+    for tokens in naive_groups(layout, kind):
         if len(tokens) == 1:
-            columns[tokens[0]] = group_log_prob[:, group]
+            members.append((tokens, hidden[:, :0]))
             continue
         scores = []
         for slot, token in enumerate(tokens):
@@ -137,19 +164,40 @@ def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Ten
                 score = scorer.scale[index, slot] * (hidden @ scorer.shared[slot]) + scorer.shift[index, slot]
                 if isinstance(scorer, LowRankScorer):
                     score = score + hidden @ scorer.down[index].t() @ scorer.up[index, slot]
+            elif isinstance(scorer, ClusterScorer):
+                down, rows = scorer.tail[index]
+                score = hidden @ down.weight.t() @ rows.weight[slot]
             else:
                 assert isinstance(scorer, LoopedLinearScorer)
                 row = token if kind.endswith("tied") else place
                 score = hidden @ scorer.weight[row] + scorer.bias[place]
             scores.append(score)
             place += 1
-        within = _log_softmax(scores)
+        members.append((tokens, _capped(scores, head)))
+        index += 1
+    return _capped([hidden @ row for row in head.group_weight], head), members
+
+
+def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Tensor:
+    """log P [N, V] token by token: P(v) = softmax over groups [g] * softmax over the tokens of group g."""
+    return joined_log_prob(*naive_logits(kind, layout, head, hidden))
+
+
+def joined_log_prob(group_logits: Tensor, members: list[tuple[list[int], Tensor]]) -> Tensor:
+    """log P [N, V] from what naive_logits returns."""
+    group_log_prob = _log_softmax(group_logits)
+    columns: dict[int, Tensor] = {}
+    for group, (tokens, logits) in enumerate(members):
+        within = _log_softmax(logits) if len(tokens) > 1 else torch.zeros_like(group_logits[:, :1])
         for slot, token in enumerate(tokens):
             columns[token] = group_log_prob[:, group] + within[:, slot]
-        index += 1
-    return torch.stack([columns[token] for token in range(layout.vocabulary_size)], dim=1)
+    return torch.stack([columns[token] for token in range(len(columns))], dim=1)
 
 
-def _log_softmax(scores: Sequence[Tensor]) -> Tensor:
+def _capped(scores: Sequence[Tensor], head: FullHead | FoldedHead) -> Tensor:
     stacked = torch.stack(list(scores), dim=1)
-    return stacked - stacked.exp().sum(dim=1, keepdim=True).log()
+    return stacked if head.softcap is None else head.softcap * torch.tanh(stacked / head.softcap)
+
+
+def _log_softmax(scores: Tensor) -> Tensor:
+    return scores - scores.exp().sum(dim=1, keepdim=True).log()

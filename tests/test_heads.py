@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from head_cases import (
     FOLDED_KINDS,
+    FULL_KINDS,
     HIDDEN_SIZE,
     KINDS,
     LAYOUTS,
@@ -26,12 +27,20 @@ from head_cases import (
 )
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
-from vocabfold.heads import FoldedHead, FullHead, HeadSettings, LoopedLinearScorer, ScaleShiftScorer, build_head
+from vocabfold.heads import (
+    FoldedHead,
+    FullHead,
+    HeadSettings,
+    LoopedLinearScorer,
+    ScaleShiftScorer,
+    build_head,
+    loss_options,
+)
 from vocabfold.heads.build import PartitionSettings, describe_head
 
 TARGETS = ("mixed", "one_group", "some_ignored", "all_ignored", "empty", "one_row")
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_folded_kind = pytest.mark.parametrize("kind", FOLDED_KINDS)
+every_folded_kind = pytest.mark.parametrize("kind", [*FOLDED_KINDS, "adaptive"])
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 every_target = pytest.mark.parametrize("pattern", TARGETS)
 
@@ -132,7 +141,7 @@ def test_float32_is_close_to_float64(kind: str, pattern: str) -> None:
     torch.testing.assert_close(found, gradients(loss, hidden, module), rtol=1e-4, atol=1e-6)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("chunked")])
 def test_gradcheck(kind: str) -> None:
     layout = Layout(7, 3, shuffled=True)
     head, _ = make_head(kind, layout)
@@ -175,7 +184,7 @@ def test_parts(kind: str, layout: Layout) -> None:
         parts = head.loss(hidden, targets).parts
         assert parts.keys() == {"group_loss", "token_loss"}
         torch.testing.assert_close(parts["group_loss"] + parts["token_loss"], result.loss)
-        groups = naive_groups(layout)
+        groups = naive_groups(layout, kind)
         expected = {"group_accuracy": 0, "token_accuracy": 0}
         for row, token in counted:
             masses = [float(best[row, group].exp().sum()) for group in groups]
@@ -220,8 +229,9 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 @every_kind
 @pytest.mark.parametrize("method", ["loss", "accuracy", "target_log_prob", *SAMPLING])
-def test_only_the_full_head_builds_n_times_v(kind: str, method: str) -> None:
+def test_only_the_full_head_builds_n_times_v(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, num_rows = Layout(4099, None), 512
+    monkeypatch.setattr(loss_options, "ROW_CHUNK_ELEMENTS", 16 * layout.vocabulary_size)
     head, module = make_head(kind, layout, weight_std=1.0)
     module.float()
     hidden = make_hidden(num_rows).float().requires_grad_()
@@ -233,8 +243,11 @@ def test_only_the_full_head_builds_n_times_v(kind: str, method: str) -> None:
             head.target_log_prob(hidden, targets).sum().backward()
         else:
             head.loss(hidden, targets, method == "accuracy").loss.backward()
-    if kind.startswith("full"):
+    if kind.startswith("full") or (kind in FULL_KINDS and method in SAMPLING):
         assert largest.num_elements >= num_rows * layout.vocabulary_size
+    elif kind == "adaptive":  # at most all rows times the tokens of its largest cluster
+        assert isinstance(head, FoldedHead)
+        assert largest.num_elements <= num_rows * head.partition.num_slots
     else:
         assert largest.num_elements <= num_rows * layout.vocabulary_size // (3 if method in SAMPLING else 16)
 
@@ -327,7 +340,7 @@ def test_build_grouped_head(scorer: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (HeadSettings(name="ful"), r"head\.name is 'ful': choose one of full, grouped"),
+        (HeadSettings(name="ful"), r"head\.name is 'ful': choose one of full, grouped, chunked, adaptive, fused"),
         (
             HeadSettings(name="grouped", scorer="x"),
             r"head\.scorer is 'x': choose one of scale_shift, scale_shift_sorted,",

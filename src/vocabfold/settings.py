@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadSettings
+from vocabfold.heads.build import EXTRAS
 from vocabfold.models.build import ModelSettings
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
@@ -155,6 +156,9 @@ def run_name(_root_: DictConfig) -> str:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     for key in NAMELESS_DATA_KEYS:
         plain["data"].pop(key, None)
+    for key in EXTRAS:
+        if not plain["head"].get(key):
+            plain["head"].pop(key, None)
     digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
     partition = plain["head"].get("partition")
     size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""

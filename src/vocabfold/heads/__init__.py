@@ -1,21 +1,29 @@
 """Output heads: hidden states to loss, log-probabilities and samples. Take one out for a model of your own."""
 
+from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head, HeadLoss
 from vocabfold.heads.build import HeadSettings, build_head, token_order
+from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
+from vocabfold.heads.fused import FusedHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
+from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.partition import Partition, equal_partition
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
 
 __all__ = [
+    "AdaptiveHead",
+    "ChunkedHead",
     "FoldedHead",
     "FullHead",
+    "FusedHead",
     "Head",
     "HeadLoss",
     "HeadSettings",
     "LoopedLinearScorer",
+    "LossOptions",
     "LowRankScorer",
     "Partition",
     "ScaleShiftScorer",

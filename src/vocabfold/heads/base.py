@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
+from vocabfold.heads.loss_options import LossOptions, in_row_chunks
 
 
 @dataclass
 class HeadLoss:
-    """``loss``: mean negative log likelihood in nats over the targets that count, 0 (with zero gradients) if none does.
+    """``loss``: mean negative log likelihood in nats over the targets that count, 0 (with zero gradients) if none does;
+    from ``Head.loss_with`` what its options say.
 
     ``parts``: named means over the same targets, detached, such as ``group_loss`` and ``token_loss`` in nats, and the
     accuracies (shares from 0 to 1) where they were asked for. ``num_targets``: how many targets counted.
@@ -26,10 +28,14 @@ class HeadLoss:
 
 
 class Head(nn.Module, ABC):
-    """A distribution over V tokens for each hidden state. Every method is exact; no head approximates."""
+    """A distribution over V tokens for each hidden state. Every method is exact; no head approximates.
+
+    ``training_options``: what ``forward`` adds to the loss while the module is in training mode.
+    """
 
     def __init__(self, hidden_size: int, vocabulary_size: int) -> None:
         super().__init__()
+        self.training_options = LossOptions()
         self.hidden_size = hidden_size
         self.vocabulary_size = vocabulary_size
 
@@ -44,6 +50,70 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """``hidden`` [N, D], ``targets`` [N] -> log P(target) [N] in nats, 0 where the target is IGNORE_INDEX."""
+
+    @abstractmethod
+    def _log_prob_and_normalisers(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(log P(target) [N], the log normaliser [N] of each softmax that the target takes part in). Anything may stand
+        in the rows of ignored targets."""
+
+    def _mean_log_prob(self, hidden: Tensor, normalisers: list[Tensor]) -> Tensor:
+        """The mean of log P(v) over the V tokens [N]. ``normalisers``: what _log_prob_and_normalisers returned."""
+        return in_row_chunks(lambda rows: self.log_prob(rows).mean(dim=-1), hidden, self.vocabulary_size)
+
+    def loss_with(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        options: LossOptions,
+        weights: Tensor | None = None,
+        with_accuracy: bool = False,
+    ) -> HeadLoss:
+        """``loss`` with ``options``, each row's multiplied by its weight in ``weights`` [N] (any sign).
+
+        A mean divides by the number of targets that count, not by the sum of their weights. Parts, not weighted:
+        ``negative_log_likelihood`` and, where they were asked for, ``smoothing_loss`` and ``z_loss`` before their
+        factors, and those of ``loss`` with the accuracies. Slower than ``loss``: what ``loss`` computes once is
+        computed again in the backward pass. Raises UserError for weights of another shape than the targets.
+        """
+        if weights is not None and weights.shape != targets.shape:
+            shapes = f"{tuple(weights.shape)} for targets of {tuple(targets.shape)}"
+            raise UserError(f"weights have the shape {shapes}: give one weight for each target")
+        counted, num_targets = counted_targets(targets)
+        normalisers: list[Tensor] = []
+        if options.label_smoothing == 0 and options.z_loss == 0:
+            log_prob = self.target_log_prob(hidden, targets)
+        else:
+            log_prob, normalisers = self._log_prob_and_normalisers(hidden, targets)
+        terms = {"negative_log_likelihood": -log_prob}
+        each = -log_prob
+        if options.label_smoothing > 0:
+            terms["smoothing_loss"] = -self._mean_log_prob(hidden, normalisers)
+            share = options.label_smoothing
+            each = (1 - share) * each + share * terms["smoothing_loss"]
+        if options.z_loss > 0:
+            terms["z_loss"] = sum((normaliser.square() for normaliser in normalisers), torch.zeros_like(each))
+            each = each + options.z_loss * terms["z_loss"]
+        each = torch.where(counted, each, 0.0)
+        if weights is not None:
+            each = each * torch.where(counted, weights, 0.0)
+        divisor = num_targets.clamp(min=1)
+        parts = {name: torch.where(counted, term.detach(), 0.0).sum() / divisor for name, term in terms.items()}
+        if with_accuracy:
+            with torch.no_grad():
+                parts |= self.loss(hidden, targets, with_accuracy).parts
+        if options.reduction == "none":
+            return HeadLoss(each, num_targets, parts)
+        total = each.sum()
+        return HeadLoss(total if options.reduction == "sum" else total / divisor, num_targets, parts)
+
+    def entropy(self, hidden: Tensor) -> Tensor:
+        """The entropy of P(. | h) in nats: ``hidden`` [N, D] -> [N]. Exact, from a few rows of log P at a time."""
+
+        def of_rows(rows: Tensor) -> Tensor:
+            log_prob = self.log_prob(rows)
+            return -(log_prob.exp() * log_prob).sum(dim=-1)
+
+        return in_row_chunks(of_rows, hidden, self.vocabulary_size)
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` likeliest tokens, best first: (log P [N, k], token [N, k]). Exact.
@@ -80,7 +150,9 @@ class Head(nn.Module, ABC):
         return tokens.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
 
     def forward(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
-        """The same as ``loss``."""
+        """``loss``; in training mode with the ``training_options``, if there are any."""
+        if self.training and self.training_options != LossOptions():
+            return self.loss_with(hidden, targets, self.training_options, with_accuracy=with_accuracy)
         return self.loss(hidden, targets, with_accuracy)
 
     def check_k(self, k: int) -> None:

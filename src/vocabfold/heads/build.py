@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from vocabfold.checkpoint import WEIGHTS_NAME
 from vocabfold.errors import UserError
+from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
+from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
+from vocabfold.heads.fused import FusedHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
+from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.orders import (
     clustered_order,
@@ -48,8 +52,12 @@ class PartitionSettings:
 
 @dataclass
 class HeadSettings:
-    """One node of conf/head. ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head
-    and stay unread by the full one."""
+    """One node of conf/head. ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the
+    logits; each is for every head that does not refuse it, and 0 or None is off.
+
+    ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head, ``chunk_rows`` the
+    chunked, ``cutoffs`` and ``div_value`` the adaptive and ``kernel`` the fused one; the others leave them unread.
+    """
 
     name: str = "full"
     tied: bool = True
@@ -57,6 +65,13 @@ class HeadSettings:
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     scorer: str = "scale_shift"
     rank: int = 4
+    chunk_rows: int = 512
+    cutoffs: list[int] = field(default_factory=lambda: [2000, 10_000])
+    div_value: float = 4.0
+    kernel: str = "cce"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
 
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
@@ -77,7 +92,9 @@ def build_head(
         raise UserError(
             f"the embedding has {embedding.num_embeddings} rows for {vocabulary_size} tokens: use head.tied=false"
         )
-    return BUILDERS[settings.name](settings, vocabulary_size, embedding, order)
+    head = BUILDERS[settings.name](settings, vocabulary_size, embedding, order)
+    head.training_options = LossOptions(settings.label_smoothing, settings.z_loss)
+    return head
 
 
 def token_order(settings: HeadSettings, vocabulary_size: int, tokens: np.ndarray) -> Tensor | None:
@@ -85,6 +102,8 @@ def token_order(settings: HeadSettings, vocabulary_size: int, tokens: np.ndarray
     for a head without a partition. Raises UserError for an order or sizes that no partition has, or where the run to
     cluster from cannot be read."""
     partition = settings.partition
+    if settings.name == "adaptive":
+        return frequency_order(token_counts(tokens, vocabulary_size))
     if settings.name != "grouped":
         return None
     _check_order(partition)
@@ -106,8 +125,20 @@ def token_order(settings: HeadSettings, vocabulary_size: int, tokens: np.ndarray
 def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
     """The columns of a result row that say which head was trained (empty where a head has no such thing)."""
     row: dict[str, Any] = {"head": settings.name, "tied": settings.tied}
-    if isinstance(head, FoldedHead):
-        # Runs that differ must differ in these columns: a table keeps one row of each combination.
+    # Runs that differ must differ in these columns: a table keeps one row of each combination.
+    if isinstance(head, ChunkedHead):
+        row["scorer"] = f"rows{settings.chunk_rows}"
+    elif isinstance(head, FusedHead):
+        row["scorer"] = settings.kernel
+    elif isinstance(head, AdaptiveHead):
+        row |= {
+            "scorer": f"cutoffs{'-'.join(map(str, settings.cutoffs))}_div{settings.div_value:g}",
+            "partition_order": "frequency",
+            "group_size": head.partition.num_slots,
+            "num_groups": head.partition.num_groups,
+            "shortlist": len(head.partition.single_groups),
+        }
+    elif isinstance(head, FoldedHead):
         rank = f"_rank{settings.rank}" if settings.scorer.startswith("low_rank") else ""
         partition = settings.partition
         seed = f"_seed{partition.seed}" if partition.order == "random" and partition.seed else ""
@@ -119,6 +150,9 @@ def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
             "num_groups": head.partition.num_groups,
             "shortlist": partition.shortlist,
         }
+    extras = [f"{name}{value:g}" for name in EXTRAS if (value := getattr(settings, name))]
+    if extras:
+        row["scorer"] = "_".join(filter(None, [row.get("scorer"), *extras]))
     return row
 
 
@@ -150,7 +184,32 @@ def _check_order(partition: PartitionSettings) -> None:
 
 
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
-    return FullHead(embedding.embedding_dim, vocabulary_size, _tied_weight(settings, embedding), settings.init_std)
+    weight = _tied_weight(settings, embedding)
+    return FullHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap)
+
+
+def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
+    if settings.softcap is not None:
+        raise UserError("head=chunked cannot cap its logits, which torch computes: use head=full, or head.softcap=null")
+    weight = _tied_weight(settings, embedding)
+    return ChunkedHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.chunk_rows)
+
+
+def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
+    weight = _tied_weight(settings, embedding)
+    return FusedHead(
+        embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap, settings.kernel
+    )
+
+
+def _build_adaptive(
+    settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None
+) -> Head:
+    if settings.tied:
+        raise UserError("head=adaptive has rows of several widths, none to tie: use head.tied=false")
+    return AdaptiveHead(
+        embedding.embedding_dim, vocabulary_size, settings.cutoffs, settings.div_value, order, settings.softcap
+    )
 
 
 def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
@@ -161,7 +220,7 @@ def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
     if settings.scorer not in SCORERS:
         raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
     scorer = SCORERS[settings.scorer](settings, partition, embedding)
-    return FoldedHead(embedding.embedding_dim, partition, scorer, settings.init_std)
+    return FoldedHead(embedding.embedding_dim, partition, scorer, settings.init_std, settings.softcap)
 
 
 def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Parameter | None:
@@ -198,7 +257,14 @@ def _refuse_tied(settings: HeadSettings) -> None:
         )
 
 
-BUILDERS = {"full": _build_full, "grouped": _build_grouped}
+BUILDERS = {
+    "full": _build_full,
+    "grouped": _build_grouped,
+    "chunked": _build_chunked,
+    "adaptive": _build_adaptive,
+    "fused": _build_fused,
+}
+EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
 ORDERS = ("bpe", "frequency", "random", "clustered")
 SCORERS: dict[str, ScorerBuilder] = {
     "scale_shift": _scale_shift(ScaleShiftScorer),

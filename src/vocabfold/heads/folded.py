@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vocabfold.errors import UserError
 from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax
 from vocabfold.heads.gradients_in_forward import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
+from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer
 from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus, topk_by_visits
@@ -20,11 +22,26 @@ from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is
 class FoldedHead(Head):
     """A group scorer W_group [G, D] and a token scorer on a partition of the vocabulary.
 
-    W_group starts as normal(0, ``init_std``).
+    W_group starts as normal(0, ``init_std``). A ``softcap`` bounds the logits of both: cap * tanh(logit / cap). Raises
+    UserError for one that is not positive, or with a scorer that computes its gradients in the forward pass.
     """
 
-    def __init__(self, hidden_size: int, partition: Partition, scorer: TokenScorer, init_std: float = 0.02) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        partition: Partition,
+        scorer: TokenScorer,
+        init_std: float = 0.02,
+        softcap: float | None = None,
+    ) -> None:
+        check_softcap(softcap)
+        if softcap is not None and scorer.gradients_in_forward:
+            raise UserError(
+                "head.softcap works with the plain scorers only: use head.scorer=scale_shift, low_rank or "
+                "linear_looped, or head=full or adaptive"
+            )
         super().__init__(hidden_size, partition.vocabulary_size)
+        self.softcap = scorer.softcap = softcap
         self.partition = partition
         self.scorer = scorer
         self.group_weight = nn.Parameter(torch.empty(partition.num_groups, hidden_size))
@@ -32,7 +49,7 @@ class FoldedHead(Head):
 
     def group_log_prob(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> log P(g | h) [N, G] in nats."""
-        return log_softmax(F.linear(hidden, self.group_weight))
+        return log_softmax(soft_cap(F.linear(hidden, self.group_weight), self.softcap))
 
     def _group_and_slot(self, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         tokens = targets.masked_fill(~counted, 0)  # an ignored target takes any token's place; it never counts
@@ -61,7 +78,7 @@ class FoldedHead(Head):
         if self.scorer.gradients_in_forward:
             kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
             return total_log_prob(kernel, (hidden, self.group_weight), with_hits)
-        logits = F.linear(hidden, self.group_weight)
+        logits = soft_cap(F.linear(hidden, self.group_weight), self.softcap)
         log_prob = -F.cross_entropy(logits, groups, reduction="none")
         hits = ((logits.detach().argmax(dim=-1) == groups) & counted).sum() if with_hits else None
         return torch.where(counted, log_prob, 0.0).sum(), hits
@@ -70,9 +87,24 @@ class FoldedHead(Head):
         """See Head.target_log_prob."""
         counted, _ = counted_targets(targets)
         groups, slots = self._group_and_slot(targets, counted)
-        kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
-        group_log_prob = each_log_prob(kernel, (hidden, self.group_weight))
+        group_log_prob = self._each_group_log_prob(hidden, groups, counted)
         return torch.where(counted, group_log_prob + self.scorer.target_log_prob(hidden, groups, slots), 0.0)
+
+    def _each_group_log_prob(self, hidden: Tensor, groups: Tensor, counted: Tensor) -> Tensor:
+        if self.softcap is not None:
+            return self.group_log_prob(hidden).gather(-1, groups.unsqueeze(-1)).squeeze(-1)
+        kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
+        return each_log_prob(kernel, (hidden, self.group_weight))
+
+    def _log_prob_and_normalisers(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        counted, _ = counted_targets(targets)
+        groups, slots = self._group_and_slot(targets, counted)
+        group_log_prob = self._each_group_log_prob(hidden, groups, counted)
+        token_log_prob = self.scorer.target_log_prob(hidden, groups, slots)
+        # log P = logit - log normaliser: one more logit a row tells each normaliser.
+        group_logit = soft_cap(rowwise_product(hidden, F.embedding(groups, self.group_weight)), self.softcap)
+        token_logit = self.scorer.target_logit(hidden, groups, slots)
+        return group_log_prob + token_log_prob, [group_logit - group_log_prob, token_logit - token_log_prob]
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """See Head.log_prob."""

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax
+from vocabfold.heads.loss_options import check_softcap, in_row_chunks, rowwise_product, soft_cap
 
 
 class FullHead(Head):
     """P(v|h) = softmax(W h)_v with W [V, D]: the input embedding's rows (``tied_weight``) or rows of its own.
 
-    Free rows start as normal(0, ``init_std``); tied rows stay as the embedding has them.
+    Free rows start as normal(0, ``init_std``); tied rows stay as the embedding has them. With a ``softcap`` the logits
+    are cap * tanh(W h / cap). Raises UserError for a softcap that is not positive.
     """
 
     def __init__(
-        self, hidden_size: int, vocabulary_size: int, tied_weight: nn.Parameter | None = None, init_std: float = 0.02
+        self,
+        hidden_size: int,
+        vocabulary_size: int,
+        tied_weight: nn.Parameter | None = None,
+        init_std: float = 0.02,
+        softcap: float | None = None,
     ) -> None:
+        check_softcap(softcap)
         super().__init__(hidden_size, vocabulary_size)
+        self.softcap = softcap
         if tied_weight is None:
             tied_weight = nn.Parameter(torch.empty(vocabulary_size, hidden_size))
             nn.init.normal_(tied_weight, std=init_std)
@@ -27,7 +38,7 @@ class FullHead(Head):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> [N, V]."""
-        return F.linear(hidden, self.weight)
+        return soft_cap(F.linear(hidden, self.weight), self.softcap)
 
     def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
         """See Head.loss. Parts: ``accuracy`` (the likeliest token is the target) where asked for."""
@@ -48,3 +59,38 @@ class FullHead(Head):
     def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """See Head.target_log_prob. The full softmax has to build its [N, V] logits for this."""
         return -F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+    def _log_prob_and_normalisers(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        log_prob = self.target_log_prob(hidden, targets)
+        rows = F.embedding(targets.masked_fill(targets == IGNORE_INDEX, 0), self.weight)
+        # log P = logit - log normaliser: one more logit a row tells the normaliser.
+        return log_prob, [soft_cap(rowwise_product(hidden, rows), self.softcap) - log_prob]
+
+    def _mean_log_prob(self, hidden: Tensor, normalisers: list[Tensor]) -> Tensor:
+        if self.softcap is not None:
+            return super()._mean_log_prob(hidden, normalisers)
+        # The mean of all logits is the logit of the mean row.
+        return rowwise_product(hidden, self.weight.mean(dim=0)) - normalisers[0]
+
+
+class LeanFullHead(FullHead):
+    """A FullHead whose losses come from a function that never holds [N, V]; everything else is FullHead's."""
+
+    @abstractmethod
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """The negative log likelihoods [N], 0 where the target is ignored ("none"), or their sum ("sum")."""
+
+    def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
+        """See FullHead.loss. With accuracies the logits are computed once more, a few rows at a time."""
+        counted, num_targets = counted_targets(targets)
+        divisor = num_targets.clamp(min=1)
+        parts = {}
+        if with_accuracy:
+            with torch.no_grad():
+                likeliest = in_row_chunks(lambda rows: self.logits(rows).argmax(dim=-1), hidden, self.vocabulary_size)
+            parts["accuracy"] = ((likeliest == targets) & counted).sum() / divisor
+        return HeadLoss(self._cross_entropy(hidden, targets, "sum") / divisor, num_targets, parts)
+
+    def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """See Head.target_log_prob. Backward computes the logits once more."""
+        return -self._cross_entropy(hidden, targets, "none")

@@ -16,6 +16,7 @@ from vocabfold.heads.gradients_in_forward import (
     sum_dtype,
 )
 from vocabfold.heads.grouped_products import GroupedLinearKernel
+from vocabfold.heads.loss_options import rowwise_product
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import FastTokenScorer, SortedTargets, TokenScorer
 
@@ -48,7 +49,7 @@ class LoopedLinearScorer(TokenScorer):
     def _log_prob_of_group(self, hidden: Tensor, index: int) -> Tensor:
         start, stop = self.partition.multi_bounds[index : index + 2]
         rows = self.weight[self.partition.multi_tokens[start:stop]] if self.tied else self.weight[start:stop]
-        return log_softmax(F.linear(hidden, rows, self.bias[start:stop]))
+        return self._log_softmax(F.linear(hidden, rows, self.bias[start:stop]))
 
     def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
         """See TokenScorer.target_log_prob."""
@@ -71,8 +72,16 @@ class LoopedLinearScorer(TokenScorer):
         return result
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
-        indices = range(len(self.partition.multi_groups))
-        return torch.cat([self._log_prob_of_group(hidden, index) for index in indices], dim=-1)
+        # Cut once: the gradient of each slice of the rows would be as large as all of them.
+        sizes = self.partition.sizes[self.partition.multi_groups].tolist()
+        rows = (self.weight[self.partition.multi_tokens] if self.tied else self.weight).split(sizes)
+        layers = zip(rows, self.bias.split(sizes), strict=True)
+        return torch.cat([self._log_softmax(F.linear(hidden, row, bias)) for row, bias in layers], dim=-1)
+
+    def _target_logit(self, hidden: Tensor, index: Tensor, slots: Tensor) -> Tensor:
+        places = self.partition.multi_starts[index] + slots
+        rows = F.embedding(self.partition.multi_tokens[places] if self.tied else places, self.weight)
+        return rowwise_product(hidden, rows) + self.bias[places]
 
 
 class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.errors import UserError
-from vocabfold.heads.base import log_softmax
 from vocabfold.heads.gradients_in_forward import add_product
+from vocabfold.heads.loss_options import rowwise_product
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import (
     ScaleShiftKernel,
@@ -68,14 +68,18 @@ class LowRankScorer(ScaleShiftScorer):
         shared = F.linear(hidden, self.shared).unsqueeze(1)
         low = torch.einsum("nkrd,nd->nkr", self.down[index], hidden)
         correction = torch.einsum("nksr,nkr->nks", self.up[index], low)
-        return log_softmax(self.scale[index] * shared + self._masked_shift()[index] + correction)
+        return self._log_softmax(self.scale[index] * shared + self._masked_shift()[index] + correction)
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)
         low = torch.einsum("mrd,nd->nmr", self.down, hidden)
         correction = torch.einsum("msr,nmr->nms", self.up, low)
-        log_prob = log_softmax(self.scale * shared + self._masked_shift() + correction)
+        log_prob = self._log_softmax(self.scale * shared + self._masked_shift() + correction)
         return log_prob[:, self.partition.multi_slot_exists]
+
+    def _target_logit(self, hidden: Tensor, index: Tensor, slots: Tensor) -> Tensor:
+        low = torch.einsum("nrd,nd->nr", self.down[index], hidden)
+        return super()._target_logit(hidden, index, slots) + rowwise_product(self.up[index, slots], low)
 
 
 class SortedLowRankScorer(SortedScaleShiftScorer, LowRankScorer):

@@ -21,6 +21,7 @@ from vocabfold.heads.gradients_in_forward import (
     total_log_prob,
     zero_gradients,
 )
+from vocabfold.heads.loss_options import rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
 
 
@@ -32,6 +33,7 @@ class TokenScorer(nn.Module, ABC):
     """
 
     gradients_in_forward = False  # whether training keeps gradients, not logits: the head's group softmax follows
+    softcap: float | None = None  # the head's; of those that keep logits only
 
     def __init__(self, partition: Partition) -> None:
         super().__init__()
@@ -44,6 +46,25 @@ class TokenScorer(nn.Module, ABC):
     @abstractmethod
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> log P(slot | its group, hidden) of the tokens at the partition's multi_positions."""
+
+    @abstractmethod
+    def _target_logit(self, hidden: Tensor, index: Tensor, slots: Tensor) -> Tensor:
+        """``hidden`` [N, D], ``index`` [N] among the M groups, ``slots`` [N] -> their logits [N], without softcap."""
+
+    def target_logit(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
+        """``hidden`` [N, D], ``groups`` [N], ``slots`` [N] -> the logit [N], which minus its log-probability is the log
+        normaliser of the group; 0 where the group has one token."""
+        if len(self.partition.multi_groups) == 0:
+            return hidden.new_zeros(len(hidden), dtype=sum_dtype(hidden.dtype))
+        index = self.partition.multi_index[groups]
+        logit = soft_cap(self._target_logit(hidden, index.clamp(min=0), slots), self.softcap)
+        return torch.where(index >= 0, logit, 0.0)
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        """Over the slots, whose logits are -inf where no token owns one."""
+        if self.softcap is not None:
+            logits = torch.where(logits == -torch.inf, logits, soft_cap(logits, self.softcap))
+        return log_softmax(logits)
 
     def total_log_prob(
         self, hidden: Tensor, groups: Tensor, slots: Tensor, counted: Tensor, with_hits: bool = False
@@ -208,7 +229,7 @@ class ScaleShiftScorer(TokenScorer):
 
     def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
         """See TokenScorer.target_log_prob. As the paper has it, scale and shift [N, S] are looked up for each row."""
-        if len(self.partition.multi_groups) < len(self.partition.sizes):
+        if len(self.partition.multi_groups) < len(self.partition.sizes) or self.softcap is not None:
             return super().target_log_prob(hidden, groups, slots)
         scale, shift = F.embedding(groups, self.scale), F.embedding(groups, self._masked_shift())
         logits = torch.addcmul(shift, scale, F.linear(hidden, self.shared).to(scale.dtype))
@@ -216,12 +237,16 @@ class ScaleShiftScorer(TokenScorer):
 
     def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)
-        return log_softmax(self.scale[index] * shared + self._masked_shift()[index])
+        return self._log_softmax(self.scale[index] * shared + self._masked_shift()[index])
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)
-        log_prob = log_softmax(self.scale * shared + self._masked_shift())
+        log_prob = self._log_softmax(self.scale * shared + self._masked_shift())
         return log_prob[:, self.partition.multi_slot_exists]
+
+    def _target_logit(self, hidden: Tensor, index: Tensor, slots: Tensor) -> Tensor:
+        shared = rowwise_product(hidden, F.embedding(slots, self.shared))
+        return self.scale[index, slots] * shared + self.shift[index, slots]
 
 
 class SortedScaleShiftScorer(FastTokenScorer, ScaleShiftScorer):
