@@ -42,7 +42,7 @@ from vocabfold.settings import OptimizerSettings, Settings, load_settings
 
 START_TOKENS = 4096  # whose hidden states fit the groups in closed form; the distillation begins after them
 TOKENS = 65536
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 1e-3
 ORDER_HELP = "of the vocabulary; clustered: by the run's own input embedding (default frequency)"
 TOKENS_HELP = f"to distil on; 0: the closed form alone (default {TOKENS})"
 # Of the distillation: the mean over its batches, each before it is learned, tells learning rates apart.

@@ -21,8 +21,7 @@ from vocabfold.heads.linear import SortedLinearScorer
 from vocabfold.heads.partition import Partition
 
 CHUNK_TOKENS = CHUNK_ELEMENTS // FEWEST_ROWS
-PRIOR_ROWS = 1.0  # how many hidden states the linearised group logits weigh against those that are fitted
-LEAST_SHARE = 1e-12  # added to each token's mean probability: tokens never expected count alike within their group
+PRIOR_ROWS = 1e-4  # how many hidden states of a certain group its mean row weighs against those that are fitted
 
 
 def fold(head: FullHead, partition: Partition, hidden: Tensor | None = None, tied: bool = True) -> FoldedHead:
@@ -44,8 +43,7 @@ def fold(head: FullHead, partition: Partition, hidden: Tensor | None = None, tie
         if not tied:
             scorer.weight.copy_(head.weight[partition.multi_tokens])
         if hidden is None:
-            shares = 1 / partition.sizes.to(head.weight.dtype)
-            folded.group_weight.copy_(_mixed_rows(head, partition, shares[partition.group_of]))
+            folded.group_weight.copy_(_mean_rows(head, partition))
         else:
             folded.group_weight.copy_(fitted_group_weight(head, partition, hidden))
     return folded
@@ -72,37 +70,25 @@ def group_logits(head: FullHead, partition: Partition, hidden: Tensor) -> Tensor
 
 @torch.no_grad()
 def fitted_group_weight(head: FullHead, partition: Partition, hidden: Tensor) -> Tensor:
-    """W_group [G, D] of a bias-free group scorer that is near the teacher's P(g|h) on ``hidden`` [N, D]: closed form.
+    """W_group [G, D] that is near the teacher's P(g|h) on ``hidden`` [N, D], in closed form: row w of group g minimises
 
-    Row g minimises sum_n P(g|h_n) (w . h_n - z_g(h_n))^2 + PRIOR_ROWS mean|h|^2 / D |w - w0_g|^2. To second order KL is
-    half the variance over groups of the error of the logits, which such squares bound. w0_g makes z_g linear: the
-    group's rows mixed by their mean probability within it, and a constant through the direction a in which a . h is 1
-    on all rows, as far as there is one (a final LayerNorm with a bias has one exactly). A group of one token is exact.
+    sum_n P(g|h_n) (w . h_n - z_g(h_n))^2 + PRIOR_ROWS * mean |h|^2 / D * |w - mean row of g|^2
+
+    To second order KL is half the variance over the groups of their logits' errors, under P(g|h): these squares bound
+    it, where equal weights would spend the fit on groups that nobody expects. The group scorer needs no bias after a
+    LayerNorm with one, whose hidden states agree in one direction. A group of one token is exact.
     """
     if len(hidden) == 0:
         raise UserError("no hidden states to fit the groups on: give a few thousand rows, or None")
-    target = group_logits(head, partition, hidden)
-    normalizer = target.logsumexp(dim=-1, keepdim=True)
-    probability = (target - normalizer).exp().double()
-    mass = head.weight.new_zeros(head.vocabulary_size, dtype=torch.float64)
-    for part in chunks(len(hidden), head.vocabulary_size):
-        mass += (head.logits(hidden[part]) - normalizer[part]).exp().sum(0)
-    mass = mass / len(hidden) + LEAST_SHARE
-    group_mass = mass.new_zeros(partition.num_groups).index_add_(0, partition.group_of, mass)
-    start = _mixed_rows(head, partition, (mass / group_mass[partition.group_of]).to(head.weight.dtype)).double()
-
-    rows = hidden.double()
+    target = group_logits(head, partition, hidden).double()
+    probability = target.softmax(dim=-1)
+    rows, weight = hidden.double(), _mean_rows(head, partition).double()
+    error = target - rows @ weight.t()
     prior = PRIOR_ROWS * rows.square().mean() * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    constant = torch.linalg.solve(rows.t() @ rows + prior, rows.sum(0))
-    error = target.double() - rows @ start.t()
-    # A group that the text never asks for has no weight to divide by, and keeps its slope alone.
-    offset = (probability * error).sum(0) / probability.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
-    error -= offset * (rows @ constant).unsqueeze(-1)
-    start += offset.unsqueeze(-1) * constant
     for group in partition.multi_groups.tolist():
         weighted = rows * probability[:, group, None]
-        start[group] += torch.linalg.solve(weighted.t() @ rows + prior, weighted.t() @ error[:, group])
-    return start
+        weight[group] += torch.linalg.solve(weighted.t() @ rows + prior, weighted.t() @ error[:, group])
+    return weight
 
 
 def distillation_loss(folded: FoldedHead, hidden: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -116,7 +102,7 @@ def distillation_loss(folded: FoldedHead, hidden: Tensor, teacher_logits: Tensor
     return total / max(1, len(hidden))
 
 
-def _mixed_rows(head: FullHead, partition: Partition, shares: Tensor) -> Tensor:
-    """[G, D]: the teacher's rows of each group in the proportion ``shares`` [V]."""
-    result = head.weight.new_zeros(partition.num_groups, head.hidden_size)
-    return result.index_add_(0, partition.group_of, head.weight * shares.unsqueeze(-1))
+def _mean_rows(head: FullHead, partition: Partition) -> Tensor:
+    """[G, D]: the mean of the teacher's rows of each group."""
+    sums = head.weight.new_zeros(partition.num_groups, head.hidden_size)
+    return sums.index_add_(0, partition.group_of, head.weight) / partition.sizes.unsqueeze(-1)
