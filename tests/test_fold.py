@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,8 @@ def test_the_fit_is_better_than_mean_rows_and_near_what_descent_finds(name: str)
     optimizer.step(closure)  # type: ignore[arg-type]
     descended = kl(folded, head, held_out)
     print(at_once, mean_rows, descended)
-    assert at_once < 0.7 * mean_rows
-    assert at_once < 3 * descended
+    assert at_once < 0.9 * mean_rows
+    assert at_once < 2 * descended
 
 
 def test_a_group_that_is_never_expected_stays_finite() -> None:
@@ -166,24 +167,35 @@ def test_what_cannot_be_folded_is_refused() -> None:
         fold(head, partition, make_hidden(0))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained run."""
+    folder = tmp_path_factory.mktemp("fold")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
+        write_corpus(folder)
+        assert call(train.main, patch, *TINY, "head=full", "run_dir=teacher") == 0
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a trained run, which is the current one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+def run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same as the current folder, without foldings."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(trained / "cache"))
     monkeypatch.setattr(program, "START_TOKENS", 50)
-    write_corpus(tmp_path)
-    assert call(train.main, monkeypatch, *TINY, "head=full", "run_dir=teacher") == 0
-    return tmp_path
+    shutil.rmtree(trained / "results", ignore_errors=True)
+    return trained
 
 
 def test_a_folded_run_reads_like_any_other(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("teacher", "--shortlist", "64", "--tokens", "0", "128", "--order", "frequency", "clustered")
+    arguments = ("teacher", "--shortlist", "2048", "--tokens", "0", "128", "--order", "frequency")
     assert call(program.main, monkeypatch, *arguments) == 0
     folders = sorted((run / "results/runs/smoke/fold").iterdir())
-    assert len(folders) == 4
+    assert len(folders) == 2
     taught = finished_row(run / "teacher")
     assert taught is not None
     for folder in folders:
@@ -195,7 +207,7 @@ def test_a_folded_run_reads_like_any_other(
         assert row["at_once_loss_nats"] < taught["validation_loss_nats"] + 0.1
         evaluated = [line["validation_loss_nats"] for line in read_metrics(folder) if "perplexity" in line]
         assert evaluated[0] == row["at_once_loss_nats"] and evaluated[-1] == row["validation_loss_nats"]
-        assert call(generate.main, monkeypatch, str(folder), "the cat", "--max-tokens", "5") == 0
+    assert call(generate.main, monkeypatch, str(folders[0]), "the cat", "--max-tokens", "5") == 0
     before = [(folder / "row.json").stat().st_mtime_ns for folder in folders]
     assert call(program.main, monkeypatch, *arguments) == 0
     assert before == [(folder / "row.json").stat().st_mtime_ns for folder in folders]

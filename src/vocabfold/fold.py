@@ -31,9 +31,10 @@ from vocabfold.data.corpora import load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device
 from vocabfold.errors import UserError
 from vocabfold.generate import load_run
-from vocabfold.heads import FoldedHead, FullHead, Head, HeadLoss, HeadSettings, equal_partition
+from vocabfold.heads import FoldedHead, FullHead, HeadLoss, HeadSettings, equal_partition
 from vocabfold.heads.build import ORDERS, PartitionSettings, describe_head, token_order
 from vocabfold.heads.fold import distillation_loss, fold, group_logits
+from vocabfold.heads.gradients_in_forward import chunks
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.models.build import ModelWithHead
 from vocabfold.optimizer import build_optimizer, learning_rate_at
@@ -83,7 +84,7 @@ class Teacher:
         return torch.cat(parts)[:START_TOKENS], len(parts)
 
     @torch.no_grad()
-    def evaluate(self, head: Head) -> dict[str, float]:
+    def evaluate(self, head: FoldedHead) -> dict[str, float]:
         """The mean losses and accuracies of a head over every target of the validation text."""
         sums = MeanLosses()
         for batch in tqdm(list(self.valid.evaluation_batches()), desc="validation", leave=False):
@@ -92,8 +93,14 @@ class Teacher:
 
     @functools.cached_property
     def validation_loss_nats(self) -> float:
-        """The teacher's own, on the same positions."""
-        return self.evaluate(self.head)["validation_loss"]
+        """The teacher's own, on the same positions; a few rows at a time, since its logits are [N, V]."""
+        sums = MeanLosses()
+        with torch.no_grad():
+            for batch in tqdm(list(self.valid.evaluation_batches()), desc="validation of the teacher", leave=False):
+                hidden, targets = self.hidden(*batch)
+                for part in chunks(len(hidden), self.head.vocabulary_size):
+                    sums.add(self.head.loss(hidden[part], targets[part]))
+        return sums.means(Ranks(), "")["loss"]
 
 
 @dataclasses.dataclass(frozen=True)
