@@ -111,7 +111,7 @@ def measure(scale: str) -> None:
                         "command": f"python experiments/rare_tokens.py --measure {scale}",
                     }
                 )
-    write_table(pd.DataFrame(rows), RESULTS / scale / "rare_tokens.csv", ["sorted_by", "class"])
+    write_table(pd.DataFrame(rows), RESULTS / scale / "rare_tokens.csv")
 
 
 def draw(scale: str) -> None:

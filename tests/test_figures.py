@@ -71,6 +71,29 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         "figure3_group_size",
         [run_row("gpt2", "grouped", group_size, seed) for group_size in (14, 225, 3864) for seed in range(3)],
     )
+    foldings = [("bpe", 0, 3), ("clustered_run", 0, 1), ("frequency", 2048, 2)]
+    yield (
+        "fold",
+        [
+            run_row(
+                "gpt2",
+                "grouped",
+                225,
+                seed,
+                partition_order=order,
+                shortlist=shortlist,
+                distillation_tokens=tokens,
+                start_tokens=4096,
+                teacher_loss_nats=3.9 + 0.1 * seed,
+                teacher_perplexity=55.0 + seed,
+                at_once_loss_nats=4.5 + 0.1 * seed,
+                at_once_perplexity=90.0 + seed,
+            )
+            for order, shortlist, seeds in foldings
+            for seed in range(seeds)
+            for tokens in (1000, 2000)
+        ],
+    )
 
     contenders = ["full_tied", "full_free", "linear_clustered", "shortlist_frequency"]
     contenders += [f"scale_shift_{order}" for order in ORDERS]
@@ -143,8 +166,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(REPOSITORY / "results" / reference, tmp_path / "results" / reference)
     for experiment, rows in tables():
         table = pd.DataFrame([{**row, "experiment": experiment} for row in rows])
-        further = [name for name in ("sorted_by", "class", "vocabulary_size") if name in table]
-        write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv", further)
+        write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv")
     write_side_tables(tmp_path / "results" / "smoke")
     return tmp_path / "results"
 
@@ -208,6 +230,14 @@ def test_the_table_beside_the_figure_holds_means_and_intervals(results: Path, mo
     (full,) = [line for line in lines if line.startswith("| GPT-2, full")]
     mean, half_width = mean_and_interval([4.0, 4.1, 4.2])
     assert f"| {mean:.3f} ± {half_width:.3f} |" in full and full.endswith("| 3 |")
+
+
+def test_foldings_are_counted_from_their_own_teacher(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert draw("fold", monkeypatch, "smoke") == 0
+    lines = (results / "smoke" / "fold.md").read_text().splitlines()
+    (at_once,) = [line for line in lines if line.startswith("| BPE order | 224 | 0 |")]
+    assert at_once.endswith("| 0.6000 ± 0.0000 | 3 |")
+    assert sum(line.startswith("| BPE order |") for line in lines) == 3
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,8 @@ RUN_COLUMNS = [
 ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
 # Two runs that agree in these are the same measurement; the table keeps the newer one.
 IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
+# The same of an experiment's own columns, where its rows have them.
+OWN_IDENTITY_COLUMNS = ["vocabulary_size", "distillation_tokens", "sorted_by", "class"]
 
 
 class RunRecord:
@@ -150,8 +151,7 @@ def collect(experiment: str, scale: str, results: Path = RESULTS) -> Path:
     metrics = [read_metrics(path.parent) for path in paths]
     if any(sum("validation_loss_nats" in line for line in lines) > 1 for lines in metrics):
         write_curves(rows, metrics, results / scale / f"{experiment}_curves.csv")
-    further = [name for name in ("vocabulary_size",) if any(name in row for row in rows)]
-    return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv", further)
+    return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv")
 
 
 def write_curves(rows: list[dict[str, Any]], metrics: list[list[dict[str, Any]]], path: Path) -> None:
@@ -170,14 +170,13 @@ def write_curves(rows: list[dict[str, Any]], metrics: list[list[dict[str, Any]]]
     write_text(path, curves.to_csv(index=False))
 
 
-def write_table(rows: pd.DataFrame, path: Path, further_identity: Sequence[str] = ()) -> Path:
-    """Write a results table with its columns in the agreed order and one row for each measurement, which
-    ``further_identity`` tells apart where a run has several."""
-    identity = [*IDENTITY_COLUMNS, *further_identity]
+def write_table(rows: pd.DataFrame, path: Path) -> Path:
+    """Write a results table with its columns in the agreed order and one row for each measurement."""
     own = [name for name in rows.columns if name not in RUN_COLUMNS + ORIGIN_COLUMNS]
     table = rows.reindex(columns=RUN_COLUMNS + own + ORIGIN_COLUMNS)
     whole = ["group_size", "num_groups", "shortlist"]
     table[whole] = table[whole].astype("Int64")
+    identity = IDENTITY_COLUMNS + [name for name in OWN_IDENTITY_COLUMNS if name in own]
     table = table.drop_duplicates(identity, keep="last").sort_values(identity)
     write_text(path, table.to_csv(index=False))
     return path

@@ -1,0 +1,242 @@
+"""Folding a trained full softmax: exact within the groups, fitted between them; the program that does it to a run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, make_head, make_hidden, naive_groups
+from run_cases import TINY, call, write_corpus
+from vocabfold import fold as program
+from vocabfold import generate, train
+from vocabfold.errors import UserError
+from vocabfold.heads import FoldedHead, FullHead, Partition, equal_partition
+from vocabfold.heads.fold import distillation_loss, fold, group_logits
+from vocabfold.records import finished_row, read_metrics
+
+
+def teacher_of(layout: Layout, kind: str = "full_tied") -> tuple[FullHead, Partition]:
+    head, _ = make_head(kind, layout)
+    assert isinstance(head, FullHead)
+    order = layout.order()
+    return head, equal_partition(layout.vocabulary_size, layout.group_size, order, layout.shortlist)
+
+
+def naive_group_logits(head: FullHead, layout: Layout, hidden: Tensor) -> Tensor:
+    groups = naive_groups(layout)
+    return torch.stack([(hidden @ head.weight[tokens].t()).exp().sum(1).log() for tokens in groups], dim=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_group_logits_are_the_teachers_sums(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vocabfold.heads.fold.CHUNK_TOKENS", 10)  # so that more than one block is needed
+    head, partition = teacher_of(layout)
+    hidden = make_hidden(7)
+    expected = naive_group_logits(head, layout, hidden)
+    torch.testing.assert_close(group_logits(head, partition, hidden), expected, rtol=1e-12, atol=1e-12)
+    marginals = group_logits(head, partition, hidden).softmax(dim=-1)
+    summed = torch.zeros_like(marginals).index_add(1, partition.group_of, head.log_prob(hidden).exp())
+    torch.testing.assert_close(marginals, summed, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_within_the_groups_nothing_is_lost(layout: Layout, tied: bool) -> None:
+    head, partition = teacher_of(layout, "full_tied" if tied else "full_free")
+    hidden = make_hidden(7)
+    for fitted_on in (None, make_hidden(40, seed=2)):
+        folded = fold(head, partition, fitted_on, tied=tied)
+        within = folded.log_prob(hidden) - folded.group_log_prob(hidden)[:, partition.group_of]
+        group_log_prob = naive_group_logits(head, layout, hidden).log_softmax(dim=-1)
+        expected = head.log_prob(hidden) - group_log_prob[:, partition.group_of]
+        torch.testing.assert_close(within, expected, rtol=1e-10, atol=1e-10)
+        assert (folded.scorer.weight is head.weight) == tied
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_groups_of_one_token_and_one_group_alone_are_exact(layout: Layout) -> None:
+    head, partition = teacher_of(layout)
+    folded = fold(head, partition, make_hidden(40, seed=2))
+    single = partition.single_groups
+    rows = head.weight[partition.order[partition.boundaries[single]]]
+    torch.testing.assert_close(folded.group_weight[single], rows, rtol=1e-9, atol=1e-9)
+    if len(single) == partition.num_groups or partition.num_groups == 1:
+        hidden = make_hidden(7)
+        torch.testing.assert_close(folded.log_prob(hidden), head.log_prob(hidden), rtol=1e-9, atol=1e-9)
+
+
+def hidden_with_a_constant(num_rows: int, seed: int) -> Tensor:
+    hidden = make_hidden(num_rows, seed)
+    hidden[:, 0] = 0.3
+    return hidden
+
+
+@pytest.mark.parametrize("name", ["prime", "group_size_not_dividing", "shortlist"])
+def test_where_the_groups_logits_are_linear_the_whole_head_is_the_teachers(name: str) -> None:
+    head, partition = teacher_of(LAYOUTS[name])
+    slopes = torch.randn(partition.num_groups, HIDDEN_SIZE, dtype=torch.float64)
+    with torch.no_grad():  # rows of a group differ by a constant alone
+        head.weight[:, 1:] = slopes[partition.group_of, 1:]
+    folded = fold(head, partition, hidden_with_a_constant(3000, seed=2))
+    hidden = hidden_with_a_constant(7, seed=3)
+    torch.testing.assert_close(folded.log_prob(hidden), head.log_prob(hidden), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_all_that_is_lost_is_the_distillation_loss(layout: Layout) -> None:
+    head, partition = teacher_of(layout)
+    hidden = make_hidden(7)
+    folded = fold(head, partition)
+    teacher, student = head.log_prob(hidden), folded.log_prob(hidden)
+    lost = (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
+    loss = distillation_loss(folded, hidden, group_logits(head, partition, hidden))
+    torch.testing.assert_close(loss, lost, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_gradient_of_the_distillation(layout: Layout) -> None:
+    head, partition = teacher_of(layout)
+    hidden = make_hidden(7)
+    folded = fold(head.requires_grad_(False), partition)
+    folded.scorer.requires_grad_(False)
+    target = naive_group_logits(head, layout, hidden).softmax(dim=-1)
+    distillation_loss(folded, hidden, group_logits(head, partition, hidden)).backward()
+    student = (hidden @ folded.group_weight.detach().t()).softmax(dim=-1)
+    expected = (student - target).t() @ hidden / len(hidden)
+    torch.testing.assert_close(folded.group_weight.grad, expected, rtol=1e-9, atol=1e-12)
+    assert all(parameter.grad is None for parameter in [head.weight, *folded.scorer.parameters()])
+
+
+def test_an_empty_batch_has_no_distillation_loss() -> None:
+    head, partition = teacher_of(LAYOUTS["prime"])
+    hidden = make_hidden(0)
+    folded = fold(head, partition)
+    loss = distillation_loss(folded, hidden, group_logits(head, partition, hidden))
+    loss.backward()
+    assert loss.item() == 0 and folded.group_weight.grad is not None and not folded.group_weight.grad.any()
+
+
+def kl(folded: FoldedHead, head: FullHead, hidden: Tensor) -> float:
+    return distillation_loss(folded, hidden, group_logits(head, folded.partition, hidden)).item()
+
+
+@pytest.mark.parametrize("name", ["prime", "group_size_not_dividing", "shortlist"])
+def test_the_fit_is_better_than_mean_rows_and_near_what_descent_finds(name: str) -> None:
+    head, partition = teacher_of(LAYOUTS[name])
+    with torch.no_grad():  # the rows of a group resemble each other, as a trained model's do
+        slopes = torch.randn(partition.num_groups, HIDDEN_SIZE, dtype=torch.float64)
+        head.weight.mul_(0.5).add_(slopes[partition.group_of])
+    fitted_on, held_out = hidden_with_a_constant(500, seed=2), hidden_with_a_constant(100, seed=3)
+    folded = fold(head, partition, fitted_on)
+    at_once, mean_rows = kl(folded, head, held_out), kl(fold(head, partition), head, held_out)
+    target = group_logits(head, partition, fitted_on)
+    optimizer = torch.optim.LBFGS([folded.group_weight], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = distillation_loss(folded, fitted_on, target)
+        loss.backward()
+        return loss.detach()
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    descended = kl(folded, head, held_out)
+    print(at_once, mean_rows, descended)
+    assert at_once < 0.9 * mean_rows
+    assert at_once < 2 * descended
+
+
+def test_a_group_that_is_never_expected_stays_finite() -> None:
+    head, partition = teacher_of(LAYOUTS["prime"])
+    with torch.no_grad():
+        head.weight[partition.group_of == 3, 0] = -1e4
+    hidden = hidden_with_a_constant(50, seed=2)
+    folded = fold(head, partition, hidden)
+    assert folded.group_weight.isfinite().all() and math.isfinite(kl(folded, head, hidden))
+
+
+def test_what_cannot_be_folded_is_refused() -> None:
+    head, partition = teacher_of(LAYOUTS["prime"])
+    with pytest.raises(UserError, match="partition is of 50 tokens, the head has 97"):
+        fold(head, equal_partition(50))
+    with pytest.raises(UserError, match="no hidden states"):
+        fold(head, partition, make_hidden(0))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained run."""
+    folder = tmp_path_factory.mktemp("fold")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
+        write_corpus(folder)
+        assert call(train.main, patch, *TINY, "head=full", "run_dir=teacher") == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same as the current folder, without foldings."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(trained / "cache"))
+    monkeypatch.setattr(program, "START_TOKENS", 50)
+    shutil.rmtree(trained / "results", ignore_errors=True)
+    return trained
+
+
+def test_a_folded_run_reads_like_any_other(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("teacher", "--shortlist", "2048", "--tokens", "0", "128", "--order", "frequency")
+    assert call(program.main, monkeypatch, *arguments) == 0
+    folders = sorted((run / "results/runs/smoke/fold").iterdir())
+    assert len(folders) == 2
+    taught = finished_row(run / "teacher")
+    assert taught is not None
+    for folder in folders:
+        row = finished_row(folder)
+        assert row is not None
+        assert row["teacher_loss_nats"] == pytest.approx(taught["validation_loss_nats"], abs=1e-5)
+        assert row["tokens"] == row["distillation_tokens"] and row["steps"] == row["tokens"] // 32
+        assert (row["validation_loss_nats"] == row["at_once_loss_nats"]) == (row["steps"] == 0)
+        assert row["at_once_loss_nats"] < taught["validation_loss_nats"] + 0.1
+        evaluated = [line["validation_loss_nats"] for line in read_metrics(folder) if "perplexity" in line]
+        assert evaluated[0] == row["at_once_loss_nats"] and evaluated[-1] == row["validation_loss_nats"]
+    assert call(generate.main, monkeypatch, str(folders[0]), "the cat", "--max-tokens", "5") == 0
+    before = [(folder / "row.json").stat().st_mtime_ns for folder in folders]
+    assert call(program.main, monkeypatch, *arguments) == 0
+    assert before == [(folder / "row.json").stat().st_mtime_ns for folder in folders]
+    capfd.readouterr()
+    assert call(program.main, monkeypatch, str(folders[0])) == 2
+    assert "has no full softmax to fold" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nonesuch",), "holds no config.yaml"),
+        (("teacher", "--tokens", "-1"), "--tokens is -1"),
+        (("teacher", "--learning-rate", "0"), "--learning-rate is 0.0"),
+        (("teacher", "--order", "alphabetical"), "invalid choice"),
+        (("teacher", "--tokens", "1", "2", "--run-dir", "one"), "one folder for 2 foldings"),
+        (("teacher", "--group-size", "99999"), "group_size is 99999"),
+        (("teacher", "--shortlist", "50257"), "shortlist is 50257"),
+    ],
+)
+def test_what_the_program_refuses(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    capfd.readouterr()
+    assert call(program.main, monkeypatch, *arguments) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert words in lines[-1]
+    assert not (run / "results/runs/smoke/fold").exists()
