@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,17 @@ class Settings:
         choose("precision", self.precision, ("fp32", "bf16", "fp16"))
         choose("wandb.mode", self.wandb.mode, ("offline", "online", "disabled"))
 
+    def total_steps(self, batches_per_epoch: int, targets_per_batch: int) -> int | None:
+        """Optimizer steps until the first budget of epochs, steps or tokens is used up; None if only time ends it."""
+        limits = []
+        if self.budget.steps is not None:
+            limits.append(self.budget.steps)
+        if self.budget.epochs is not None:
+            limits.append(int(self.budget.epochs * batches_per_epoch / self.gradient_accumulation))
+        if self.budget.tokens is not None:
+            limits.append(math.ceil(self.budget.tokens / (targets_per_batch * self.gradient_accumulation)))
+        return max(1, min(limits)) if limits else None
+
 
 def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise UserError unless ``value`` is one of ``choices``."""
@@ -159,4 +171,10 @@ def run_name(_root_: DictConfig) -> str:
     )
 
 
+def model_has_tokens(_root_: DictConfig) -> bool:
+    """Whether the model reads tokens, through an embedding whose rows a head may share, and no pictures."""
+    return "image_size" not in _root_.model
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("model_has_tokens", model_has_tokens, replace=True)
