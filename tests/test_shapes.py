@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from vocabfold.models.build import ModelSettings, build_model
 from vocabfold.models.cnn import CNN
 
 REPOSITORY = Path(__file__).parents[1]
-FEW = {"shape": ["circle", "star"], "pattern": ["solid"], "size": ["huge"], "texture": ["none"], "opacity": [1.0]}
+# No two of these look alike, and no two pictures have the same noise.
+FEW = {"shape": ["pentagon", "star"], "pattern": ["solid"], "size": ["huge"], "texture": ["noise"], "opacity": [1.0]}
 FEW |= {"colour": ["red", "teal", "lime"], "border": ["solid"]}
 DATA: dict[str, Any] = {
     "name": "shapes",
@@ -129,14 +131,14 @@ def test_an_epoch_has_every_picture_once_and_validation_has_its_own() -> None:
     assert batches.batches_per_epoch == 12 and batches.targets_per_batch == 9
     epochs = [[numbers_of(shapes, *batches.batch(12 * epoch + index)) for index in range(12)] for epoch in range(2)]
     for epoch in epochs:
-        assert sorted(sum(epoch, [])) == list(range(108))
+        assert sorted(chain.from_iterable(epoch)) == list(range(108))
     assert epochs[0] != epochs[1]
     again = shapes.batches("train", BatchPlan(1, 9, seed=1)).batch(17)
     assert numbers_of(shapes, *again) == epochs[1][5]
     valid = shapes.batches("valid", BatchPlan(1, 10, seed=1))
     seen = [numbers_of(shapes, *batch) for batch in valid.evaluation_batches()]
     assert [len(numbers) for numbers in seen] == [10, 10, 10, 6]
-    assert sum(seen, []) == list(range(108, 144))
+    assert list(chain.from_iterable(seen)) == list(range(108, 144))
 
 
 def test_ranks_share_every_batch() -> None:
@@ -161,7 +163,7 @@ def test_workers_draw_the_same_pictures() -> None:
     [{"image_size": 8}, {"train_images_per_class": 0}, {"valid_images_per_class": 0}, {"seed": -1}, {"workers": -1}],
 )
 def test_settings_that_no_set_has_are_refused(change: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=f"data.{next(iter(change))} is "):
+    with pytest.raises(UserError, match=rf"data\.{next(iter(change))} is "):
         load_shapes(DATA | change)
 
 
@@ -173,7 +175,7 @@ def test_the_network_is_the_published_one() -> None:
     pictures = torch.randint(256, (2, 3, 25, 25), dtype=torch.uint8)
     hidden = CNN(20, 2, 25).double()(pictures)
     assert hidden.shape == (2, 20) and (hidden >= 0).all()
-    with pytest.raises(UserError, match="lower model.num_layers"):
+    with pytest.raises(UserError, match="lower model"):
         CNN(8, 5, 24)
 
 
@@ -192,7 +194,7 @@ def test_accuracy_is_that_of_the_likeliest_class(head: HeadSettings) -> None:
     assert 0 < expected < 1
     assert float(output.parts["accuracy"]) == pytest.approx(float(expected))
     assert float(model.head.accuracy(model.backbone(pictures), targets)) == pytest.approx(float(expected))
-    with pytest.raises(UserError, match=r"head.tied=false"):
+    with pytest.raises(UserError, match=r"head\.tied=false"):
         build_model(settings, HeadSettings(tied=True), 7)
 
 
