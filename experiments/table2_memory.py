@@ -130,7 +130,8 @@ def markdown(table: pd.DataFrame) -> str:
     lines += ["", *purposes(rows), "", *agreement(published, peak), ""]
     usable = ", ".join(f"{card} {mib:,} MiB" for card, mib in USABLE_MIB.items())
     lines.append(
-        f"Simulated: batch 32 x 512, 8 layers, 8 heads, fp32, Adam; oom: more than a card leaves to programs ({usable}).\n"
+        f"Simulated: batch 32 x 512, 8 layers, 8 heads, fp32, Adam; oom: more than a card leaves to programs "
+        f"({usable}).\n"
         "The published figures are what a caching allocator reserved; these are the bytes of live tensors."
     )
     return "\n".join([*lines, ""])

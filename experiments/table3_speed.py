@@ -169,8 +169,8 @@ def main() -> None:
     setting = (
         f"Timed: V = 50,257, 8 layers, 8 heads, batch {arguments.batch_size} x {SEQUENCE_LENGTH}, fp32, Adam; "
         f"{arguments.rounds} interleaved rounds, medians, and 2.5 to 97.5% range of the rounds' ratios.\n"
-        f"FLOPs: one sequence of {SEQUENCE_LENGTH} tokens; the published rule counts multiply-accumulates of the forward "
-        f"pass, attention products only for GPT-Neo.\n{hardware()}; torch {torch_version()}.\n"
+        f"FLOPs: one sequence of {SEQUENCE_LENGTH} tokens; the published rule counts multiply-accumulates of the "
+        f"forward pass, attention products only for GPT-Neo.\n{hardware()}; torch {torch_version()}.\n"
     )
     words = "\n".join([*flops_table(counts, published), "", *speed_table(table, published), "", setting])
     write_text(PATH.with_suffix(".md"), words)

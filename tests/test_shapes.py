@@ -167,6 +167,16 @@ def test_settings_that_no_set_has_are_refused(change: dict[str, int]) -> None:
         load_shapes(DATA | change)
 
 
+@pytest.mark.parametrize("half", ["model=cnn", "data=shapes"])
+def test_pictures_and_their_network_need_each_other(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], half: str
+) -> None:
+    assert call(train.main, monkeypatch, "scale=smoke", half) == 2
+    written = capfd.readouterr().err
+    assert "data.image_size" in written or "use model=cnn with data=shapes" in written
+    assert "Traceback" not in written
+
+
 def test_the_network_is_the_published_one() -> None:
     with torch.device("meta"):
         network = CNN(512, 3, 100)

@@ -99,6 +99,8 @@ class Settings:
                 f"model.max_positions {self.model.max_positions} is less than sequence_length {self.sequence_length}: "
                 "raise the first or lower the second"
             )
+        if self.data.get("image_size") != self.model.image_size:
+            raise UserError("pictures and their network need each other: use model=cnn with data=shapes, or neither")
         if not self.optimizer.learning_rate > 0:
             raise UserError(f"optimizer.learning_rate is {self.optimizer.learning_rate}: choose more than 0")
         if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):

@@ -102,31 +102,33 @@ class PictureBatches:
         num_batches = -(-self.count // self.plan.batch_size)
         for index in range(num_batches):
             yield self._drawn(index, num_batches)
-        self._ahead.clear()
 
     def _drawn(self, index: int, end: int | None) -> tuple[Tensor, Tensor]:
+        """Batch ``index``; those before ``end`` (None: without end) may be drawn ahead."""
+        pictures = self._by_workers(index, end) if self.shapes.workers else _draw(*self._task(index))
         numbers = self._numbers(index)
-        pool = _pool(self.shapes.workers) if self.shapes.workers else None
-        drawn = numbers if len(numbers) else self.first + np.zeros(1, np.int64)
-        if pool is None:
-            pictures = _draw(self.shapes.classes, self.shapes.seed, drawn, self.shapes.image_size)
-        else:
-            self._ahead = {number: future for number, future in self._ahead.items() if number >= index}
-            last = index + BATCHES_AHEAD_PER_WORKER * self.shapes.workers
-            for number in range(index, last if end is None else min(last, end)):
-                if number not in self._ahead:
-                    wanted = drawn if number == index else self._numbers(number)
-                    arguments = (self.shapes.classes, self.shapes.seed, wanted, self.shapes.image_size)
-                    self._ahead[number] = pool.submit(_draw, *arguments)
-            try:
-                pictures = self._ahead.pop(index).result()
-            except BrokenProcessPool as error:
-                _pool.cache_clear()
-                raise UserError(
-                    "a process that draws pictures died, perhaps for lack of memory: try data.workers=0"
-                ) from error
         labels = numbers % len(self.shapes.classes) if len(numbers) else np.array([IGNORE_INDEX])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+    def _by_workers(self, index: int, end: int | None) -> np.ndarray:
+        last = index + BATCHES_AHEAD_PER_WORKER * self.shapes.workers
+        self._ahead = {number: future for number, future in self._ahead.items() if number >= index}
+        try:
+            for number in range(index, last if end is None else min(last, end)):
+                if number not in self._ahead:
+                    self._ahead[number] = _pool(self.shapes.workers).submit(_draw, *self._task(number))
+            return self._ahead.pop(index).result()
+        except BrokenProcessPool as error:
+            _pool.cache_clear()
+            raise UserError(
+                "a process that draws pictures died, for lack of memory perhaps: try data.workers=0"
+            ) from error
+
+    def _task(self, index: int) -> tuple[Classes, int, np.ndarray, int]:
+        numbers = self._numbers(index)
+        if len(numbers) == 0:  # a rank without a picture in the last batch draws one that no loss counts
+            numbers = np.array([self.first])
+        return self.shapes.classes, self.shapes.seed, numbers, self.shapes.image_size
 
     def _numbers(self, index: int) -> np.ndarray:
         """The numbers of the pictures that this rank takes of batch ``index``."""

@@ -37,4 +37,4 @@ class CNN(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """[B, 3, side, side] uint8 -> [B, D]."""
         # Scaled here: bytes are a quarter of the traffic from the workers to the device.
-        return self.output(self.convolutions(pictures.to(self.output[1].weight.dtype) / 255))
+        return self.output(self.convolutions(pictures.to(next(self.parameters()).dtype) / 255))
