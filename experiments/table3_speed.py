@@ -24,8 +24,9 @@ from tqdm import tqdm
 from vocabfold.allocator import keep_freed_memory
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.files import write_text
-from vocabfold.measure.flops import count_flops_by_operator
+from vocabfold.measure.flops import count_flops, count_flops_by_operator
 from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.simulate import tensors_without_data
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary, tokens_per_second
 from vocabfold.models.paper_tables import MODELS, SETTINGS, Case
 from vocabfold.records import RESULTS
@@ -43,9 +44,10 @@ ATTENTION_OPERATORS = ("scaled_dot_product", "bmm")
 def count(model: str, hidden_size: int) -> dict[str, object]:
     """FLOPs of a lean model over one sequence of 512 tokens; no tensor has data, so any size is counted at once."""
     case = Case("lean", model, hidden_size, batch_size=1, sequence_length=SEQUENCE_LENGTH)
-    module, _, loss = case.build("meta")
-    forward = count_flops_by_operator(loss)
-    training = sum(count_flops_by_operator(lambda: loss().backward()).values())
+    with tensors_without_data():
+        module, _, loss = case.build()
+        forward = count_flops_by_operator(loss)
+        training = count_flops(lambda: loss().backward())
     attention = sum(flops for name, flops in forward.items() if any(part in name for part in ATTENTION_OPERATORS))
     forward_flops = sum(forward.values())
     counted = forward_flops if WITH_ATTENTION[model] else forward_flops - attention

@@ -114,6 +114,15 @@ def test_lookalikes_follow_from_the_symmetries_of_the_figures() -> None:
     assert circle.by_option("border") == {"solid": 0.0, "dashed": 0.0}
 
 
+def test_lookalikes_are_the_classes_that_are_drawn_alike() -> None:
+    chosen = {"shape": ["circle", "square"], "pattern": ["solid", "dotted"], "size": ["tiny", "huge"]}
+    classes = classes_of({**chosen, "colour": ["red", "lime"], "opacity": [0.25, 1.0], "border": ["dashed"]})
+    first: dict[bytes, int] = {}
+    drawn = [first.setdefault(still(classes.attributes(label)).tobytes(), label) for label in range(len(classes))]
+    assert 1 < len(set(drawn)) < len(classes)
+    assert find_lookalikes(classes, 48).alike.tolist() == drawn
+
+
 def numbers_of(shapes: Shapes, pictures: torch.Tensor, labels: torch.Tensor) -> list[int]:
     """Which pictures of the sequence a batch holds."""
     drawn = {

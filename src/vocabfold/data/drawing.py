@@ -105,14 +105,7 @@ def draw(
 ) -> np.ndarray:
     """One figure ``shift`` = (right, down) pixels from the centre: [side, side, 3] uint8. ``random`` is the noise."""
     opacity = float(attributes["opacity"])
-    geometry = Geometry(
-        str(attributes["shape"]),
-        str(attributes["pattern"]),
-        int(attributes["rotation_degrees"]),
-        str(attributes["size"]),
-        str(attributes["border"]),
-    )
-    fill, outline = masks(geometry, side)
+    fill, outline = masks(geometry_of(attributes), side)
     colours = fill_colours(str(attributes["colour"]), opacity)
     image = Image.new("RGB", (side, side), "white")
     if attributes["texture"] == "noise":
@@ -125,6 +118,17 @@ def draw(
     corner = [(side - extent) // 2 + moved for extent, moved in zip(label.size, shift, strict=True)]
     image.paste("black", (corner[0], corner[1]), label)
     return np.asarray(image)
+
+
+def geometry_of(attributes: Mapping[str, str | int | float]) -> Geometry:
+    """The geometry of a class."""
+    return Geometry(
+        str(attributes["shape"]),
+        str(attributes["pattern"]),
+        int(attributes["rotation_degrees"]),
+        str(attributes["size"]),
+        str(attributes["border"]),
+    )
 
 
 @functools.cache  # 1,920 geometries of 2 masks: 38 MB at 100 pixels

@@ -1,7 +1,8 @@
-"""Which classes of pictures no model can tell apart, and what that leaves at best: found by drawing every class."""
+"""Which classes of pictures no model can tell apart, and what that leaves at best."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from vocabfold.data.drawing import ATTRIBUTES, Classes, draw
+from vocabfold.data.drawing import ATTRIBUTES, Classes, Geometry, fill_colours, geometry_of, masks, outline_grey
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,23 @@ class Lookalikes:
 
 
 def find_lookalikes(classes: Classes, side: int) -> Lookalikes:
-    """Draw each class once, all in the same place with the same letter and noise, and compare the pixels."""
-    first: dict[bytes, int] = {}
+    """Draw every geometry's masks and mix every colour once; classes with the same of all look alike, as do no others.
+
+    drawing.draw makes a picture of these alone, so that comparing them compares all pictures.
+    """
+    first: dict[tuple[object, ...], int] = {}
     alike = np.empty(len(classes), np.int64)
-    for label in tqdm(range(len(classes)), desc="drawing every class", mininterval=2.0, disable=None):
-        pixels = draw(classes.attributes(label), side, (0, 0), " ", np.random.Generator(np.random.PCG64(0)))
-        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
-        alike[label] = first.setdefault(digest, label)
+    for label in tqdm(range(len(classes)), desc="comparing classes", mininterval=2.0, disable=None):
+        figure = classes.attributes(label)
+        opacity, has_noise = float(figure["opacity"]), figure["texture"] == "noise"
+        colours = fill_colours(str(figure["colour"]), opacity)
+        shown = colours if has_noise else colours[len(colours) // 2]
+        looks = (_mask_digest(geometry_of(figure), side), shown.tobytes(), has_noise, outline_grey(opacity))
+        alike[label] = first.setdefault(looks, label)
     return Lookalikes(classes, alike)
+
+
+@functools.cache
+def _mask_digest(geometry: Geometry, side: int) -> bytes:
+    fill, outline = masks(geometry, side)
+    return hashlib.blake2b(fill.tobytes() + outline.tobytes(), digest_size=16).digest()

@@ -6,8 +6,9 @@ partitions, masks) are real, so that code which reads them works, as long as the
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +178,13 @@ def _temporary_bytes(func: Any, args: Any, result: Any) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def tensors_without_data() -> Iterator[_StorageTracker]:
+    """Floating point tensors made within it are fake: nothing is allocated or computed, at any size."""
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), _StorageTracker() as tracker:
+        yield tracker
+
+
 def simulated_peak_memory(build: Callable[[], TrainingParts]) -> SimulatedMemory:
     """Peak memory of zero_grad, forward, backward and optimizer step under fake tensors.
 
@@ -188,8 +196,7 @@ def simulated_peak_memory(build: Callable[[], TrainingParts]) -> SimulatedMemory
     Not seen: scratch space per thread of the CPU's attention (about 0.5 MiB a thread).
     Raises UserError where values of a floating point tensor are needed (`.item()`, `nonzero`, boolean indexing).
     """
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.random.fork_rng(devices=[]), fake_mode, _StorageTracker() as tracker:
+    with tensors_without_data() as tracker:
         try:
             module, optimizer, compute_loss = build()
             _training_step(optimizer, compute_loss, tracker)
