@@ -3,7 +3,7 @@
     python experiments/figure1_shapes.py [SCALE ...]
 
 draws pictures of experiment=shapes at each scale (all scales by default) into results/SCALE/figure1_shapes.png, then
-every geometry once to see which classes no model can tell apart, and writes the accuracies that this leaves at best into
+every geometry once to see which classes no model can tell apart, and writes the accuracies that this leaves into
 results/SCALE/figure1_shapes.csv and .md.
 """
 
