@@ -3,6 +3,7 @@ PYTHON ?= python3
 SCALE ?= laptop
 BIN := .venv/bin
 RUN := $(BIN)/python -m vocabfold.train --multirun scale=$(SCALE)
+PICTURES_RUN := $(RUN) experiment=shapes
 # make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt
 ifneq ($(TRAIN),)
 RUN += data.train=$(TRAIN)
@@ -11,6 +12,7 @@ ifneq ($(VALID),)
 RUN += data.valid=$(VALID)
 endif
 SWEEPS := main_comparison figure3_group_size
+PICTURES := figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
 EXTRAS ?= dev
 
 .PHONY: help setup reproduce figures test test-all lint
@@ -35,9 +37,15 @@ reproduce: .venv/ready
 		&& touch results/runs/$(SCALE)/training_step.done; }
 	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
+	@$(PICTURES_RUN) && $(BIN)/python -m vocabfold.records shapes $(SCALE) && $(BIN)/python -m vocabfold.curves shapes $(SCALE)
+	@test -f results/$(SCALE)/figure1_shapes.csv || $(BIN)/python experiments/figure1_shapes.py $(SCALE)
+	@for picture in $(PICTURES); do $(BIN)/python experiments/$$picture.py $(SCALE) || exit; done
+	@$(BIN)/python experiments/table2_memory.py
+	@test -f results/laptop/table3_speed.csv || $(BIN)/python experiments/table3_speed.py
 
 figures: .venv/ready
-	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py || exit; done
+	@for script in $(SWEEPS) $(PICTURES); do $(BIN)/python experiments/$$script.py || exit; done
+	@$(BIN)/python experiments/table2_memory.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -25,6 +25,8 @@ TINY = [
     "wandb.mode=disabled",
     "device=cpu",
 ]
+# The same for models of pictures: experiment=shapes brings 16 classes of its own at this scale.
+PICTURES = ["scale=smoke", "model.hidden_size=16", "model.num_layers=2", "wandb.mode=disabled", "device=cpu"]
 
 
 def write_corpus(folder: Path) -> None:

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
-from run_cases import TINY, call, start, write_corpus
+from run_cases import PICTURES, TINY, call, start, write_corpus
 from vocabfold import train
 from vocabfold.settings import CONFIG_FOLDER, settings_from
 
@@ -52,7 +52,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("group", "option"), [(group, option) for group in ("scale", "data", "model", "head") for option in options(group)]
 )
 def test_every_option_composes_to_checked_settings(group: str, option: str) -> None:
-    config = composed(f"{group}={option}")
+    pictures = {"shapes": ["model=cnn"], "cnn": ["data=shapes"]}  # each needs the other
+    config = composed(f"{group}={option}", *pictures.get(option, []))
     del config.hydra
     settings = settings_from(config)
     named = {"scale": settings.scale, "data": settings.data["name"], "model": settings.model.name}
@@ -78,7 +79,12 @@ def test_every_experiment_takes_two_steps(
 ) -> None:
     first_line, command = (CONFIG_FOLDER / "experiment" / f"{experiment}.yaml").read_text().splitlines()[:2]
     assert first_line == "# @package _global_" and f"experiment={experiment}" in command
-    status = call(train.main, monkeypatch, *TINY, f"experiment={experiment}")
+    tiny = (
+        PICTURES
+        if "override /data: shapes" in (CONFIG_FOLDER / "experiment" / f"{experiment}.yaml").read_text()
+        else TINY
+    )
+    status = call(train.main, monkeypatch, *tiny, f"experiment={experiment}")
     assert status == 0, capfd.readouterr().err
     (row,) = folder.glob(f"results/runs/smoke/{experiment}/*/row.json")
     assert json.loads(row.read_text())["steps"] == 2

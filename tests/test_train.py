@@ -202,9 +202,7 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
 @pytest.mark.parametrize(("budget", "steps"), [("tokens=130", 3), ("steps=2", 2), ("epochs=0.5", None)])
 def test_budgets_end_training(budget: str, steps: int | None) -> None:
     settings = settings_of(f"budget.{budget}", "run_dir=run")
-    batches = training.Batches(
-        training.load_corpus(settings.data).train, sequence_length=16, batch_size=4, seed=0, end_token=None
-    )
+    batches = training.load_corpus(settings.data).batches("train", training.BatchPlan(16, 4, seed=0))
     expected = steps if steps is not None else batches.batches_per_epoch // 2
     assert training.train(settings, "")["steps"] == expected
 

@@ -14,6 +14,7 @@ from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.errors import UserError
 from vocabfold.models.build import ModelWithHead, build_model
+from vocabfold.models.gpt import GPT
 from vocabfold.settings import load_settings
 
 
@@ -36,14 +37,15 @@ def generate(
     """
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
-    device = next(model.parameters()).device
-    max_positions = model.backbone.config.max_positions
+    device, backbone = next(model.parameters()).device, model.backbone
+    assert isinstance(backbone, GPT)
+    max_positions = backbone.config.max_positions
     text = list(prompt)
-    fresh, cache = text[-max_positions:], model.backbone.new_cache(1)
+    fresh, cache = text[-max_positions:], backbone.new_cache(1)
     for _ in range(max_tokens):
         if cache.length + len(fresh) > max_positions:
-            fresh, cache = text[-max(1, max_positions // 2) :], model.backbone.new_cache(1)
-        hidden = model.backbone(torch.tensor([fresh], device=device), cache)[:, -1]
+            fresh, cache = text[-max(1, max_positions // 2) :], backbone.new_cache(1)
+        hidden = backbone(torch.tensor([fresh], device=device), cache)[:, -1]
         token = int(model.head.sample(hidden, temperature, top_k, top_p, generator))
         if token == end_token:
             return
@@ -89,7 +91,7 @@ def main() -> None:
         raise UserError("--device cuda, but there is no CUDA here: use --device cpu")
     tokenizer = load_for_generation(load_settings(arguments.run).data)
     if tokenizer is None:
-        raise UserError(f"{arguments.run} was trained on token sequences without a text form: there is nothing to read")
+        raise UserError(f"{arguments.run} was trained on data without a text form: there is nothing to read")
     model = load_run(arguments.run, torch.device(arguments.device))
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_token]
     tokens = generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ class Settings:
                 f"model.max_positions {self.model.max_positions} is less than sequence_length {self.sequence_length}: "
                 "raise the first or lower the second"
             )
+        if self.data.get("image_size") != self.model.image_size:
+            raise UserError("pictures and their network need each other: use model=cnn with data=shapes, or neither")
         if not self.optimizer.learning_rate > 0:
             raise UserError(f"optimizer.learning_rate is {self.optimizer.learning_rate}: choose more than 0")
         if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):
@@ -118,6 +121,17 @@ class Settings:
         choose("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine"))
         choose("precision", self.precision, ("fp32", "bf16", "fp16"))
         choose("wandb.mode", self.wandb.mode, ("offline", "online", "disabled"))
+
+    def total_steps(self, batches_per_epoch: int, targets_per_batch: int) -> int | None:
+        """Optimizer steps until the first budget of epochs, steps or tokens is used up; None if only time ends it."""
+        limits = []
+        if self.budget.steps is not None:
+            limits.append(self.budget.steps)
+        if self.budget.epochs is not None:
+            limits.append(int(self.budget.epochs * batches_per_epoch / self.gradient_accumulation))
+        if self.budget.tokens is not None:
+            limits.append(math.ceil(self.budget.tokens / (targets_per_batch * self.gradient_accumulation)))
+        return max(1, min(limits)) if limits else None
 
 
 def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -182,5 +196,11 @@ def chosen_learning_rate(scale: str, contender: str) -> float:
     return float(means.loc[means["validation_loss_nats"].idxmin(), "learning_rate"])
 
 
+def model_has_tokens(_root_: DictConfig) -> bool:
+    """Whether the model reads tokens, through an embedding whose rows a head may share, and no pictures."""
+    return "image_size" not in _root_.model
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("chosen_learning_rate", chosen_learning_rate, replace=True)
+OmegaConf.register_new_resolver("model_has_tokens", model_has_tokens, replace=True)

@@ -13,6 +13,7 @@ import contextlib
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from vocabfold.allocator import keep_freed_memory
 from vocabfold.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.command_line import USER_ERRORS, exit_with, one_line_errors
 from vocabfold.constants import IGNORE_INDEX
-from vocabfold.data.batches import Batches
+from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_corpus
+from vocabfold.data.shapes import Shapes
 from vocabfold.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
@@ -51,20 +53,17 @@ AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 class Trainer:
     """What one training run holds between its steps."""
 
-    def __init__(self, settings: Settings, corpus: Corpus, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, settings: Settings, corpus: Corpus | Shapes, ranks: Ranks, device: torch.device) -> None:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
         torch.manual_seed(settings.seed)
-        order = token_order(settings.head, corpus.vocabulary_size, corpus.train.tokens)
+        order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
         self.model: ModelWithHead = build_model(settings.model, settings.head, corpus.vocabulary_size, order).to(device)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        shared = {"sequence_length": settings.sequence_length, "layout": settings.data["layout"]}
-        shared |= {"end_token": corpus.end_token, "rank": ranks.rank, "world_size": ranks.world_size}
-        self.batches = Batches(corpus.train, batch_size=settings.batch_size, seed=settings.seed, **shared)
-        self.valid = Batches(
-            corpus.valid, batch_size=settings.evaluation_batch_size, seed=settings.seed, shuffle=False, **shared
-        )
-        self.total_steps = steps_of(settings, self.batches)
+        plan = BatchPlan(settings.sequence_length, settings.batch_size, settings.seed, ranks.rank, ranks.world_size)
+        self.batches = corpus.batches("train", plan)
+        self.valid = corpus.batches("valid", replace(plan, batch_size=settings.evaluation_batch_size))
+        self.total_steps = settings.total_steps(self.batches.batches_per_epoch, self.batches.targets_per_batch)
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
         self.measured: dict[str, float] = {}
@@ -88,7 +87,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype, enabled=self.settings.precision != "fp32")
 
     def flops_per_token(self) -> float:
-        """FLOPs of one forward and backward pass, a token. Weights, gradients and random state stay as they were."""
+        """FLOPs of one forward and backward pass, a target. The model and the random state stay as they were."""
         inputs, targets = (tensor.to(self.device) for tensor in self.batches.batch(0))
 
         def forward_and_backward() -> None:
@@ -96,8 +95,11 @@ class Trainer:
                 self.model(inputs, targets).loss.backward()
 
         devices = [self.device] if self.device.type == "cuda" else []
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # batch norm's running means
         with torch.random.fork_rng(devices):
-            flops = training_flops_per_token(forward_and_backward, inputs.numel())
+            flops = training_flops_per_token(forward_and_backward, targets.numel())
+        for buffer, value in buffers:
+            buffer.copy_(value)
         self.optimizer.zero_grad(set_to_none=True)
         return flops
 
@@ -145,7 +147,8 @@ class Trainer:
         sums = MeanLosses()
         for inputs, targets in self.valid.evaluation_batches():
             with self.autocast():
-                sums.add(self.model(inputs.to(self.device), targets.to(self.device), with_accuracy=True))
+                inputs, targets = inputs.to(self.device), targets.to(self.device)
+                sums.add(self.model(inputs, targets, True, self.corpus.reports_accuracy))
         self.model.train()
         means = sums.means(self.ranks, "validation_")
         result = {"validation_loss_nats": means.pop("validation_loss"), **means}
@@ -201,20 +204,6 @@ class Trainer:
         if not self.timed_tokens:
             return self.measured
         return {"tokens_per_second": self.timed_tokens / self.timed_seconds, **self.measured}
-
-
-def steps_of(settings: Settings, batches: Batches) -> int | None:
-    """Optimizer steps until the first budget of epochs, steps or tokens is used up; None where only time ends it."""
-    budget = settings.budget
-    limits = []
-    if budget.steps is not None:
-        limits.append(budget.steps)
-    if budget.epochs is not None:
-        limits.append(int(budget.epochs * batches.batches_per_epoch / settings.gradient_accumulation))
-    if budget.tokens is not None:
-        tokens_per_step = settings.batch_size * settings.sequence_length * settings.gradient_accumulation
-        limits.append(math.ceil(budget.tokens / tokens_per_step))
-    return max(1, min(limits)) if limits else None
 
 
 def train(settings: Settings, command: str) -> dict[str, Any]:

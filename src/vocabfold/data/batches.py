@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +12,32 @@ from torch import Tensor
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.token_file import TokenFile
 from vocabfold.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a training run wants its data served; ``batch_size`` counts the rows of all ``world_size`` processes.
+
+    Raises UserError for sizes that cannot be served.
+    """
+
+    sequence_length: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 1:
+            raise UserError(f"the sequence length must be 1 or more, not {self.sequence_length}")
+        if self.batch_size < 1 or self.batch_size % self.world_size:
+            raise UserError(
+                f"the batch size {self.batch_size} must be a multiple of the number of processes, {self.world_size}"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"rank {self.rank} is not one of {self.world_size} processes")
+        if self.seed < 0:
+            raise UserError(f"the seed must be 0 or more, not {self.seed}")
 
 
 class Batches:
@@ -46,14 +73,7 @@ class Batches:
             raise UserError(
                 "data.layout=padded needs documents and an end token, which this corpus lacks; use data.layout=packed"
             )
-        if sequence_length < 1:
-            raise UserError(f"the sequence length must be 1 or more, not {sequence_length}")
-        if batch_size < 1 or batch_size % world_size:
-            raise UserError(f"the batch size {batch_size} must be a multiple of the number of processes, {world_size}")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} is not one of {world_size} processes")
-        if seed < 0:
-            raise UserError(f"the seed must be 0 or more, not {seed}")
+        BatchPlan(sequence_length, batch_size, seed, rank, world_size)  # its checks
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
@@ -71,6 +91,7 @@ class Batches:
         if len(self._starts) == 0:
             raise UserError("the corpus has no token to predict; give it more text")
         self.batches_per_epoch = self._num_training_rows // batch_size
+        self.targets_per_batch = batch_size * sequence_length
         if shuffle:
             self._require_a_batch()
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from vocabfold.data.batches import Batches, BatchPlan
+from vocabfold.data.shapes import Shapes, load_shapes
 from vocabfold.data.token_file import TokenFile, build_token_file, cached_token_file, write_token_file
 from vocabfold.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from vocabfold.data.zipf import ZipfLaw, entropy_rate_nats, zipf_law, zipf_tokens
@@ -42,6 +44,18 @@ class Corpus:
     vocabulary_size: int
     end_token: int | None
     entropy_rate_nats: float | None
+    layout: str
+    reports_accuracy: bool = False
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The training stream."""
+        return self.train.tokens
+
+    def batches(self, split: str, plan: BatchPlan) -> Batches:
+        """Shuffled endless batches of ``train``, or those of ``valid`` in order."""
+        tokens, is_training = (self.train, True) if split == "train" else (self.valid, False)
+        return Batches(tokens, **vars(plan), layout=self.layout, end_token=self.end_token, shuffle=is_training)
 
     def with_development(self, share: float) -> Corpus:
         """The same corpus with its last training documents, ``share`` of the tokens, in the place of the validation
@@ -53,12 +67,14 @@ class Corpus:
         return replace(self, train=train, valid=development)
 
 
-def load_corpus(data: Mapping[str, Any]) -> Corpus:
-    """The corpus of a resolved conf/data/*.yaml node, tokenised on first use into ``data.cache_dir``.
+def load_corpus(data: Mapping[str, Any]) -> Corpus | Shapes:
+    """The data of a resolved conf/data/*.yaml node; text is tokenised on first use into ``data.cache_dir``.
 
     Raises UserError, in one line that says what to do, for a missing setting, file or data set.
     """
     name = _required(data, "name")
+    if name == "shapes":
+        return load_shapes(data)
     if name == "zipf":
         return _zipf_corpus(data)
     sources: dict[str, Callable[[Mapping[str, Any], str], tuple[dict[str, Any], Callable[[], Iterable[str]]]]] = {
@@ -68,7 +84,7 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
         "wikitext": _data_set,
     }
     if name not in sources:
-        raise UserError(f"unknown data.name {name!r}: choose one of {', '.join([*sources, 'zipf'])}")
+        raise UserError(f"unknown data.name {name!r}: choose one of {', '.join([*sources, 'zipf', 'shapes'])}")
     tokenizer = load_tokenizer(_required(data, "tokenizer"))
     # both are looked at before either is tokenised: a missing validation file must not cost an hour first
     described = {split: sources[name](data, split) for split in SPLITS}
@@ -90,12 +106,13 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
         vocabulary_size=tokenizer.vocabulary_size,
         end_token=tokenizer.end_token,
         entropy_rate_nats=None,
+        layout=_required(data, "layout"),
     )
 
 
 def load_for_generation(data: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer alone, without touching the corpus; None where tokens are no text (zipf)."""
-    return None if _required(data, "name") == "zipf" else load_tokenizer(_required(data, "tokenizer"))
+    """The tokenizer alone, without touching the corpus; None where there is no text (zipf, shapes)."""
+    return None if _required(data, "name") in ("zipf", "shapes") else load_tokenizer(_required(data, "tokenizer"))
 
 
 def _required(data: Mapping[str, Any], key: str) -> Any:
@@ -305,6 +322,7 @@ def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
         vocabulary_size=law.vocabulary_size,
         end_token=None,
         entropy_rate_nats=entropy_rate_nats(law),
+        layout=_required(data, "layout"),
     )
 
 

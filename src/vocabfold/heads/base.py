@@ -149,6 +149,12 @@ class Head(nn.Module, ABC):
         choice = draw_from_sorted(log_prob, temperature, top_p, generator)
         return tokens.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
 
+    def accuracy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The share of targets != IGNORE_INDEX that are the likeliest of all V tokens; 0 where there is no target."""
+        counted, num_targets = counted_targets(targets)
+        hits = (self.topk(hidden, 1)[1].squeeze(-1) == targets) & counted
+        return hits.sum() / num_targets.clamp(min=1)
+
     def forward(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
         """``loss``; in training mode with the ``training_options``, if there are any."""
         if self.training and self.training_options != LossOptions():

@@ -52,13 +52,18 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
-def count_flops(run: Callable[[], Any]) -> int:
-    """Floating point operations of one call of `run`, forward and backward, as the module's first lines define them."""
+def count_flops_by_operator(run: Callable[[], Any]) -> dict[str, int]:
+    """Floating point operations of one call of `run`, forward and backward, by the name of torch's operator."""
     unknown_to_torch = {operator: formula for operator, formula in _FORMULAS.items() if operator not in flop_registry}
     counter = FlopCounterMode(display=False, custom_mapping=unknown_to_torch)
     with counter:
         run()
-    return counter.get_total_flops()
+    return {str(operator): flops for operator, flops in counter.get_flop_counts().get("Global", {}).items()}
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Floating point operations of one call of `run`, forward and backward, as the module's first lines define them."""
+    return sum(count_flops_by_operator(run).values())
 
 
 def training_flops_per_token(step: Callable[[], Any], num_tokens: int) -> float:

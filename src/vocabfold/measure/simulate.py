@@ -6,8 +6,9 @@ partitions, masks) are real, so that code which reads them works, as long as the
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vocabfold.errors import UserError
+from vocabfold.measure.memory import live_tensors
 
 aten = torch.ops.aten
 # Formulas of the C++ backward pass write in place into fresh zeros, but for fake tensors out of place, with twice the
@@ -48,7 +50,8 @@ TrainingParts = tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor]]
 class SimulatedMemory:
     """Bytes alive at the peak of one training step, by purpose; the five parts sum to `peak_bytes`.
 
-    `activation_bytes` is everything else: activations, logits, the batch, gradients of activations, temporaries.
+    `activation_bytes` is everything else: activations, logits, the batch, gradients of activations, temporaries. Of
+    these the forward pass left `kept_activation_bytes` to the backward pass; the rest is temporary.
     """
 
     parameter_bytes: int
@@ -56,6 +59,7 @@ class SimulatedMemory:
     gradient_bytes: int
     optimizer_state_bytes: int
     activation_bytes: int
+    kept_activation_bytes: int
     peak_bytes: int
 
 
@@ -80,6 +84,10 @@ class _StorageTracker(TorchDispatchMode):
     def start_of_step(self) -> None:
         self.peak_bytes = self.current_bytes
         self.peak_clock = self.clock
+        self.kept: list[_Lifetime] = []
+
+    def end_of_forward(self) -> None:
+        self.kept = list(self.alive.values())
 
     def lifetime(self, tensor: Tensor) -> _Lifetime | None:
         return self.alive.get(tensor.untyped_storage()._cdata)
@@ -170,6 +178,13 @@ def _temporary_bytes(func: Any, args: Any, result: Any) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def tensors_without_data() -> Iterator[_StorageTracker]:
+    """Floating point tensors made within it are fake: nothing is allocated or computed, at any size."""
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), _StorageTracker() as tracker:
+        yield tracker
+
+
 def simulated_peak_memory(build: Callable[[], TrainingParts]) -> SimulatedMemory:
     """Peak memory of zero_grad, forward, backward and optimizer step under fake tensors.
 
@@ -181,13 +196,12 @@ def simulated_peak_memory(build: Callable[[], TrainingParts]) -> SimulatedMemory
     Not seen: scratch space per thread of the CPU's attention (about 0.5 MiB a thread).
     Raises UserError where values of a floating point tensor are needed (`.item()`, `nonzero`, boolean indexing).
     """
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.random.fork_rng(devices=[]), fake_mode, _StorageTracker() as tracker:
+    with tensors_without_data() as tracker:
         try:
             module, optimizer, compute_loss = build()
-            _training_step(optimizer, compute_loss)
+            _training_step(optimizer, compute_loss, tracker)
             tracker.start_of_step()
-            _training_step(optimizer, compute_loss)
+            _training_step(optimizer, compute_loss, tracker)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UserError(
                 f"memory cannot be simulated: the step reads floating point values through {error.func}; "
@@ -196,9 +210,14 @@ def simulated_peak_memory(build: Callable[[], TrainingParts]) -> SimulatedMemory
         return _summary(tracker, module, optimizer)
 
 
-def _training_step(optimizer: torch.optim.Optimizer, compute_loss: Callable[[], Tensor]) -> None:
+def _training_step(
+    optimizer: torch.optim.Optimizer, compute_loss: Callable[[], Tensor], tracker: _StorageTracker
+) -> None:
     optimizer.zero_grad(set_to_none=True)
-    compute_loss().backward()
+    loss = compute_loss()
+    tracker.end_of_forward()
+    loss.backward()
+    del loss
     optimizer.step()
 
 
@@ -213,11 +232,14 @@ def _summary(tracker: _StorageTracker, module: nn.Module, optimizer: torch.optim
     gradient_bytes = at_peak(p.grad for p in parameters if p.grad is not None)
     optimizer_state_bytes = at_peak(state)
     named = parameter_bytes + buffer_bytes + gradient_bytes + optimizer_state_bytes
+    lasting = {id(tracker.lifetime(tensor)) for tensor in live_tensors(module, optimizer)}
+    kept = tracker.bytes_at_peak(life for life in tracker.kept if id(life) not in lasting)
     return SimulatedMemory(
         parameter_bytes,
         buffer_bytes,
         gradient_bytes,
         optimizer_state_bytes,
         tracker.peak_bytes - named,
+        kept,
         tracker.peak_bytes,
     )

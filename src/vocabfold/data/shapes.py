@@ -1,0 +1,159 @@
+"""The image study's data: pictures of drawing.py's classes, drawn while training goes on, the same in every run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vocabfold.constants import IGNORE_INDEX
+from vocabfold.data.batches import BatchPlan
+from vocabfold.data.drawing import Classes, classes_of, picture
+from vocabfold.errors import UserError
+from vocabfold.measure.machine import usable_cores
+
+SMALLEST_SIDE = 16
+BATCHES_AHEAD_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Both splits of the image set: training pictures have the numbers 0 .. ``num_train`` - 1 of drawing.picture's
+    sequence, validation pictures the ``num_valid`` that follow. Every class comes equally often in each.
+
+    What a training run asks of a corpus, and as ``targets`` the labels of the training pictures, in order.
+    """
+
+    name: str
+    classes: Classes
+    image_size: int
+    num_train: int
+    num_valid: int
+    seed: int
+    workers: int
+    entropy_rate_nats: None = None
+    reports_accuracy: bool = True
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.classes)
+
+    @property
+    def targets(self) -> np.ndarray:
+        return np.arange(self.num_train) % len(self.classes)
+
+    def batches(self, split: str, plan: BatchPlan) -> PictureBatches:
+        """Shuffled endless batches of ``train``, or those of ``valid`` in order, each picture once."""
+        return PictureBatches(self, plan, split == "train")
+
+
+def load_shapes(data: Mapping[str, Any]) -> Shapes:
+    """The image set of a resolved conf/data/shapes.yaml. Raises UserError for a setting that no set has."""
+    for key in ("train_images_per_class", "valid_images_per_class"):
+        if data[key] < 1:
+            raise UserError(f"data.{key} is {data[key]}: choose at least 1")
+    if data["image_size"] < SMALLEST_SIDE:
+        raise UserError(f"data.image_size is {data['image_size']}: choose at least {SMALLEST_SIDE}")
+    if data["seed"] < 0:
+        raise UserError(f"data.seed is {data['seed']}: choose 0 or more")
+    # By default one core is left to the training itself.
+    workers = usable_cores() - 1 if data["workers"] is None else data["workers"]
+    if workers < 0:
+        raise UserError(f"data.workers is {workers}: choose 0 (draw in the training process) or more")
+    classes = classes_of(data["attributes"])
+    num_train, num_valid = (len(classes) * data[f"{split}_images_per_class"] for split in ("train", "valid"))
+    return Shapes(data["name"], classes, data["image_size"], num_train, num_valid, data["seed"], workers)
+
+
+class PictureBatches:
+    """Pictures [B, 3, side, side] uint8 (channels last in memory) and their classes [B] int64, as batches of B.
+
+    Of R ranks rank r takes pictures r, r + R, r + 2R ... of every batch. Batch ``index`` is a pure function of the
+    plan's seed and ``index``; with workers the batches after it are drawn while it is used.
+    """
+
+    def __init__(self, shapes: Shapes, plan: BatchPlan, is_training: bool) -> None:
+        self.shapes, self.plan, self.is_training = shapes, plan, is_training
+        self.first = 0 if is_training else shapes.num_train
+        self.count = shapes.num_train if is_training else shapes.num_valid
+        self.batches_per_epoch = self.count // plan.batch_size
+        self.targets_per_batch = plan.batch_size
+        if is_training and self.batches_per_epoch == 0:
+            raise UserError(f"{self.count} pictures are less than one batch of {plan.batch_size}: lower batch_size")
+        self._ahead: dict[int, Future[np.ndarray]] = {}
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """This rank's part of training batch ``index`` >= 0, which may lie in any epoch."""
+        return self._drawn(index, None)
+
+    def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All pictures in order, the smaller last batch included; over the ranks each exactly once.
+
+        Every rank yields the same number of batches: one without a picture gets one that no loss counts.
+        """
+        num_batches = -(-self.count // self.plan.batch_size)
+        for index in range(num_batches):
+            yield self._drawn(index, num_batches)
+
+    def _drawn(self, index: int, end: int | None) -> tuple[Tensor, Tensor]:
+        """Batch ``index``; those before ``end`` (None: without end) may be drawn ahead."""
+        pictures = self._by_workers(index, end) if self.shapes.workers else _draw(*self._task(index))
+        numbers = self._numbers(index)
+        labels = numbers % len(self.shapes.classes) if len(numbers) else np.array([IGNORE_INDEX])
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+    def _by_workers(self, index: int, end: int | None) -> np.ndarray:
+        last = index + BATCHES_AHEAD_PER_WORKER * self.shapes.workers
+        self._ahead = {number: future for number, future in self._ahead.items() if number >= index}
+        try:
+            for number in range(index, last if end is None else min(last, end)):
+                if number not in self._ahead:
+                    self._ahead[number] = _pool(self.shapes.workers).submit(_draw, *self._task(number))
+            return self._ahead.pop(index).result()
+        except BrokenProcessPool as error:
+            _pool.cache_clear()
+            raise UserError(
+                "a process that draws pictures died, for lack of memory perhaps: try data.workers=0"
+            ) from error
+
+    def _task(self, index: int) -> tuple[Classes, int, np.ndarray, int]:
+        numbers = self._numbers(index)
+        if len(numbers) == 0:  # a rank without a picture in the last batch draws one that no loss counts
+            numbers = np.array([self.first])
+        return self.shapes.classes, self.shapes.seed, numbers, self.shapes.image_size
+
+    def _numbers(self, index: int) -> np.ndarray:
+        """The numbers of the pictures that this rank takes of batch ``index``."""
+        if index < 0:
+            raise IndexError(f"batch {index}: batches are numbered from 0")
+        size, rank, ranks = self.plan.batch_size, self.plan.rank, self.plan.world_size
+        if not self.is_training:
+            return self.first + np.arange(index * size + rank, min((index + 1) * size, self.count), ranks)
+        epoch, position = divmod(index, self.batches_per_epoch)
+        return _epoch_order(self.plan.seed, epoch, self.count)[position * size + rank : (position + 1) * size : ranks]
+
+
+@functools.lru_cache(maxsize=2)  # batches drawn ahead may lie in the next epoch
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@functools.cache
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that outlive a run: the next run of a sweep need not wait for their start."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def _draw(classes: Classes, seed: int, numbers: np.ndarray, side: int) -> np.ndarray:
+    pictures = np.empty((len(numbers), side, side, 3), np.uint8)
+    for row, number in enumerate(numbers.tolist()):
+        pictures[row] = picture(classes, seed, number, side)
+    return pictures
