@@ -115,6 +115,10 @@ class PrefixCache:
             run, begin = child, begin + matched
         return path
 
+    def tensors(self) -> list[Tensor]:
+        """All that is stored."""
+        return [run.stored for run in self._runs() if run.stored is not None]
+
     def _runs(self) -> Iterator[Run]:
         waiting = list(self.root.children.values())
         while waiting:

@@ -86,12 +86,13 @@ class QuantisedLayerCache(LayerCache):
     dequantise: Callable[[Tensor, int, torch.dtype], Tensor]
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See LayerCache.extend. Raises UserError where heads x head size is odd."""
+        """See LayerCache.extend. Raises UserError unless heads x head size is a multiple of 4, so that scales are
+        aligned."""
         _, num_heads, _, head_size = keys.shape
-        if num_heads * head_size % 2:
+        if num_heads * head_size % 4:
             raise UserError(
-                f"a quantised cache needs an even number of channels, not {num_heads * head_size}: "
-                "use an exact cache, or a model with an even hidden size"
+                f"an int8 or int4 cache needs a hidden size that is a multiple of 4, not {num_heads * head_size}: "
+                "use an exact cache"
             )
         packed = (type(self).quantise(part.transpose(1, 2).flatten(2)).unsqueeze(1) for part in (keys, values))
         unpacked = [
