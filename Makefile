@@ -33,11 +33,15 @@ reproduce: .venv/ready
 	@for sweep in $(SWEEPS); do $(BIN)/python -m vocabfold.records $$sweep $(SCALE) || exit; done
 	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
 		&& touch results/runs/$(SCALE)/training_step.done; }
+	@$(RUN) experiment=caching
+	@test -f results/runs/$(SCALE)/caching.done || { $(BIN)/python experiments/caching_speed.py --scale $(SCALE) \
+		&& $(BIN)/python experiments/caching_perplexity.py --scale $(SCALE) && touch results/runs/$(SCALE)/caching.done; }
+	@$(BIN)/python experiments/caching.py $(SCALE)
 	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
 
 figures: .venv/ready
-	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py || exit; done
+	@for sweep in $(SWEEPS) caching; do $(BIN)/python experiments/$$sweep.py || exit; done
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow"

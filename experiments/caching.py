@@ -1,294 +1,264 @@
-"""Decoding with each cache, in one interleaved run: tokens per second, time to first token, peak memory, perplexity.
+"""results/SCALE/caching.csv and caching_perplexity.csv -> caching.png and caching.md: tables, goals and verdicts.
 
-    python experiments/caching.py [--scale laptop] [--rounds 5] [--run FOLDER]
-
-needs a run of experiment=caching and writes results/SCALE/caching.csv, one row a workload, cache and round; then
-caching_report.py makes the figure, the table and the verdicts. Peers: transformers' caches around a GPT-2 of the same
-size with random weights, since published ones need a network; nothing of theirs is compared with ours but ratios.
+python experiments/caching.py [SCALE ...]
 """
 
 from __future__ import annotations
 
-import itertools
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from caching_report import draw
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.data.batches import Batches
-from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.errors import UserError
-from vocabfold.figures import mean_and_interval
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
-from vocabfold.generate import generate, load_run
-from vocabfold.inference import LAYER_CACHES, PrefixCache, ResponseCache, bytes_a_position, fingerprint
-from vocabfold.inference.quality import losses_through_cache
-from vocabfold.measure.machine import BYTES_PER_MIB, code_commit, hardware, torch_version
-from vocabfold.measure.memory import peak_memory_of
-from vocabfold.measure.speed import interleaved_seconds
-from vocabfold.models.build import ModelWithHead
-from vocabfold.records import RESULTS, finished_row
-from vocabfold.settings import Settings, load_settings
+from vocabfold.measure.speed import Ratio, ratio_summary
+from vocabfold.records import RESULTS
 
-LIMIT_BYTES = 256 * BYTES_PER_MIB  # of each prefix and each response cache: nothing is evicted here
-CHUNK = 64  # tokens at a time when perplexity is measured through a cache
-# Ours: (keys and values, prefix cache, response cache). The last one is the guide's last step, coding and caching
-# combined: int8 keys and values, beginnings kept as the same int8 rows, answers deflated on disk.
-OURS = {
-    "none": ("none", False, False),
-    "key/value": ("exact", False, False),
-    "bf16": ("bf16", False, False),
-    "int8": ("int8", False, False),
-    "int4": ("int4", False, False),
-    "prefix": ("exact", True, False),
-    "response": ("exact", False, True),
-    "all exact": ("exact", True, True),
-    "all coded": ("int8", True, True),
-}
-PEERS = {"none": "none", "key/value": "dynamic", "static": "static", "fp8": "fp8", "int4": "int4", "prefix": "dynamic"}
-REUSE = ("key/value", "prefix", "response", "all exact", "all coded")  # what a prompt seen before can be read with
+LIBRARIES = {"vocabfold": (COLORS["blue"], "o"), "transformers": (COLORS["orange"], "s")}
+RUN = ["corpus", "hidden_size", "num_layers", "head", "tokens"]
+WORKLOAD = ["workload", "prompt_tokens", "new_tokens"]
+SHORT, LONG = ("distinct", 32, 64), ("distinct", 448, 64)
+REPEATED, SHARED = ("repeated", 448, 64), ("shared beginning", 512, 1)
+FASTER_CLAIM, LEANER_CLAIM = 1.25, 0.70  # the guide's "up to 25% faster inference" and "up to 30% less memory"
+FIRST_TOKEN_GOAL = 5.0
+BYTES_GOAL = 0.52  # of bfloat16's bytes: half, and the scales
+PERPLEXITY_GOAL = 0.005
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Prompts of ``prompt_tokens``, the first ``shared_tokens`` the same in all; ``new_tokens`` are generated."""
-
-    name: str
-    prompt_tokens: int
-    shared_tokens: int
-    new_tokens: int
-    caches: tuple[str, ...] = tuple({**OURS, **PEERS})
-
-    def prompts(self, tokens: np.ndarray) -> Iterator[list[int]]:
-        """Prompts cut from a token stream, one after the other, again from its beginning at its end."""
-        own = self.prompt_tokens - self.shared_tokens
-        shared = tokens[: self.shared_tokens].tolist()
-        for index in itertools.count():
-            start = self.shared_tokens + index * own % (len(tokens) - self.prompt_tokens)
-            yield shared + tokens[start : start + own].tolist()
-
-
-WORKLOADS = (
-    Workload("distinct", 32, 0, 64),
-    Workload("distinct", 448, 0, 64),
-    Workload("repeated", 448, 448, 64, REUSE),
-    Workload("shared beginning", 512, 448, 1),
-)
-
-
-@dataclass
-class Side:
-    """One library and cache under one workload, with caches of its own."""
-
-    library: str
-    cache: str
-    workload: Workload
-    prompts: Iterator[list[int]]
-    answer: Callable[[list[int], int], Iterator[int]]
-    held: Callable[[], list[Tensor]] = list  # the tensors that stay between answers
-    responses: ResponseCache | None = None
-    first_seconds: list[float] = field(default_factory=list)
-    written: list[list[int]] = field(default_factory=list)
-
-    def step(self) -> None:
-        """Answer the next prompt."""
-        prompt = next(self.prompts)
-        start = time.perf_counter()
-        tokens = []
-        for token in self.answer(prompt, self.workload.new_tokens):
-            if not tokens:
-                self.first_seconds.append(time.perf_counter() - start)
-            tokens.append(token)
-        self.written.append(tokens)
-
-
-def our_side(model: ModelWithHead, cache: str, workload: Workload, tokens: np.ndarray, folder: Path) -> Side:
-    """Greedy decoding with our caches; ``folder`` takes the answers."""
-    key_values, with_prefixes, with_responses = OURS[cache]
-    prefixes = PrefixCache(LIMIT_BYTES) if with_prefixes else None
-    responses = ResponseCache(folder, LIMIT_BYTES) if with_responses else None
-    weights = fingerprint(model) if with_responses else ""
-
-    def compute(prompt: list[int], count: int) -> Iterator[int]:
-        return generate(model, prompt, count, temperature=0.0, key_values=key_values, prefixes=prefixes)
-
-    def answer(prompt: list[int], count: int) -> Iterator[int]:
-        if responses is None:
-            return compute(prompt, count)
-        request = {"weights": weights, "prompt": prompt, "max_tokens": count, "key_values": key_values}
-        return responses.answer(request, lambda: compute(prompt, count))
-
-    held = list if prefixes is None else prefixes.tensors
-    return Side("vocabfold", cache, workload, workload.prompts(tokens), answer, held, responses)
-
-
-def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> dict[str, tuple[Side, nn.Module]]:
-    """Greedy decoding of transformers' GPT-2 with transformers' caches; none where transformers is not installed."""
-    try:
-        from vocabfold.inference import hugging_face
-    except ImportError:
-        tqdm.write("transformers is left out: pip install 'vocabfold[hf]' to measure its caches too", file=sys.stderr)
-        return {}
-    torch.manual_seed(0)
-    peer = hugging_face.random_gpt2(model.backbone.config)
-    sides = {}
-    for cache in [name for name in PEERS if name in workload.caches]:
-        kind, beginning, held = PEERS[cache], None, list
-        if kind not in hugging_face.available_caches():
-            continue
-        if cache == "prefix" and workload.shared_tokens:
-            # One token of a repeated prompt must be read again, for its logits.
-            shared = tokens[: min(workload.shared_tokens, workload.prompt_tokens - 1)].tolist()
-            reader = hugging_face.HuggingFaceReader(peer, kind)
-            reader.read(shared)
-            assert reader.cache is not None
-            beginning = (shared, reader.cache)
-            layers = reader.cache.layers
-            held = lambda layers=layers: [part for layer in layers for part in (layer.keys, layer.values)]  # noqa: E731
-
-        def answer(prompt: list[int], count: int, kind: str = kind, beginning: Any = beginning) -> Iterator[int]:
-            reader = hugging_face.HuggingFaceReader(peer, kind, beginning)
-            text = list(prompt)
-            for _ in range(count):
-                text.append(int(reader.read(text).argmax()))
-                yield text[-1]
-
-        sides[cache] = (Side("transformers", cache, workload, workload.prompts(tokens), answer, held), peer)
-    return sides
-
-
-def measure(model: ModelWithHead, tokens: np.ndarray, rounds: int, folder: Path) -> pd.DataFrame:
-    """Every workload, one after the other; within one, all sides take turns. One row a side and round."""
-    rows = []
-    for number, workload in enumerate(tqdm(WORKLOADS, desc="workloads")):
-        sides: dict[str, tuple[Side, nn.Module]] = {}
-        for cache in [name for name in OURS if name in workload.caches]:
-            side = our_side(model, cache, workload, tokens, folder / f"{number}-{cache.replace('/', '-')}")
-            sides[f"vocabfold {cache}"] = (side, model)
-        for cache, peer in peer_sides(model, workload, tokens).items():
-            sides[f"transformers {cache}"] = peer
-        steps = {name: side.step for name, (side, _) in sides.items()}
-        seconds = interleaved_seconds(steps, rounds, 1, torch.device("cpu"), progress=True)
-        for name, (side, module) in sides.items():
-            baseline = sides.get(f"{side.library} none", sides[f"{side.library} key/value"])[0].written
-            rows += side_rows(side, module, seconds[name], baseline)
-    return pd.DataFrame(rows)
-
-
-def side_rows(side: Side, module: nn.Module, seconds: list[float], baseline: list[list[int]]) -> list[dict[str, Any]]:
-    """One row a timed round; what holds for all rounds stands in each."""
-    weights = [*module.parameters(), *module.buffers()]
-    answered = len(side.written)
-    memory = peak_memory_of(side.step, torch.device("cpu"), [*weights, *side.held()])
-    own = sum(tensor.nbytes for tensor in side.held())
-    pairs = list(itertools.chain(*(zip(*texts, strict=True) for texts in zip(baseline, side.written, strict=False))))
-    row: dict[str, Any] = {
-        "library": side.library,
-        "cache": side.cache,
-        "workload": side.workload.name,
-        "prompt_tokens": side.workload.prompt_tokens,
-        "shared_tokens": side.workload.shared_tokens,
-        "new_tokens": side.workload.new_tokens,
-        "peak_memory_mib": memory.peak_bytes / BYTES_PER_MIB,
-        "weights_mib": (memory.live_bytes_before - own) / BYTES_PER_MIB,
-        "kept_between_answers_mib": own / BYTES_PER_MIB,
-        "same_tokens_share": float(np.mean([ours == theirs for ours, theirs in pairs])),
-    }
-    if side.responses is not None:
-        texts = len({tuple(text) for text in side.written})
-        row["answer_bytes_a_token"] = side.responses.stored_bytes / (texts * side.workload.new_tokens)
-    first_seconds = side.first_seconds[answered - len(seconds) : answered]
-    return [
-        row | {"round": index, "seconds": whole, "seconds_to_first_token": first}
-        for index, (whole, first) in enumerate(zip(seconds, first_seconds, strict=True))
-    ]
-
-
-def perplexities(model: ModelWithHead, corpus: Corpus, settings: Settings) -> pd.DataFrame:
-    """One row a kind of keys and values, over the whole validation set: loss, perplexity, and the change from exact."""
-    length = settings.sequence_length
-    batches = Batches(
-        corpus.valid, sequence_length=length, batch_size=4, seed=0, end_token=corpus.end_token, shuffle=False
+def draw(scale: str) -> None:
+    """Write one scale's picture and table."""
+    table = read(scale, "caching.csv", "caching_speed.py")
+    kinds = read(scale, "caching_perplexity.csv", "caching_perplexity.py")
+    draw_picture(table, scale)
+    first = table.iloc[0]
+    parts = [speed_table(table, key) for key in (SHORT, LONG, REPEATED, SHARED)]
+    parts += [perplexity_table(kinds), goals(table, kinds), verdicts(table)]
+    parts.append(
+        f"{first['corpus']}; our model: hidden {first['hidden_size']}, {first['num_layers']} layers, "
+        f"{first['head']} head, fp32, greedy; transformers: GPT-2 of the same size, random weights, full softmax. One "
+        f"text at a time, {table['round'].nunique()} interleaved rounds: medians, in brackets the 2.5 to 97.5% range "
+        f"of the rounds' ratios. Threads: {first['threads']}; {first['hardware']}; torch {first['torch']}.\n"
     )
-    rows, exact = [], None
-    for kind in tqdm(LAYER_CACHES, desc="perplexity"):
-        sums, counts = losses_through_cache(model, batches.evaluation_batches(), kind, CHUNK)
-        exact = sums if exact is None else exact
-        whole = counts == length  # the shorter last row has another spread
-        change, half_width = mean_and_interval(((sums - exact)[whole] / length).tolist())
-        loss = float(sums.sum() / counts.sum())
-        cache = model.backbone.new_cache(1, LAYER_CACHES[kind])
-        with torch.inference_mode():
-            model.backbone(torch.zeros(1, 1, dtype=torch.long), cache)
-        row = {"key_values": kind, "validation_loss_nats": loss, "perplexity": np.exp(loss)}
-        row |= {"loss_change_nats": change, "loss_change_half_width_nats": half_width}
-        rows.append(row | {"bytes_a_position": bytes_a_position(cache)})
-    return pd.DataFrame(rows)
+    path = RESULTS / scale / "caching.md"
+    write_text(path, "\n\n".join(parts))
+    print("\n\n".join(parts[-3:]) + f"wrote {path}")
 
 
-def newest_run(scale: str) -> Path:
-    """The folder of the newest finished run of experiment=caching. Raises UserError where there is none."""
-    folder = RESULTS / "runs" / scale / "caching"
-    rows = sorted(folder.glob("*/row.json"), key=lambda path: path.stat().st_mtime)
-    if not rows:
-        raise UserError(
-            f"{folder} holds no finished run: python -m vocabfold.train experiment=caching scale={scale} first"
+def read(scale: str, name: str, program: str) -> pd.DataFrame:
+    """One of the two tables. Raises UserError where there is none."""
+    path = RESULTS / scale / name
+    if not path.is_file():
+        raise UserError(f"{path} is missing: python experiments/{program} --scale {scale} first")
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "none" is the name of a cache
+
+
+def rows_of(table: pd.DataFrame, key: tuple[str, int, int]) -> pd.DataFrame:
+    """The rows of one workload."""
+    return table[(table[WORKLOAD] == pd.Series(key, WORKLOAD)).all(axis=1)]
+
+
+def seconds_of(rows: pd.DataFrame, library: str, column: str = "seconds") -> dict[str, list[float]]:
+    """Seconds of every round of each cache of one library."""
+    own = rows[rows["library"] == library]
+    return {str(cache): side.sort_values("round")[column].tolist() for cache, side in own.groupby("cache", sort=False)}
+
+
+def words(ratio: Ratio) -> str:
+    """As in 1.23 (1.20 to 1.31)."""
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def speed_table(table: pd.DataFrame, key: tuple[str, int, int]) -> str:
+    """One line a library and cache."""
+    rows = rows_of(table, key)
+    name, prompt_tokens, new_tokens = key
+    shared = int(rows["shared_tokens"].iloc[0])
+    lines = [
+        f"**{name}**: prompts of {prompt_tokens} tokens, {shared} of them read before; {new_tokens} new tokens",
+        "",
+        "| library, cache | new tokens/s | speed, no cache = 1 | speed, key/value = 1 | first token (ms) "
+        "| peak memory (MiB) | of it above the weights | kept between answers (MiB) | tokens as without cache |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for library in rows["library"].unique():
+        seconds = seconds_of(rows, library)
+        first_seconds = seconds_of(rows, library, "seconds_to_first_token")
+        for cache, values in seconds.items():
+            row = rows[(rows["library"] == library) & (rows["cache"] == cache)].iloc[0]
+            to_none = words(ratio_summary(seconds, "none", cache)) if "none" in seconds else "-"
+            lines.append(
+                f"| {library}, {cache} | {new_tokens / np.median(values):,.0f} | {to_none} "
+                f"| {words(ratio_summary(seconds, 'key/value', cache))} | {1e3 * np.median(first_seconds[cache]):.1f} "
+                f"| {row['peak_memory_mib']:.1f} | {row['peak_memory_mib'] - row['weights_mib']:.2f} "
+                f"| {row['kept_between_answers_mib']:.2f} | {row['same_tokens_share']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def perplexity_table(kinds: pd.DataFrame) -> str:
+    """What rounding costs and saves, one line a run and kind."""
+    lines = [
+        "| run | keys and values | bytes a position | of bf16's | loss (nats) | perplexity | change of perplexity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in kinds.groupby(RUN, sort=False):
+        half = rows.loc[rows["key_values"] == "bf16", "bytes_a_position"].iloc[0]
+        for _, row in rows.iterrows():
+            low, change, high = perplexity_change(row)
+            lines.append(
+                f"| {name[0]}, hidden {name[1]}, {name[2]} layers, {name[3]} head, {name[4] / 1e6:.2f} M tokens "
+                f"| {row['key_values']} | {row['bytes_a_position']:,.0f} | {row['bytes_a_position'] / half:.3f} "
+                f"| {row['validation_loss_nats']:.5f} | {row['perplexity']:.3f} "
+                f"| {change:+.3%} ({low:+.3%} to {high:+.3%}) |"
+            )
+    lines += ["", "Whole validation set, read through the cache 64 tokens at a time; 95% intervals over its rows."]
+    return "\n".join(lines)
+
+
+def perplexity_change(row: pd.Series) -> tuple[float, float, float]:
+    """The ratio to the exact cache's perplexity less 1, with its 95% interval: (low, change, high)."""
+    change, half_width = row["loss_change_nats"], row["loss_change_half_width_nats"]
+    return float(np.expm1(change - half_width)), float(np.expm1(change)), float(np.expm1(change + half_width))
+
+
+def goals(table: pd.DataFrame, kinds: pd.DataFrame) -> str:
+    """What was aimed at, what came out, met or not."""
+    first_seconds = seconds_of(rows_of(table, SHARED), "vocabfold", "seconds_to_first_token")
+    sooner = ratio_summary(first_seconds, "key/value", "prefix")
+    lines = [
+        f"* {met(sooner.median >= FIRST_TOKEN_GOAL)}: first token at 448 shared tokens of 512 at least "
+        f"{FIRST_TOKEN_GOAL:.0f} times sooner with the prefix cache: {words(sooner)} times"
+    ]
+    for name, rows in kinds.groupby(RUN, sort=False):
+        rows = rows.set_index("key_values")
+        share = rows.loc["int8", "bytes_a_position"] / rows.loc["bf16", "bytes_a_position"]
+        low, change, high = perplexity_change(rows.loc["int8"])
+        run = f"hidden {name[1]}, {name[3]} head"
+        lines += [
+            f"* {met(share <= BYTES_GOAL)}: int8 takes half the bytes of bf16 (at most {BYTES_GOAL}, scales counted): "
+            f"{share:.3f} ({run})",
+            f"* {met(max(abs(low), abs(high)) < PERPLEXITY_GOAL)}: int8 changes perplexity by less than "
+            f"{PERPLEXITY_GOAL:.1%}: {change:+.3%} ({low:+.3%} to {high:+.3%}; {run})",
+        ]
+    return "\n".join(["Goals", "", *lines])
+
+
+def met(is_met: bool) -> str:
+    """In words."""
+    return "met" if is_met else "**not met**"
+
+
+def verdicts(table: pd.DataFrame) -> str:
+    """The guide's two claims against what was measured."""
+    lines = ["The guide's claims", ""]
+    for library in LIBRARIES:
+        lines += faster(table, library) + leaner(table, library)
+    lines.append(combined(table))
+    return "\n".join(lines)
+
+
+def faster(table: pd.DataFrame, library: str) -> list[str]:
+    """ "Up to 25% faster inference", for the caches of one library."""
+    if library not in set(table["library"]):
+        return []
+    parts = []
+    for key in (SHORT, LONG):
+        seconds = seconds_of(rows_of(table, key), library)
+        against_none = {cache: ratio_summary(seconds, "none", cache).median for cache in seconds if cache != "none"}
+        slow = [f"{cache} {ratio:.2f}" for cache, ratio in against_none.items() if ratio < FASTER_CLAIM]
+        lowest, highest = min(against_none.values()), max(against_none.values())
+        missing = f"; below 1.25: {', '.join(slow)}" if slow else ", each more than the claim"
+        parts.append(f"{lowest:.2f} to {highest:.2f} times with prompts of {key[1]}{missing}")
+    lines = [f"* {library}, 25% faster than without a cache, on prompts not seen before: " + "; ".join(parts) + "."]
+    for key, when in ((LONG, "unseen prompts of 448"), (REPEATED, "the same prompt of 448 again")):
+        seconds = seconds_of(rows_of(table, key), library)
+        others = [cache for cache in seconds if cache not in ("none", "key/value")]
+        parts = [f"{cache} {words(ratio_summary(seconds, 'key/value', cache))}" for cache in others]
+        lines.append(f"* {library}, speed beside a plain key/value cache, {when}: {'; '.join(parts)}.")
+    return lines
+
+
+def leaner(table: pd.DataFrame, library: str) -> list[str]:
+    """ "Up to 30% less memory", for the caches of one library."""
+    rows = rows_of(table, LONG)
+    rows = rows[rows["library"] == library].drop_duplicates("cache").set_index("cache")
+    if rows.empty:
+        return []
+    lines = []
+    for base in ("none", "key/value"):
+        whole = rows["peak_memory_mib"] / rows.loc[base, "peak_memory_mib"]
+        above = rows["peak_memory_mib"] - rows["weights_mib"]
+        above = above / above[base]
+        parts = [f"{cache} {whole[cache]:.3f} ({above[cache]:.2f})" for cache in rows.index if cache != base]
+        leanest = [str(cache) for cache in rows.index if whole[cache] <= LEANER_CLAIM]
+        reached = f"30% less is reached by {', '.join(leanest)}" if leanest else "none needs 30% less"
+        name = "no cache" if base == "none" else "a plain key/value cache"
+        lines.append(
+            f"* {library}, peak memory beside {name} at {LONG[1]} + {LONG[2]} tokens, in brackets above the weights "
+            f"alone: {', '.join(parts)}; {reached}."
         )
-    return rows[-1].parent
+    return lines
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--run", type=Path, help="folder of the trained run; default: the newest of experiment=caching")
-    arguments = parser.parse_args()
-    keep_freed_memory()
-    folder = arguments.run or newest_run(arguments.scale)
-    settings = load_settings(folder)
-    model = load_run(folder, torch.device("cpu"))
-    corpus = load_corpus(settings.data)
-    tokens = np.asarray(corpus.valid.tokens)
-    needed = max(workload.prompt_tokens + workload.new_tokens for workload in WORKLOADS) - 1
-    if model.backbone.config.max_positions < needed or len(tokens) <= needed:
-        raise UserError(f"{folder} has too few positions or validation tokens: {needed} are needed")
-    quality = perplexities(model, corpus, settings)
-    with tempfile.TemporaryDirectory() as answers:
-        table = measure(model, tokens, arguments.rounds, Path(answers))
-    table["key_values"] = [
-        OURS[cache][0] if library == "vocabfold" else None
-        for library, cache in zip(table["library"], table["cache"], strict=True)
-    ]
-    trained = finished_row(folder) or {}
-    names = ("corpus", "seed", "model", "hidden_size", "num_layers", "head", "scorer", "num_parameters")
-    first = {"experiment": "caching", "scale": arguments.scale} | {name: trained.get(name) for name in names}
-    table = pd.DataFrame([first | row for row in table.to_dict("records")])
-    table = table.merge(quality, on="key_values", how="left").assign(
-        threads=torch.get_num_threads(),
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/caching.py", *sys.argv[1:]]),
+def combined(table: pd.DataFrame) -> str:
+    """The guide's last step."""
+    rows = table[(table["library"] == "vocabfold") & (table["cache"] == "all coded")]
+    long = rows_of(rows, LONG).iloc[0]
+    exact = rows_of(table[table["cache"] == "all exact"], LONG).iloc[0]
+    return (
+        "* Coding and caching combined (all coded: int8 keys and values, beginnings kept as the same int8 rows, "
+        f"answers deflated on disk): {long['kept_between_answers_mib']:.2f} MiB of beginnings where exact ones take "
+        f"{exact['kept_between_answers_mib']:.2f}, and {long['answer_bytes_a_token']:.2f} bytes an answered token on "
+        "disk, checksum included, where int64 takes 8 and uint16 takes 2."
     )
-    path = RESULTS / arguments.scale / "caching.csv"
-    write_text(path, table.to_csv(index=False))
-    print(f"wrote {path}")
-    draw(arguments.scale)
+
+
+def draw_picture(table: pd.DataFrame, scale: str) -> None:
+    """Tokens per second at both prompt lengths, time to the first token after a shared beginning, memory, by cache."""
+    names = list(dict.fromkeys(table["cache"]))
+    figure, axes = plt.subplots(1, 4, figsize=(2 * COLUMN_INCHES, 2.5), sharey=True)
+    panels = (
+        (SHORT, "new tokens per second,\nprompt 32, unseen"),
+        (LONG, "new tokens per second,\nprompt 448, unseen"),
+        (SHARED, "first token (ms), 448 of\n512 tokens seen before"),
+        (LONG, "peak memory above\nweights (MiB), prompt 448"),
+    )
+    for index, (axis, (key, label)) in enumerate(zip(axes, panels, strict=True)):
+        rows = rows_of(table, key)
+        for library, (color, marker) in LIBRARIES.items():
+            for cache, side in rows[rows["library"] == library].groupby("cache", sort=False):
+                if index == 2:
+                    values = 1e3 * side["seconds_to_first_token"]
+                elif index == 3:
+                    values = (side["peak_memory_mib"] - side["weights_mib"]).head(1)
+                else:
+                    values = key[2] / side["seconds"]
+                middle = values.median()
+                height = names.index(str(cache)) + (0.15 if library == "transformers" else -0.15)
+                spread = [[middle - values.min()], [values.max() - middle]]
+                axis.errorbar(middle, height, xerr=spread, color=color, marker=marker, capsize=2, label=library)
+        axis.set_xlabel(label)
+        if index < 3:
+            axis.set_xscale("log")
+        else:
+            axis.set_xlim(left=0)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper right", ncols=2)
+    first = table.iloc[0]
+    figure.suptitle(
+        f"{first['corpus']}, hidden {first['hidden_size']}, {first['num_layers']} layers; {table['round'].nunique()} "
+        "interleaved rounds: median and range",
+        fontsize=7,
+        color=GREY,
+        x=0.02,
+        ha="left",
+    )
+    save(figure, RESULTS / scale / "caching.png")
 
 
 if __name__ == "__main__":
-    main()
+    draw_for_scales("caching", draw)()

@@ -217,7 +217,7 @@ def test_quantised_rows_come_back_within_their_bounds(channels: int, dtype: torc
     rows[0, 0], rows[0, 1], rows[0, 2, 0] = 0.0, 3.0, 1e9  # nothing, a constant, one beyond float16
     rows[:, 3] = rows[:, 3].abs()
     rows = rows.to(dtype)
-    rounding = 2 * torch.finfo(dtype).eps  # of the model's own numbers on the way
+    rounding = torch.finfo(dtype).eps + 1e-6  # of the result, and of float32 on the way
     for quantise, dequantise, size, largest, slack in (
         (quantise_int8, dequantise_int8, group_size(channels, INT8_CHANNELS), 127, 2**-11),
         (quantise_int4, dequantise_int4, group_size(channels, INT4_CHANNELS), 15, 2**-10),
@@ -233,7 +233,7 @@ def test_quantised_rows_come_back_within_their_bounds(channels: int, dtype: torc
         spread = most if largest == 127 else grouped.amax(dim=-1, keepdim=True) - grouped.amin(dim=-1, keepdim=True)
         step = (spread / largest).clamp(min=2**-14)
         error = (back.double().unflatten(-1, (-1, size)) - grouped).abs()
-        bound = step * (0.5 + 2**-10) + (slack + largest * rounding) * most
+        bound = step * (0.5 + 2**-10) + (slack + rounding) * most
         fits = most < 60_000
         assert (error <= bound)[fits.expand_as(error)].all()
         assert (back[0, 0] == 0).all()

@@ -28,12 +28,17 @@ def group_size(channels: int, most: int) -> int:
     return max(size for size in range(1, min(channels, most) + 1) if channels % size == 0)
 
 
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """What codes are computed in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def quantise_int8(rows: Tensor) -> Tensor:
     """[..., C] -> bytes [..., C + 2 C / size]: codes round(x / scale) from -127 to 127, scale = max |x| / 127.
 
     An element comes back within half a scale of itself, plus 2^-11 of its group's largest magnitude.
     """
-    grouped = rows.unflatten(-1, (-1, group_size(rows.shape[-1], INT8_CHANNELS)))
+    grouped = rows.to(arithmetic(rows.dtype)).unflatten(-1, (-1, group_size(rows.shape[-1], INT8_CHANNELS)))
     scale = (grouped.abs().amax(dim=-1) / INT8_LARGEST).clamp(LEAST_SCALE, MOST_SCALE).to(SCALE)
     codes = (grouped / scale.unsqueeze(-1)).round_().clamp_(-INT8_LARGEST, INT8_LARGEST).to(torch.int8)
     return torch.cat([codes.flatten(-2).view(torch.uint8), scale.view(torch.uint8)], dim=-1)
@@ -42,8 +47,8 @@ def quantise_int8(rows: Tensor) -> Tensor:
 def dequantise_int8(stored: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """The inverse of ``quantise_int8`` up to rounding: [..., bytes] -> [..., C]."""
     codes, scale = stored[..., :channels].view(torch.int8), stored[..., channels:].view(SCALE)
-    grouped = codes.to(dtype).unflatten(-1, (scale.shape[-1], -1))
-    return grouped.mul_(scale.to(dtype).unsqueeze(-1)).flatten(-2)
+    grouped = codes.to(arithmetic(dtype)).unflatten(-1, (scale.shape[-1], -1))
+    return grouped.mul_(scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def quantise_int4(rows: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ def quantise_int4(rows: Tensor) -> Tensor:
     low is the group's least element and step a fifteenth of its range; an element comes back within half a step of
     itself, plus 2^-10 of its group's largest magnitude.
     """
-    grouped = rows.unflatten(-1, (-1, group_size(rows.shape[-1], INT4_CHANNELS)))
+    grouped = rows.to(arithmetic(rows.dtype)).unflatten(-1, (-1, group_size(rows.shape[-1], INT4_CHANNELS)))
     low, high = grouped.amin(dim=-1).clamp(-MOST_SCALE, MOST_SCALE).to(SCALE), grouped.amax(dim=-1)
     step = ((high - low) / INT4_LARGEST).clamp(LEAST_SCALE, MOST_SCALE).to(SCALE)
     codes = ((grouped - low.unsqueeze(-1)) / step.unsqueeze(-1)).round_().clamp_(0, INT4_LARGEST)
@@ -64,10 +69,10 @@ def quantise_int4(rows: Tensor) -> Tensor:
 def dequantise_int4(stored: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """The inverse of ``quantise_int4`` up to rounding: [..., bytes] -> [..., C]."""
     pairs, scales = stored[..., : channels // 2], stored[..., channels // 2 :].view(SCALE)
-    step, low = scales.to(dtype).chunk(2, dim=-1)
+    step, low = scales.unsqueeze(-1).chunk(2, dim=-2)
     codes = torch.stack([pairs & INT4_LARGEST, pairs >> 4], dim=-1).flatten(-2)
-    grouped = codes.to(dtype).unflatten(-1, (step.shape[-1], -1))
-    return grouped.mul_(step.unsqueeze(-1)).add_(low.unsqueeze(-1)).flatten(-2)
+    grouped = codes.to(arithmetic(dtype)).unflatten(-1, (step.shape[-2], -1))
+    return grouped.mul_(step).add_(low).flatten(-2).to(dtype)
 
 
 class HalfLayerCache(LayerCache):
