@@ -35,6 +35,10 @@ reproduce: .venv/ready
 	@for sweep in $(SWEEPS); do $(BIN)/python -m vocabfold.records $$sweep $(SCALE) || exit; done
 	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
 		&& touch results/runs/$(SCALE)/training_step.done; }
+	@$(RUN) experiment=caching
+	@test -f results/runs/$(SCALE)/caching.done || { $(BIN)/python experiments/caching_speed.py --scale $(SCALE) \
+		&& $(BIN)/python experiments/caching_perplexity.py --scale $(SCALE) && touch results/runs/$(SCALE)/caching.done; }
+	@$(BIN)/python experiments/caching.py $(SCALE)
 	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
 	@$(PICTURES_RUN) && $(BIN)/python -m vocabfold.records shapes $(SCALE) && $(BIN)/python -m vocabfold.curves shapes $(SCALE)
@@ -44,7 +48,7 @@ reproduce: .venv/ready
 	@test -f results/laptop/table3_speed.csv || $(BIN)/python experiments/table3_speed.py
 
 figures: .venv/ready
-	@for script in $(SWEEPS) $(PICTURES); do $(BIN)/python experiments/$$script.py || exit; done
+	@for script in $(SWEEPS) $(PICTURES) caching; do $(BIN)/python experiments/$$script.py || exit; done
 	@$(BIN)/python experiments/table2_memory.py
 
 test: .venv/ready

@@ -168,7 +168,42 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         table = pd.DataFrame([{**row, "experiment": experiment} for row in rows])
         write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv")
     write_side_tables(tmp_path / "results" / "smoke")
+    for name, rows in caching_tables():
+        pd.DataFrame(rows).to_csv(tmp_path / "results" / "smoke" / f"{name}.csv", index=False)
     return tmp_path / "results"
+
+
+def caching_tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What caching.py reads: a row a workload, cache and round; a row a kind of keys and values."""
+    caches = {
+        "vocabfold": ("none", "key/value", "prefix", "all exact", "all coded"),
+        "transformers": ("none", "key/value"),
+    }
+    workloads = (("distinct", 32, 0, 64), ("distinct", 448, 0, 64), ("repeated", 448, 448, 64))
+    keys = ["workload", "prompt_tokens", "shared_tokens", "new_tokens"]
+    measured = {"peak_memory_mib": 20.0, "weights_mib": 15.0, "kept_between_answers_mib": 1.0, "same_tokens_share": 1.0}
+    measured |= {"answer_bytes_a_token": 3.0, "threads": 1}
+    yield (
+        "caching",
+        [
+            run_row("gpt2", "grouped", 225, 0, library=library, cache=cache, round=number, **measured)
+            | dict(zip(keys, workload, strict=True))
+            | {"seconds": 1.0 + number + index, "seconds_to_first_token": 0.1 * (1 + number + index)}
+            for workload in (*workloads, ("shared beginning", 512, 448, 1))
+            for library, names in caches.items()
+            for index, cache in enumerate(names)
+            for number in range(2)
+        ],
+    )
+    change = {"loss_change_nats": 0.001, "loss_change_half_width_nats": 0.0005}
+    sizes = {"exact": 1024, "bf16": 512, "int8": 260}
+    yield (
+        "caching_perplexity",
+        [
+            run_row("gpt2", "grouped", 225, 0, key_values=kind, bytes_a_position=size, **change)
+            for kind, size in sizes.items()
+        ],
+    )
 
 
 def draw(program: str, monkeypatch: pytest.MonkeyPatch, *scales: str) -> int:

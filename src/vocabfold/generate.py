@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ import torch
 from vocabfold.checkpoint import load_weights, weights_metadata
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.corpora import load_for_generation
+from vocabfold.data.tokenizer import Tokenizer
 from vocabfold.errors import UserError
+from vocabfold.inference import KEY_VALUE_CACHES, PrefixCache, Reader, ResponseCache, fingerprint
+from vocabfold.measure.machine import BYTES_PER_MIB
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.models.gpt import GPT
 from vocabfold.settings import load_settings
@@ -29,28 +33,22 @@ def generate(
     top_p: float | None = None,
     end_token: int | None = None,
     generator: torch.Generator | None = None,
+    key_values: str = "exact",
+    prefixes: PrefixCache | None = None,
 ) -> Iterator[int]:
     """Yield up to ``max_tokens`` tokens that continue ``prompt``, ending before ``end_token``.
 
-    Keys and values are cached. Where the model has no position left, the later half of the text is read in again and
-    the earlier half is forgotten. Raises UserError for an empty prompt or impossible sampling settings.
+    ``key_values`` and ``prefixes`` say what is cached: see inference.Reader, also for prompts and texts longer than the
+    model's positions. Raises UserError for an empty prompt, or impossible sampling settings or caches.
     """
-    if not prompt:
-        raise UserError("the prompt is empty: give at least one token")
-    device, backbone = next(model.parameters()).device, model.backbone
-    assert isinstance(backbone, GPT)
-    max_positions = backbone.config.max_positions
+    assert isinstance(model.backbone, GPT)
+    reader = Reader(model.backbone, key_values, prefixes)
     text = list(prompt)
-    fresh, cache = text[-max_positions:], backbone.new_cache(1)
     for _ in range(max_tokens):
-        if cache.length + len(fresh) > max_positions:
-            fresh, cache = text[-max(1, max_positions // 2) :], backbone.new_cache(1)
-        hidden = backbone(torch.tensor([fresh], device=device), cache)[:, -1]
-        token = int(model.head.sample(hidden, temperature, top_k, top_p, generator))
+        token = int(model.head.sample(reader.read(text), temperature, top_k, top_p, generator))
         if token == end_token:
             return
         text.append(token)
-        fresh = [token]
         yield token
 
 
@@ -71,13 +69,27 @@ def parse_arguments() -> Namespace:
     parser.add_argument(
         "run", type=Path, help="folder of a finished training run, such as results/runs/laptop/single/…"
     )
-    parser.add_argument("prompt", help='the beginning of the text; "" begins a new document')
+    parser.add_argument("prompt", nargs="+", help='the beginning of each text; "" begins a new document')
     parser.add_argument("--max-tokens", type=int, default=200, help="at most so many tokens (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default %(default)s)")
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens that hold this probability only")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--key-values",
+        choices=KEY_VALUE_CACHES,
+        default="exact",
+        help="how keys and values are cached; none: not at all; bf16, int8 and int4 round them (default %(default)s)",
+    )
+    parser.add_argument(
+        "--prefix-cache-mib",
+        type=float,
+        default=0.0,
+        help="keep the keys and values of prompts for others that begin like them; 0: do not (default %(default)s)",
+    )
+    parser.add_argument("--response-cache", type=Path, help="folder of whole answers, for a request that comes again")
+    parser.add_argument("--response-cache-mib", type=float, default=64.0, help="its limit (default %(default)s)")
     return parser.parse_args()
 
 
@@ -93,20 +105,46 @@ def main() -> None:
     if tokenizer is None:
         raise UserError(f"{arguments.run} was trained on data without a text form: there is nothing to read")
     model = load_run(arguments.run, torch.device(arguments.device))
-    prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_token]
-    tokens = generate(
-        model,
-        prompt,
-        arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        end_token=tokenizer.end_token,
-        generator=torch.Generator(arguments.device).manual_seed(arguments.seed),
-    )
+    answer = answers(model, arguments, tokenizer.end_token)
+    for prompt in arguments.prompt:
+        write(prompt, answer(tokenizer.encode(prompt) or [tokenizer.end_token]), tokenizer)
+
+
+def answers(model: ModelWithHead, arguments: Namespace, end_token: int) -> Callable[[list[int]], Iterator[int]]:
+    """What continues a prompt, through the caches that the command line switches on."""
+    sampling = {
+        name: getattr(arguments, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "key_values")
+    }
+    prefixes = responses = None
+    if arguments.prefix_cache_mib:
+        prefixes = PrefixCache(limit_bytes("--prefix-cache-mib", arguments.prefix_cache_mib))
+    if arguments.response_cache is not None:
+        limit = limit_bytes("--response-cache-mib", arguments.response_cache_mib)
+        responses = ResponseCache(arguments.response_cache, limit)
+        request = {name: getattr(arguments, name) for name in ("seed", "device")} | sampling
+        request |= {"end_token": end_token, "weights": fingerprint(model), "torch": torch.__version__}
+
+    def compute(prompt: list[int]) -> Iterator[int]:
+        generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
+        return generate(model, prompt, end_token=end_token, generator=generator, prefixes=prefixes, **sampling)
+
+    if responses is None:
+        return compute
+    return lambda prompt: responses.answer(request | {"prompt": prompt}, lambda: compute(prompt))
+
+
+def limit_bytes(option: str, mib: float) -> int:
+    """Raise UserError unless ``mib`` is a size."""
+    if not 0 <= mib < math.inf:
+        raise UserError(f"{option} is {mib}: choose 0 or more")
+    return int(mib * BYTES_PER_MIB)
+
+
+def write(prompt: str, tokens: Iterator[int], tokenizer: Tokenizer) -> None:
+    """Write a text to stdout while it grows."""
     written: list[int] = []
     shown = 0
-    sys.stdout.write(arguments.prompt)
+    sys.stdout.write(prompt)
     for token in tokens:
         written.append(token)
         text = tokenizer.decode(written)

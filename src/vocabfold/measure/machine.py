@@ -15,6 +15,7 @@ import torch
 
 from vocabfold.measure.speed import synchronize
 
+BYTES_PER_MIB = 2**20
 BYTES_PER_GIB = 2**30
 CPU_INFORMATION = Path("/proc/cpuinfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")

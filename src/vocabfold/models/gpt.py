@@ -8,7 +8,7 @@ attention, does not scale the scores and has no bias on queries, keys and values
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +84,11 @@ class LayerCache:
         return length if self.window is None else min(length, self.window - 1)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, T, head size]; return the kept past and the new positions, together."""
+        """Take in [B, heads, T, head size]; return the kept past and the new positions, together, for attention."""
+        return self.append(keys, values)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``extend``, in the form that is stored, whatever a subclass makes of it."""
         batch_size, num_heads, new, head_size = keys.shape
         kept = self.kept_positions(self.end)
         if self.stored is None or self.end + new > self.stored.shape[3]:
@@ -104,12 +108,19 @@ class KeyValueCache:
     """What a model remembers of the ``length`` positions it has seen, for decoding without computing them again.
 
     Local layers keep what their window needs. The tensors are written in place, so use it under ``torch.no_grad()``.
+    ``layer_cache`` makes the cache of one layer; inference/quantised.py has smaller ones.
     """
 
-    def __init__(self, batch_size: int, windows: Sequence[int | None], max_positions: int) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        windows: Sequence[int | None],
+        max_positions: int,
+        layer_cache: Callable[[int | None, int], LayerCache] = LayerCache,
+    ) -> None:
         self.batch_size = batch_size
         self.length = 0
-        self.layers = [LayerCache(window, max_positions) for window in windows]
+        self.layers = [layer_cache(window, max_positions) for window in windows]
 
 
 class Attention(nn.Module):
@@ -208,9 +219,11 @@ class GPT(nn.Module):
             # Held rather than rebuilt each step: every shorter sequence uses its upper left corner.
             self.local_mask = causal_mask(positions, positions, self.config.window, self.token_embedding.weight.device)
 
-    def new_cache(self, batch_size: int) -> KeyValueCache:
+    def new_cache(
+        self, batch_size: int, layer_cache: Callable[[int | None, int], LayerCache] = LayerCache
+    ) -> KeyValueCache:
         """An empty cache for ``batch_size`` sequences that grow together, up to max_positions."""
-        return KeyValueCache(batch_size, self.windows, self.config.max_positions)
+        return KeyValueCache(batch_size, self.windows, self.config.max_positions, layer_cache)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states after the final layer norm: [B, T] -> [B, T, D].
