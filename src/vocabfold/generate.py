@@ -58,7 +58,8 @@ def load_run(folder: Path, device: torch.device) -> ModelWithHead:
     vocabulary_size = weights_metadata(folder).get("vocabulary_size", "")
     if not vocabulary_size.isdecimal():
         raise UserError(f"{folder} holds weights without their vocabulary size: train it again with this version")
-    model = build_model(settings.model, settings.head, int(vocabulary_size))
+    model = build_model(settings.model, settings.head, int(vocabulary_size), embedding=settings.embedding)
+    model.backbone.token_embedding.settle()
     load_weights(folder, model)
     return model.to(device).eval()
 

@@ -51,6 +51,7 @@ RUN_COLUMNS = [
 ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
 # Two runs that agree in these are the same measurement; the table keeps the newer one.
 IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
+OWN_IDENTITY_COLUMNS = ["embedding", "embedding_setting", "recovery_tokens"]  # in tables that have them
 
 
 class RunRecord:
@@ -154,7 +155,8 @@ def write_table(rows: pd.DataFrame, path: Path) -> Path:
     table = rows.reindex(columns=RUN_COLUMNS + own + ORIGIN_COLUMNS)
     whole = ["group_size", "num_groups", "shortlist"]
     table[whole] = table[whole].astype("Int64")
-    table = table.drop_duplicates(IDENTITY_COLUMNS, keep="last").sort_values(IDENTITY_COLUMNS)
+    identity = IDENTITY_COLUMNS + [name for name in OWN_IDENTITY_COLUMNS if name in own]
+    table = table.drop_duplicates(identity, keep="last").sort_values(identity)
     write_text(path, table.to_csv(index=False))
     return path
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadSettings
 from vocabfold.models.build import ModelSettings
@@ -65,6 +66,7 @@ class Settings:
     data: dict[str, Any] = MISSING
     model: ModelSettings = field(default_factory=ModelSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     sequence_length: int = MISSING
     batch_size: int = MISSING
     gradient_accumulation: int = MISSING
@@ -91,7 +93,8 @@ class Settings:
         if not limits:
             raise UserError("training has no end: set budget.epochs, budget.steps, budget.tokens or budget.seconds")
         for key, value in limits.items():
-            if value <= 0:
+            # A compressed model may be used as it is, without a step of training.
+            if value < 0 or (value == 0 and self.embedding.compressed_from is None):
                 raise UserError(f"budget.{key} is {value}: choose more than 0")
         if self.model.max_positions < self.sequence_length:
             raise UserError(
@@ -151,11 +154,20 @@ def run_name(_root_: DictConfig) -> str:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     for key in NAMELESS_DATA_KEYS:
         plain["data"].pop(key, None)
+    embedding = plain.pop("embedding", None) or {"name": "dense"}
+    if embedding != {
+        "name": "dense",
+        "compressed_from": None,
+    }:  # such runs keep the name they had before there was a choice
+        plain["embedding"] = embedding
     digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
     partition = plain["head"].get("partition")
     size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""
+    kind = "" if embedding["name"] == "dense" else f"-{embedding['name']}"
+    taken = "-compressed" if embedding.get("compressed_from") else ""
     return (
-        f"{plain['model']['name']}-{plain['head']['name']}{size}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
+        f"{plain['model']['name']}-{plain['head']['name']}{size}{kind}{taken}-{plain['data']['name']}"
+        f"-seed{plain['seed']}-{digest}"
     )
 
 

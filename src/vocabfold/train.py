@@ -14,14 +14,14 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -32,7 +32,10 @@ from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import Batches
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device, join_ranks
+from vocabfold.embeddings import relative_error
+from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
+from vocabfold.generate import load_run
 from vocabfold.heads import HeadLoss
 from vocabfold.heads.build import describe_head, token_order
 from vocabfold.measure.flops import training_flops_per_token
@@ -55,7 +58,13 @@ class Trainer:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
         torch.manual_seed(settings.seed)
         order = token_order(settings.head, corpus.vocabulary_size, corpus.train.tokens)
-        self.model: ModelWithHead = build_model(settings.model, settings.head, corpus.vocabulary_size, order).to(device)
+        self.measured: dict[str, float] = {}
+        self.model: ModelWithHead = build_model(
+            settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding
+        )
+        if settings.embedding.compressed_from is not None:
+            self.take_over(Path(settings.embedding.compressed_from))
+        self.model.to(device)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         shared = {"sequence_length": settings.sequence_length, "layout": settings.data["layout"]}
@@ -67,7 +76,6 @@ class Trainer:
         self.total_steps = steps_of(settings, self.batches)
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
-        self.measured: dict[str, float] = {}
         self.checkpoint_step: int | None = None
         folder = Path(settings.run_dir)
         if (progress := load_checkpoint(folder, self.model, self.optimizer, device)) is not None:
@@ -81,6 +89,13 @@ class Trainer:
             self.trained = torch.compile(self.trained)  # type: ignore[assignment]
         if ranks.world_size > 1:
             self.trained = DistributedDataParallel(self.trained)
+
+    def take_over(self, folder: Path) -> None:
+        """Begin as the finished run in ``folder``, its embedding compressed."""
+        finished = load_run(folder, torch.device("cpu"))
+        self.model.take_over(finished, self.settings.embedding)
+        table = cast(Tensor, finished.backbone.token_embedding.weight)
+        self.measured["embedding_relative_error"] = relative_error(self.model.backbone.token_embedding, table)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the settings ask for."""
@@ -214,7 +229,9 @@ def steps_of(settings: Settings, batches: Batches) -> int | None:
     if budget.tokens is not None:
         tokens_per_step = settings.batch_size * settings.sequence_length * settings.gradient_accumulation
         limits.append(math.ceil(budget.tokens / tokens_per_step))
-    return max(1, min(limits)) if limits else None
+    if not limits:
+        return None
+    return 0 if min(limits) == 0 and settings.embedding.compressed_from else max(1, min(limits))
 
 
 def train(settings: Settings, command: str) -> dict[str, Any]:
@@ -241,6 +258,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
             record.fail()
         raise
     row = result_row(trainer, final, command)
+    trainer.model.backbone.token_embedding.settle()
     if record is not None:
         save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
         record.finish(row)
@@ -308,7 +326,10 @@ def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[
         "perplexity": final["perplexity"],
         "group_accuracy": final.get("validation_group_accuracy"),
         **trainer.speed_and_memory(),
-        "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "num_parameters": trainer.model.num_parameters,
+        "model_bytes": trainer.model.bytes_at_rest,
+        **describe_embedding(settings.embedding, trainer.model.backbone.token_embedding),
+        "recovery_tokens": trainer.tokens if settings.embedding.compressed_from else None,
         **extras,
         "hardware": hardware(),
         "torch": torch_version(),

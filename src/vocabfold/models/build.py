@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, build_embedding, compress_table
+from vocabfold.errors import UserError
 from vocabfold.heads import Head, HeadLoss, HeadSettings, build_head
 from vocabfold.models.gpt import GPT, GPTConfig
 
@@ -37,11 +39,59 @@ class ModelWithHead(nn.Module):
         hidden = self.backbone(inputs)
         return self.head(hidden.flatten(0, -2), targets.flatten(), with_accuracy)
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that a finished model keeps, a shared one once."""
+        embedding = self.backbone.token_embedding
+        own = {id(parameter) for parameter in embedding.parameters()}
+        others = sum(parameter.numel() for parameter in self.parameters() if id(parameter) not in own)
+        return embedding.num_parameters + others
+
+    @property
+    def bytes_at_rest(self) -> int:
+        """Bytes that a finished model keeps, a shared tensor once."""
+        embedding = self.backbone.token_embedding
+        own = {tensor.data_ptr() for tensor in embedding.state_dict().values()}
+        others = {tensor.data_ptr(): tensor for tensor in self.state_dict().values() if tensor.data_ptr() not in own}
+        return embedding.bytes_at_rest + sum(tensor.numel() * tensor.element_size() for tensor in others.values())
+
+    def take_over(self, other: ModelWithHead, settings: EmbeddingSettings) -> None:
+        """Become ``other``, a model with a dense embedding, in place, but with that embedding compressed.
+
+        Raises UserError where ``other`` is of another shape, has no dense embedding, or lends its rows to its head.
+        """
+        table = other.backbone.token_embedding
+        if not isinstance(table, DenseEmbedding):
+            raise UserError("the embedding is compressed already: name a run with a dense one")
+        state = other.state_dict()
+        prefix = "backbone.token_embedding."
+        if settings.name != "dense" and any(
+            tensor.data_ptr() == table.weight.data_ptr()
+            for name, tensor in state.items()
+            if not name.startswith(prefix)
+        ):
+            raise UserError(
+                "the head borrows the embedding's rows, which would have to stay: compress a run with head.tied=false"
+            )
+        self.backbone.token_embedding = compress_table(settings, table.weight.detach())
+        try:
+            self.load_state_dict(
+                {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}, strict=False
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the model to take over is another one ({reason})") from error
+
 
 def build_model(
-    model: ModelSettings, head: HeadSettings, vocabulary_size: int, order: Tensor | None = None
+    model: ModelSettings,
+    head: HeadSettings,
+    vocabulary_size: int,
+    order: Tensor | None = None,
+    embedding: EmbeddingSettings | None = None,
 ) -> ModelWithHead:
-    """A model with fresh weights from torch's global generator; ``order`` as in ``build_head``.
+    """A model with fresh weights from torch's global generator; ``order`` as in ``build_head``; ``embedding`` None is a
+    dense one.
 
     Raises UserError for impossible settings.
     """
@@ -55,5 +105,5 @@ def build_model(
         window=model.window,
         dropout=model.dropout,
     )
-    backbone = GPT(config)
+    backbone = GPT(config, build_embedding(embedding or EmbeddingSettings(), vocabulary_size, model.hidden_size))
     return ModelWithHead(backbone, build_head(head, vocabulary_size, backbone.token_embedding, order))
