@@ -44,11 +44,12 @@ class TTMatrixEmbedding(TokenEmbedding):
     def look_up(self, ids: Tensor) -> Tensor:
         """See TokenEmbedding."""
         digits = self.digits.index_select(0, ids.flatten()).long()
-        product: Tensor | None = None
+        product, width = None, 1
         for core, digit in zip(self.cores, digits.unbind(1), strict=True):
             _, before, size, after = core.shape
             slices = F.embedding(digit, core.flatten(1)).view(-1, before, size * after)
-            product = slices if product is None else product.reshape(len(digits), -1, before) @ slices
+            product = slices if product is None else product.reshape(len(digits), width, before) @ slices
+            width *= size
         assert product is not None
         return product.reshape(*ids.shape, self.embedding_dim)
 

@@ -127,14 +127,15 @@ def tt_svd(weight: Tensor, mode_sizes: Sequence[int], ranks: Sequence[int]) -> T
 
 @torch.no_grad()
 def _tt_svd_chunk(weight: Tensor, mode_sizes: Sequence[int], ranks: Sequence[int]) -> Tensor:
-    rest = weight.double()
+    rest, width = weight.double(), weight.shape[1]
     count, before = len(rest), 1
     cores = []
     for size, rank in zip(mode_sizes, ranks, strict=False):
-        left, rest = truncated_svd(rest.reshape(count, before * size, -1), rank)
-        cores.append(left.reshape(count, -1))
+        width //= size
+        left, rest = truncated_svd(rest.reshape(count, before * size, width), rank)
+        cores.append(left.reshape(count, before * size * rank))
         before = rank
-    return torch.cat([*cores, rest.reshape(count, -1)], dim=1).to(weight.dtype)
+    return torch.cat([*cores, rest.reshape(count, before * width)], dim=1).to(weight.dtype)
 
 
 def truncated_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -164,12 +165,13 @@ def leading_vectors(gram: Tensor, rank: int) -> Tensor:
 def contract(cores: Tensor, mode_sizes: Sequence[int], ranks: Sequence[int]) -> Tensor:
     """Cores side by side [N, numbers_of(..)] -> the vectors [N, D] that they stand for. Differentiable."""
     shapes = core_shapes(mode_sizes, ranks)
-    count = len(cores)
+    count, width = len(cores), mode_sizes[0]
     parts = cores.split([math.prod(shape) for shape in shapes], dim=1)
     product = parts[0]
     for (before, size, after), core in zip(shapes[1:], parts[1:], strict=True):
         if before == 1:
-            product = product.reshape(count, -1, 1) * core.reshape(count, 1, size * after)
+            product = product.reshape(count, width, 1) * core.reshape(count, 1, size * after)
         else:
-            product = product.reshape(count, -1, before) @ core.reshape(count, before, size * after)
-    return product.reshape(count, -1)
+            product = product.reshape(count, width, before) @ core.reshape(count, before, size * after)
+        width *= size
+    return product.reshape(count, width)
