@@ -39,6 +39,10 @@ class QuantizedEmbedding(TokenEmbedding):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.bits, self.group_size = bits, group_size
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
+        # The two codes in each value of a byte, the lower half first.
+        byte = torch.arange(256)
+        self.pairs: Tensor
+        self.register_buffer("pairs", torch.stack([byte & 15, byte >> 4], dim=1).float() - 8, persistent=False)
         self.register_buffer("codes", None)
         self.register_buffer("scales", None)
         self.draw(1.0)
@@ -77,7 +81,7 @@ class QuantizedEmbedding(TokenEmbedding):
             assert self.codes is not None and self.scales is not None
             codes = self.codes.index_select(0, flat)
             if self.bits == 4:
-                codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1).to(torch.int8) - 8
+                codes = F.embedding(codes.int(), self.pairs).flatten(1)
             vectors = self.dequantize(codes.unflatten(1, (-1, self.group_size)), self.scales.index_select(0, flat))
         return vectors.view(*ids.shape, self.embedding_dim)
 

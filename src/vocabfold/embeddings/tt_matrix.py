@@ -44,13 +44,9 @@ class TTMatrixEmbedding(TokenEmbedding):
     def look_up(self, ids: Tensor) -> Tensor:
         """See TokenEmbedding."""
         digits = self.digits.index_select(0, ids.flatten()).long()
-        product, width = None, 1
-        for core, digit in zip(self.cores, digits.unbind(1), strict=True):
-            _, before, size, after = core.shape
-            slices = F.embedding(digit, core.flatten(1)).view(-1, before, size * after)
-            product = slices if product is None else product.reshape(len(digits), width, before) @ slices
-            width *= size
-        assert product is not None
+        product = F.embedding(digits[:, 0], self.cores[0].flatten(1))
+        for k, core in enumerate(self.cores[1:], 1):
+            product = _times_slices(product, core, digits[:, k])
         return product.reshape(*ids.shape, self.embedding_dim)
 
     @classmethod
@@ -70,6 +66,24 @@ class TTMatrixEmbedding(TokenEmbedding):
             count, before, size, after = core.shape
             core.copy_(part.view(before, count, size, after).transpose(0, 1))
         return embedding
+
+
+def _times_slices(product: Tensor, core: Tensor, digit: Tensor) -> Tensor:
+    """product [N, L r] times core[digit] [N, r, d r'] -> [N, L d r'].
+
+    Tokens with the same digit take one product together: a slice for each token would need r d r' numbers a token.
+    """
+    count, before, size, after = core.shape
+    order = digit.argsort()
+    parts = product[order].split(digit.bincount(minlength=count).tolist())
+    products = [
+        (part.reshape(-1, before) @ core[value].flatten(1)).view(len(part), -1)
+        for value, part in enumerate(parts)
+        if len(part)
+    ]
+    if not products:
+        return product.new_empty(0, product.shape[1] // before * size * after)
+    return torch.cat(products)[order.argsort()]
 
 
 def matrix_core_shapes(num_embeddings: int, embedding_dim: int, rank: int) -> list[tuple[int, int, int, int]]:

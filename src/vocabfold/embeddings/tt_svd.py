@@ -165,13 +165,22 @@ def leading_vectors(gram: Tensor, rank: int) -> Tensor:
 def contract(cores: Tensor, mode_sizes: Sequence[int], ranks: Sequence[int]) -> Tensor:
     """Cores side by side [N, numbers_of(..)] -> the vectors [N, D] that they stand for. Differentiable."""
     shapes = core_shapes(mode_sizes, ranks)
-    count, width = len(cores), mode_sizes[0]
     parts = cores.split([math.prod(shape) for shape in shapes], dim=1)
-    product = parts[0]
-    for (before, size, after), core in zip(shapes[1:], parts[1:], strict=True):
-        if before == 1:
-            product = product.reshape(count, width, 1) * core.reshape(count, 1, size * after)
-        else:
-            product = product.reshape(count, width, before) @ core.reshape(count, before, size * after)
-        width *= size
-    return product.reshape(count, width)
+    return _contract_range(list(parts), shapes)
+
+
+def _contract_range(parts: list[Tensor], shapes: list[tuple[int, int, int]]) -> Tensor:
+    """Neighbouring cores [N, before * size * after] -> one such core [N, before * width * after].
+
+    Halves first: the only large product is the last one, whatever the number of cores.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    widths = [shape[1] for shape in shapes]
+    cut = min(range(1, len(parts)), key=lambda cut: math.prod(widths[:cut]) + math.prod(widths[cut:]))
+    left, right = _contract_range(parts[:cut], shapes[:cut]), _contract_range(parts[cut:], shapes[cut:])
+    count, rank = len(left), shapes[cut][0]
+    left = left.reshape(count, left.shape[1] // rank, rank)
+    right = right.reshape(count, rank, right.shape[1] // rank)
+    product = left * right if rank == 1 else left @ right
+    return product.reshape(count, product.shape[1] * product.shape[2])
