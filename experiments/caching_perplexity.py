@@ -22,11 +22,11 @@ from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.figures import mean_and_interval
 from vocabfold.files import write_text
-from vocabfold.generate import load_run
 from vocabfold.inference import LAYER_CACHES, bytes_a_position
 from vocabfold.inference.quality import losses_through_cache
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.records import RESULTS, finished_row
+from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
 
 CHUNK = 64  # tokens that are read at a time

@@ -31,7 +31,8 @@ from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.generate import generate, load_run
+from vocabfold.generate import generate
+from vocabfold.runs import load_run
 from vocabfold.inference import PrefixCache, ResponseCache, fingerprint
 from vocabfold.measure.machine import BYTES_PER_MIB, code_commit, hardware, torch_version
 from vocabfold.measure.memory import peak_memory_of

@@ -29,10 +29,10 @@ from vocabfold.data.batches import Batches
 from vocabfold.data.corpora import load_corpus
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
 from vocabfold.files import write_text
-from vocabfold.generate import load_run
 from vocabfold.heads.orders import token_counts
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.records import RESULTS, read_table, write_table
+from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
 
 NUM_DECILES = 10

@@ -30,7 +30,6 @@ from vocabfold.data.batches import Batches
 from vocabfold.data.corpora import load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device
 from vocabfold.errors import UserError
-from vocabfold.generate import load_run
 from vocabfold.heads import FoldedHead, FullHead, HeadLoss, HeadSettings, equal_partition
 from vocabfold.heads.build import ORDERS, PartitionSettings, describe_head, token_order
 from vocabfold.heads.fold import distillation_loss, fold, group_logits
@@ -39,6 +38,7 @@ from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.models.build import ModelWithHead
 from vocabfold.optimizer import build_optimizer, learning_rate_at
 from vocabfold.records import RESULTS, RunRecord, finished_row
+from vocabfold.runs import load_run
 from vocabfold.settings import OptimizerSettings, Settings, load_settings
 
 START_TOKENS = 4096  # whose hidden states fit the groups in closed form; the distillation begins after them

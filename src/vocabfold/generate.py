@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from vocabfold.checkpoint import load_weights, weights_metadata
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.data.tokenizer import Tokenizer
 from vocabfold.errors import UserError
 from vocabfold.inference import KEY_VALUE_CACHES, PrefixCache, Reader, ResponseCache, fingerprint
 from vocabfold.measure.machine import BYTES_PER_MIB
-from vocabfold.models.build import ModelWithHead, build_model
+from vocabfold.models.build import ModelWithHead
 from vocabfold.models.gpt import GPT
+from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
 
 
@@ -50,17 +50,6 @@ def generate(
             return
         text.append(token)
         yield token
-
-
-def load_run(folder: Path, device: torch.device) -> ModelWithHead:
-    """The trained model of a finished run, ready to use. Raises UserError for a folder that is not one."""
-    settings = load_settings(folder)
-    vocabulary_size = weights_metadata(folder).get("vocabulary_size", "")
-    if not vocabulary_size.isdecimal():
-        raise UserError(f"{folder} holds weights without their vocabulary size: train it again with this version")
-    model = build_model(settings.model, settings.head, int(vocabulary_size))
-    load_weights(folder, model)
-    return model.to(device).eval()
 
 
 def parse_arguments() -> Namespace:

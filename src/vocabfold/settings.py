@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadSettings
 from vocabfold.heads.build import EXTRAS
@@ -19,6 +20,7 @@ from vocabfold.models.build import ModelSettings
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
 # What does not change a run's result does not change its name either.
 NAMELESS_KEYS = ("run_dir", "wandb", "hydra")
+DENSE_EMBEDDING = {"name": "dense", "compressed_from": None}
 NAMELESS_DATA_KEYS = ("cache_dir", "workers")
 
 
@@ -69,6 +71,7 @@ class Settings:
     development_share: float = MISSING
     model: ModelSettings = field(default_factory=ModelSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     sequence_length: int = MISSING
     batch_size: int = MISSING
     gradient_accumulation: int = MISSING
@@ -97,7 +100,8 @@ class Settings:
         if not limits:
             raise UserError("training has no end: set budget.epochs, budget.steps, budget.tokens or budget.seconds")
         for key, value in limits.items():
-            if value <= 0:
+            # A compressed model may be used as it is, without a step of training.
+            if value < 0 or (value == 0 and self.embedding.compressed_from is None):
                 raise UserError(f"budget.{key} is {value}: choose more than 0")
         if self.model.max_positions < self.sequence_length:
             raise UserError(
@@ -131,7 +135,10 @@ class Settings:
             limits.append(int(self.budget.epochs * batches_per_epoch / self.gradient_accumulation))
         if self.budget.tokens is not None:
             limits.append(math.ceil(self.budget.tokens / (targets_per_batch * self.gradient_accumulation)))
-        return max(1, min(limits)) if limits else None
+        if not limits:
+            return None
+        # A finished model with its embedding compressed may be wanted as it is.
+        return 0 if min(limits) == 0 and self.embedding.compressed_from else max(1, min(limits))
 
 
 def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -173,11 +180,16 @@ def run_name(_root_: DictConfig) -> str:
     for key in EXTRAS:
         if not plain["head"].get(key):
             plain["head"].pop(key, None)
+    embedding = plain.pop("embedding", None) or DENSE_EMBEDDING
+    if embedding != DENSE_EMBEDDING:  # plain ones keep the name they had before there was a choice
+        plain["embedding"] = embedding
     digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
     partition = plain["head"].get("partition")
     size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""
     head = plain["contender"] or f"{plain['head']['name']}{size}"
-    return f"{plain['model']['name']}-{head}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
+    kind = "" if embedding["name"] == "dense" else f"-{embedding['name']}"
+    taken = "-compressed" if embedding.get("compressed_from") else ""
+    return f"{plain['model']['name']}-{head}{kind}{taken}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
 
 
 def chosen_learning_rate(scale: str, contender: str) -> float:

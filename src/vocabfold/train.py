@@ -34,6 +34,7 @@ from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.data.shapes import Shapes
 from vocabfold.distributed import MeanLosses, Ranks, choose_device, join_ranks
+from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
 from vocabfold.heads.build import describe_head, token_order
@@ -43,6 +44,7 @@ from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.optimizer import build_optimizer, learning_rate_at
 from vocabfold.records import RunRecord, finished_row
+from vocabfold.runs import begin_compressed
 from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
@@ -57,7 +59,9 @@ class Trainer:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
         torch.manual_seed(settings.seed)
         order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
-        self.model: ModelWithHead = build_model(settings.model, settings.head, corpus.vocabulary_size, order).to(device)
+        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding)
+        self.measured: dict[str, float] = begin_compressed(built, settings.embedding)
+        self.model: ModelWithHead = built.to(device)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         plan = BatchPlan(settings.sequence_length, settings.batch_size, settings.seed, ranks.rank, ranks.world_size)
@@ -66,7 +70,6 @@ class Trainer:
         self.total_steps = settings.total_steps(self.batches.batches_per_epoch, self.batches.targets_per_batch)
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
-        self.measured: dict[str, float] = {}
         self.checkpoint_step: int | None = None
         folder = Path(settings.run_dir)
         if (progress := load_checkpoint(folder, self.model, self.optimizer, device)) is not None:
@@ -231,6 +234,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
             record.fail()
         raise
     row = result_row(trainer, final, command)
+    trainer.model.settle()
     if record is not None:
         save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
         record.finish(row)
@@ -299,7 +303,10 @@ def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[
         "perplexity": final["perplexity"],
         "group_accuracy": final.get("validation_group_accuracy"),
         **trainer.speed_and_memory(),
-        "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "num_parameters": trainer.model.num_parameters,
+        "model_bytes": trainer.model.bytes_at_rest,
+        **describe_embedding(settings.embedding, trainer.model.embedding),
+        "recovery_tokens": trainer.tokens if settings.embedding.compressed_from else None,
         **extras,
         "hardware": hardware(),
         "torch": torch_version(),

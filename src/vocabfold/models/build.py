@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, TokenEmbedding, build_embedding, compress_table
+from vocabfold.errors import UserError
 from vocabfold.heads import Head, HeadLoss, HeadSettings, build_head
 from vocabfold.models.cnn import CNN
 from vocabfold.models.gpt import GPT, GPTConfig
@@ -49,11 +51,70 @@ class ModelWithHead(nn.Module):
             output.parts["accuracy"] = self.head.accuracy(hidden, targets)
         return output
 
+    @property
+    def embedding(self) -> TokenEmbedding | None:
+        """What turns tokens into vectors; None in a model that reads pictures."""
+        return self.backbone.token_embedding if isinstance(self.backbone, GPT) else None
+
+    def settle(self) -> None:
+        """Take the form in which a finished model is kept: see TokenEmbedding.settle."""
+        if self.embedding is not None:
+            self.embedding.settle()
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that a finished model keeps, a shared one once."""
+        own = {id(parameter) for parameter in self.embedding.parameters()} if self.embedding is not None else set()
+        others = sum(parameter.numel() for parameter in self.parameters() if id(parameter) not in own)
+        return others + (self.embedding.num_parameters if self.embedding is not None else 0)
+
+    @property
+    def bytes_at_rest(self) -> int:
+        """Bytes that a finished model keeps, a shared tensor once."""
+        kept = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in self.state_dict().values()}
+        if self.embedding is None:
+            return sum(kept.values())
+        own = {tensor.data_ptr() for tensor in self.embedding.state_dict().values()}
+        return self.embedding.bytes_at_rest + sum(size for place, size in kept.items() if place not in own)
+
+    def take_over(self, other: ModelWithHead, settings: EmbeddingSettings) -> None:
+        """Become ``other``, a model with a dense embedding, in place, but with that embedding compressed.
+
+        Raises UserError where ``other`` is of another shape, has no dense embedding, or lends its rows to its head.
+        """
+        table = other.embedding
+        assert isinstance(self.backbone, GPT)
+        if not isinstance(table, DenseEmbedding):
+            raise UserError("the embedding is compressed already: name a run with a dense one")
+        state = other.state_dict()
+        prefix = "backbone.token_embedding."
+        if settings.name != "dense" and any(
+            tensor.data_ptr() == table.weight.data_ptr()
+            for name, tensor in state.items()
+            if not name.startswith(prefix)
+        ):
+            raise UserError(
+                "the head borrows the embedding's rows, which would have to stay: compress a run with head.tied=false"
+            )
+        self.backbone.token_embedding = compress_table(settings, table.weight.detach())
+        try:
+            self.load_state_dict(
+                {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}, strict=False
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the model to take over is another one ({reason})") from error
+
 
 def build_model(
-    model: ModelSettings, head: HeadSettings, vocabulary_size: int, order: Tensor | None = None
+    model: ModelSettings,
+    head: HeadSettings,
+    vocabulary_size: int,
+    order: Tensor | None = None,
+    embedding: EmbeddingSettings | None = None,
 ) -> ModelWithHead:
-    """A model with fresh weights from torch's global generator; ``order`` as in ``build_head``.
+    """A model with fresh weights from torch's global generator; ``order`` as in ``build_head``; ``embedding`` None is a
+    dense one.
 
     Raises UserError for impossible settings.
     """
@@ -72,5 +133,5 @@ def build_model(
         window=model.window,
         dropout=model.dropout,
     )
-    backbone = GPT(config)
+    backbone = GPT(config, build_embedding(embedding or EmbeddingSettings(), vocabulary_size, model.hidden_size))
     return ModelWithHead(backbone, build_head(head, vocabulary_size, backbone.token_embedding, order))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vocabfold.embeddings import DenseEmbedding, TokenEmbedding
 from vocabfold.errors import UserError
 
 INITIAL_STD = 0.02
@@ -176,17 +177,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens [B, T] -> hidden [B, T, D]. Heads may tie their rows to ``token_embedding.weight`` (V x D).
+    """Tokens [B, T] -> hidden [B, T, D]. Heads may tie their rows to those of a dense ``token_embedding`` (V x D).
 
     Published weights: ``vocabfold.models.published.load_published``. On initialisation see ``reset_parameters``.
     """
 
     local_mask: Tensor | None
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, token_embedding: TokenEmbedding | None = None) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocabulary_size, config.hidden_size)
+        if token_embedding is None:
+            token_embedding = DenseEmbedding(config.vocabulary_size, config.hidden_size)
+        self.token_embedding = token_embedding
         self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -203,7 +206,9 @@ class GPT(nn.Module):
         projections into the residual stream by sqrt(2 * num_layers); "gpt_neo" does not: both as in transformers.
         """
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, TokenEmbedding):
+                module.draw(INITIAL_STD)
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(std=INITIAL_STD)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
@@ -217,7 +222,7 @@ class GPT(nn.Module):
         if any(window is not None and window < self.config.max_positions for window in self.windows):
             positions = self.config.max_positions
             # Held rather than rebuilt each step: every shorter sequence uses its upper left corner.
-            self.local_mask = causal_mask(positions, positions, self.config.window, self.token_embedding.weight.device)
+            self.local_mask = causal_mask(positions, positions, self.config.window, self.final_norm.weight.device)
 
     def new_cache(
         self, batch_size: int, layer_cache: Callable[[int | None, int], LayerCache] = LayerCache

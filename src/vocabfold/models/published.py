@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,7 +55,7 @@ def load_published(folder_or_file: Path) -> GPT:
                 if (destination := destinations.get(_without_prefix(stored_name))) is not None:
                     destination.copy_(weights.get_tensor(stored_name))
     if head is not None:
-        _refuse_untied_head(head, model.token_embedding.weight)
+        _refuse_untied_head(head, destinations["wte.weight"])
     return model
 
 
@@ -164,7 +164,7 @@ def _check_alternation(content: dict[str, Any], config: GPTConfig, path: Path) -
 def _destinations(model: GPT) -> dict[str, Tensor]:
     """Where each published weight (named without prefix) goes: a view of a parameter in the published shape."""
     views: dict[str, Tensor] = {
-        "wte.weight": model.token_embedding.weight,
+        "wte.weight": cast(Tensor, model.token_embedding.weight),
         "wpe.weight": model.position_embedding.weight,
         "ln_f.weight": model.final_norm.weight,
         "ln_f.bias": model.final_norm.bias,
