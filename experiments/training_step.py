@@ -124,6 +124,11 @@ class Side:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
+    def step_and_release(self) -> None:
+        """The same, and gradients go: those of many models at once would fill the memory."""
+        self.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def head_step(self) -> None:
         """Forward and backward of the head, on hidden states that are given."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -146,7 +151,7 @@ def loss_of(model: ModelWithHead, case: Case, free: bool) -> Tensor:
 
 def usual_steps(case: Case) -> dict[str, Callable[[], None]]:
     """The steps that run in a process with the usual allocator."""
-    return {FULL: Side(case, FULL).step, SCALE_SHIFT: Side(case, SCALE_SHIFT).step}
+    return {name: Side(case, name).step_and_release for name in (FULL, SCALE_SHIFT)}
 
 
 def fastest_chunk(case: Case) -> int:
@@ -164,7 +169,7 @@ def measure(case: Case, rounds: int) -> pd.DataFrame:
     rate = matrix_rate_flops_per_second(device, torch.float32)
     bandwidth = memory_bandwidth_bytes_per_second(device)
     sides = {name: Side(case, name, chunk_rows) for name in (FULL, CHUNKED, *HEADS, FREE)}
-    calls: dict[str, Callable[[], None]] = {name: side.step for name, side in sides.items()}
+    calls: dict[str, Callable[[], None]] = {name: side.step_and_release for name, side in sides.items()}
     heads = {f"head of {name}": side.head_step for name, side in sides.items() if name in HEADS}
     with OtherProcess(usual_steps, case) if on_cpu else nullcontext() as other:  # an allocator of the CPU alone
         if other is not None:

@@ -74,24 +74,25 @@ def simulated_gib(case: Case, name: str) -> float:
 def measure(case: Case, rounds: int, chunk_rows: int, budget_gib: float) -> list[dict[str, object]]:
     """Rows of one vocabulary size: one a head and round, or one that says that the head does not fit."""
     device = case.inputs.device
-    simulated = {name: simulated_gib(case, name) for name in LOOKS}
-    sides = {name: Side(case, name, chunk_rows) for name in LOOKS if simulated[name] <= budget_gib}
-    calls = {name: side.step for name, side in sides.items()}
-    heads = {f"head of {name}": side.head_step for name, side in sides.items() if name != FREE}
-    seconds = interleaved_seconds(calls | heads, rounds, 1, device, progress=True) if calls else {}
     rows: list[dict[str, object]] = []
     for name in LOOKS:
-        row: dict[str, object] = {"head": name, "vocabulary_size": case.vocabulary_size, "fits": name in sides}
-        row |= {"chunk_rows": chunk_rows if name == CHUNKED else None, "simulated_peak_memory_gib": simulated[name]}
-        if name not in sides:
+        simulated = simulated_gib(case, name)
+        fits = simulated <= budget_gib
+        row: dict[str, object] = {"head": name, "vocabulary_size": case.vocabulary_size, "fits": fits}
+        row |= {"chunk_rows": chunk_rows if name == CHUNKED else None, "simulated_peak_memory_gib": simulated}
+        if not fits:
             rows.append(row)
             continue
-        side = sides[name]
+        gc.collect()  # models refer to themselves: only one of a million tokens may be alive
+        side = Side(case, name, chunk_rows)
+        calls = {"seconds": side.step} | ({} if name == FREE else {"head_seconds": side.head_step})
+        seconds = interleaved_seconds(calls, rounds, 1, device, progress=True)
         memory = peak_memory_of(side.step, device, live_tensors(side.model, side.optimizer))
         row["peak_memory_gib"] = memory.peak_bytes / BYTES_PER_GIB
-        for round_index, value in enumerate(seconds[name]):
-            head_seconds = None if name == FREE else seconds[f"head of {name}"][round_index]
-            rows.append(row | {"round": round_index, "seconds": value, "head_seconds": head_seconds})
+        for round_index in range(rounds):
+            measured = {column: values[round_index] for column, values in seconds.items()}
+            rows.append(row | {"round": round_index} | measured)
+        del side, calls
     return rows
 
 
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--num-heads", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--chunk-rows", type=int, default=256, help="of torch's linear_cross_entropy")
+    parser.add_argument("--chunk-rows", type=int, default=128, help="of torch's linear_cross_entropy")
     parser.add_argument("--budget-gib", type=float, default=4.0, help="most memory of a step, default %(default)s GiB")
     parser.add_argument("--sizes", type=int, nargs="+", default=VOCABULARY_SIZES, help="vocabulary sizes")
     arguments = parser.parse_args()
@@ -186,7 +187,6 @@ def main() -> None:
     for vocabulary_size in sorted(set(arguments.sizes)):
         case = build_case(model, vocabulary_size, arguments.batch_size, device)
         rows += measure(case, arguments.rounds, arguments.chunk_rows, arguments.budget_gib)
-        gc.collect()  # models refer to themselves: those of one size must go before those of the next
     table = pd.DataFrame(rows).assign(
         tokens=arguments.batch_size * arguments.sequence_length,
         hidden_size=arguments.hidden_size,
@@ -202,8 +202,8 @@ def main() -> None:
     setting = (
         f"Hidden {arguments.hidden_size}, {arguments.num_layers} layers, batch {arguments.batch_size} x "
         f"{arguments.sequence_length}, fp32, fused Adam, Zipf's tokens, S = sqrt(V), linear_cross_entropy in chunks of "
-        f"{arguments.chunk_rows} rows; medians of {arguments.rounds} interleaved rounds, exponents with 95% intervals "
-        f"(least squares of logarithms, Student's t). Does not fit: a step takes more than {arguments.budget_gib:g} "
+        f"{arguments.chunk_rows} rows; medians of {arguments.rounds} rounds, one head after the other, exponents "
+        f"with 95% intervals (least squares of logarithms, Student's t). Does not fit: a step takes more than {arguments.budget_gib:g} "
         f"GiB. {hardware()}; torch {torch_version()}.\n"
     )
     words = f"{describe(table)}\n\n{setting}"
