@@ -202,9 +202,9 @@ def main() -> None:
     setting = (
         f"Hidden {arguments.hidden_size}, {arguments.num_layers} layers, batch {arguments.batch_size} x "
         f"{arguments.sequence_length}, fp32, fused Adam, Zipf's tokens, S = sqrt(V), linear_cross_entropy in chunks of "
-        f"{arguments.chunk_rows} rows; medians of {arguments.rounds} rounds, one head after the other, exponents "
-        f"with 95% intervals (least squares of logarithms, Student's t). Does not fit: a step takes more than {arguments.budget_gib:g} "
-        f"GiB. {hardware()}; torch {torch_version()}.\n"
+        f"{arguments.chunk_rows} rows; medians of {arguments.rounds} rounds, one head after the other. Exponents with "
+        "95% intervals: least squares of logarithms, Student's t. Does not fit: a step takes more than "
+        f"{arguments.budget_gib:g} GiB. {hardware()}; torch {torch_version()}.\n"
     )
     words = f"{describe(table)}\n\n{setting}"
     write_text(path.with_suffix(".md"), words)
