@@ -39,7 +39,7 @@ def simulate(head: HeadSettings) -> SimulatedMemory:
             loss: Tensor = model(tokens[:, :-1], tokens[:, 1:]).loss
             return loss
 
-        return nn.Module.train(model), torch.optim.Adam(model.parameters(), foreach=True), compute_loss
+        return nn.Module.train(model), torch.optim.Adam(model.parameters(), fused=True), compute_loss
 
     return simulated_peak_memory(build)
 

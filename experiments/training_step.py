@@ -1,9 +1,10 @@
-"""One training step with each head, in one interleaved run: seconds, tokens per second, peak memory, FLOPs.
+"""One training step with each head, in one interleaved run: seconds, memory, floors, and the goals that they meet.
 
-    python experiments/training_step.py [--scale laptop] [--rounds 7]
+    python experiments/training_step.py [--scale laptop] [--rounds 5] [--train FILE]
 
-writes results/SCALE/training_step.csv, one row a head and round, and prints each head's ratio to the full softmax.
-``free`` is the same backbone with a head that costs nothing: no head can be faster or leaner.
+writes results/SCALE/training_step.csv, one row a head and round, and a table with the goals beside it. ``free`` is the
+same backbone with a head that costs nothing: no head can be faster or leaner. "As usual" is a process of its own whose
+allocator gives freed memory back to the system, as every program's does that does not call vocabfold.allocator.
 """
 
 from __future__ import annotations
@@ -14,52 +15,107 @@ import sys
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
 
 import pandas as pd
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from step_report import AS_USUAL, CHUNKED, FREE, FULL, SCALE_SHIFT, describe, goals
 from vocabfold.allocator import keep_freed_memory
 from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.constants import IGNORE_INDEX
+from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.files import write_text
-from vocabfold.heads import HeadSettings
+from vocabfold.heads import FullHead, HeadLoss, HeadSettings, token_order
 from vocabfold.heads.build import PartitionSettings
-from vocabfold.measure.flops import training_flops_per_token
+from vocabfold.measure.floor import least_bytes, products_of
 from vocabfold.measure.machine import (
     BYTES_PER_GIB,
     code_commit,
     hardware,
     matrix_rate_flops_per_second,
+    memory_bandwidth_bytes_per_second,
     torch_version,
 )
 from vocabfold.measure.memory import live_tensors, peak_memory_of
-from vocabfold.measure.speed import interleaved_seconds, ratio_summary, tokens_per_second
+from vocabfold.measure.other_process import OtherProcess
+from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 from vocabfold.records import RESULTS
+from vocabfold.settings import CONFIG_FOLDER
 
-VOCABULARY_SIZE = 50_257
-SHORTLIST = PartitionSettings(shortlist=2048)
+CHUNKS = (128, 256, 512, 1024)  # rows at a time of torch's linear_cross_entropy: the fastest is compared
+FULL_SETTINGS = HeadSettings(name="full", tied=True)
+
+
+def folded(scorer: str, tied: bool, order: str = "bpe", shortlist: int = 0) -> HeadSettings:
+    """A folded head with groups of the default size."""
+    return HeadSettings("grouped", tied, scorer=scorer, partition=PartitionSettings(order, shortlist=shortlist))
+
+
 HEADS = {
-    "full": HeadSettings(name="full", tied=True),
-    "grouped scale_shift_sorted": HeadSettings(name="grouped", tied=False, scorer="scale_shift_sorted"),
-    "grouped scale_shift": HeadSettings(name="grouped", tied=False, scorer="scale_shift"),
-    "grouped low_rank_sorted": HeadSettings(name="grouped", tied=False, scorer="low_rank_sorted"),
-    "grouped linear_sorted": HeadSettings(name="grouped", tied=True, scorer="linear_sorted"),
-    "grouped linear_sorted shortlist": HeadSettings(
-        name="grouped", tied=True, scorer="linear_sorted", partition=SHORTLIST
-    ),
-    "grouped linear_sorted free": HeadSettings(name="grouped", tied=False, scorer="linear_sorted"),
-    "grouped linear_looped": HeadSettings(name="grouped", tied=True, scorer="linear_looped"),
+    SCALE_SHIFT: folded("scale_shift_sorted", tied=False),
+    "scale_shift": folded("scale_shift", tied=False),
+    "low_rank_sorted": folded("low_rank_sorted", tied=False),
+    "linear_sorted tied": folded("linear_sorted", tied=True),
+    "linear_sorted tied, frequency": folded("linear_sorted", True, "frequency"),
+    "linear_sorted tied, frequency, shortlist 512": folded("linear_sorted", True, "frequency", 512),
+    "linear_sorted tied, frequency, shortlist 2048": folded("linear_sorted", True, "frequency", 2048),
+    "linear_sorted free": folded("linear_sorted", tied=False),
 }
-FREE = "free"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every process needs to build the same sides: sizes, the batch [B, T] and its targets, orders by name."""
+
+    model: ModelSettings
+    vocabulary_size: int
+    inputs: Tensor
+    targets: Tensor
+    orders: dict[str, Tensor | None]
+
+
+class ChunkedHead(FullHead):
+    """The full softmax through torch's linear_cross_entropy, ``rows`` at a time."""
+
+    def __init__(self, weight: nn.Parameter, rows: int) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], weight)
+        self.options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+
+    def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
+        """See Head.loss; no parts."""
+        total = F.linear_cross_entropy(
+            hidden, self.weight, targets, reduction="sum", ignore_index=IGNORE_INDEX, options=self.options
+        )
+        num_targets = (targets != IGNORE_INDEX).sum()
+        return HeadLoss(total / num_targets.clamp(min=1), num_targets)
 
 
 class Side:
-    """One model with its optimizer and a fixed batch of random tokens [B, T]."""
+    """One model with its optimizer: whole training steps, and its head's forward and backward pass alone."""
 
-    def __init__(self, model: ModelWithHead, batch: tuple[Tensor, Tensor], loss: Callable[[], Tensor]) -> None:
-        self.model, self.batch, self.loss = model, batch, loss
-        self.optimizer = torch.optim.Adam(model.parameters(), foreach=True)
+    def __init__(self, case: Case, name: str, chunk_rows: int = CHUNKS[0]) -> None:
+        torch.manual_seed(0)
+        settings = HEADS.get(name, FULL_SETTINGS)
+        self.model = build_model(case.model, settings, case.vocabulary_size, case.orders.get(name))
+        if name == CHUNKED:
+            self.model.head = ChunkedHead(self.model.backbone.token_embedding.weight, chunk_rows)  # type: ignore[arg-type]
+        self.model.to(case.inputs.device)
+        self.case, self.free = case, name == FREE
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)  # as optimizer.py has it
+        self.hidden = torch.randn(case.inputs.numel(), case.model.hidden_size, device=case.inputs.device)
+        self.hidden.requires_grad_()
+
+    def loss(self) -> Tensor:
+        """Of the whole model."""
+        return loss_of(self.model, self.case, self.free)
 
     def step(self) -> None:
         """A whole training step."""
@@ -68,56 +124,91 @@ class Side:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
+    def step_and_release(self) -> None:
+        """The same, and gradients go: those of many models at once would fill the memory."""
+        self.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
-def build_sides(model_settings: ModelSettings, batch: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Side]:
-    """The heads to compare on equal backbones, and the backbone alone."""
-    sides = {}
-    for name, head_settings in HEADS.items():
-        torch.manual_seed(0)
-        model = build_model(model_settings, head_settings, VOCABULARY_SIZE).to(device)
-        sides[name] = Side(model, batch, lambda model=model: model(*batch).loss)  # type: ignore[misc]
-    torch.manual_seed(0)
-    model = build_model(model_settings, HEADS["full"], VOCABULARY_SIZE).to(device)
-    sides[FREE] = Side(model, batch, lambda: model.backbone(batch[0]).mean())
-    return sides
+    def head_step(self) -> None:
+        """Forward and backward of the head, on hidden states that are given."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.hidden.grad = None
+        self.model.head.loss(self.hidden, self.case.targets.flatten()).loss.backward()
+
+    def head_inputs(self) -> list[Tensor]:
+        """What the head's loss depends on."""
+        return [self.hidden, *self.model.head.parameters()]
 
 
-def measure(sides: dict[str, Side], rounds: int, device: torch.device) -> pd.DataFrame:
+def loss_of(model: ModelWithHead, case: Case, free: bool) -> Tensor:
+    """The head's loss, or without a head the mean of the hidden states: it only has to send gradients back."""
+    if free:
+        hidden: Tensor = model.backbone(case.inputs)
+        return hidden.mean()
+    loss: Tensor = model(case.inputs, case.targets).loss
+    return loss
+
+
+def usual_steps(case: Case) -> dict[str, Callable[[], None]]:
+    """The steps that run in a process with the usual allocator."""
+    return {name: Side(case, name).step_and_release for name in (FULL, SCALE_SHIFT)}
+
+
+def fastest_chunk(case: Case) -> int:
+    """The chunk of CHUNKS with which the head alone is fastest."""
+    sides = {str(rows): Side(case, CHUNKED, rows).head_step for rows in CHUNKS}
+    seconds = interleaved_seconds(sides, rounds=2, warmup=1, device=case.inputs.device, progress=True)
+    return min(CHUNKS, key=lambda rows: median(seconds[str(rows)]))
+
+
+def measure(case: Case, rounds: int) -> pd.DataFrame:
     """One row a side and round."""
-    num_tokens = next(iter(sides.values())).batch[0].numel()
-    seconds = interleaved_seconds({name: side.step for name, side in sides.items()}, rounds, 2, device, progress=True)
+    device = case.inputs.device
+    on_cpu = device.type == "cpu"
+    chunk_rows = fastest_chunk(case)
+    rate = matrix_rate_flops_per_second(device, torch.float32)
+    bandwidth = memory_bandwidth_bytes_per_second(device)
+    sides = {name: Side(case, name, chunk_rows) for name in (FULL, CHUNKED, *HEADS, FREE)}
+    calls: dict[str, Callable[[], None]] = {name: side.step_and_release for name, side in sides.items()}
+    heads = {f"head of {name}": side.head_step for name, side in sides.items() if name in HEADS}
+    with OtherProcess(usual_steps, case) if on_cpu else nullcontext() as other:  # an allocator of the CPU alone
+        if other is not None:
+            calls |= {name + AS_USUAL: partial(other.call, name) for name in (FULL, SCALE_SHIFT)}
+        seconds = interleaved_seconds(calls | heads, rounds, 1, device, progress=True)
     rows = []
-    for name, side in sides.items():
+    for call in calls:
+        name = call.removesuffix(AS_USUAL)
+        side = sides[name]
         memory = peak_memory_of(side.step, device, live_tensors(side.model, side.optimizer))
-        flops = training_flops_per_token(lambda side=side: side.loss().backward(), num_tokens)  # type: ignore[misc]
-        for round_index, value in enumerate(seconds[name]):
-            row = {"side": name, "round": round_index, "seconds": value, "tokens": num_tokens}
-            rows.append(row | {"peak_memory_gib": memory.peak_bytes / BYTES_PER_GIB, "flops_per_token": flops})
+        row = {"side": call, "chunk_rows": chunk_rows if name == CHUNKED else None, "tokens": case.inputs.numel()}
+        row |= {"peak_memory_gib": memory.peak_bytes / BYTES_PER_GIB}
+        row |= {"matrix_rate_flops_per_second": rate, "bandwidth_bytes_per_second": bandwidth}
+        if name in HEADS:
+            products = products_of(side.head_step, device)
+            row |= {"head_flops": products.flops, "head_products_seconds": products.seconds}
+            row |= {"head_bytes": least_bytes(side.head_inputs())}
+        for round_index, value in enumerate(seconds[call]):
+            head_seconds = seconds[f"head of {call}"][round_index] if f"head of {call}" in seconds else None
+            rows.append(row | {"round": round_index, "seconds": value, "head_seconds": head_seconds})
     return pd.DataFrame(rows)
 
 
-def report(table: pd.DataFrame, rate: float) -> str:
-    """Each side against the full softmax and the free head: median of per-round ratios and their 2.5-97.5% range."""
-    seconds = {str(name): rows["seconds"].tolist() for name, rows in table.groupby("side", sort=False)}
-    free = table[table["side"] == FREE].iloc[0]
-    lines = [
-        "| head | tokens/s | speed, full = 1 | speed, free head = 1 | peak memory (GiB) | memory, free head = 1 "
-        "| step / FLOP floor |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, values in seconds.items():
-        row = table[table["side"] == name].iloc[0]
-        to_full, to_free = ratio_summary(seconds, "full", name), ratio_summary(seconds, FREE, name)
-        floor_seconds = row["flops_per_token"] * row["tokens"] / rate
-        above_floor = pd.Series(values).median() / floor_seconds
-        lines.append(
-            f"| {name} | {tokens_per_second(values, int(row['tokens'])):,.0f} "
-            f"| {to_full.median:.2f} ({to_full.low:.2f} to {to_full.high:.2f}) "
-            f"| {to_free.median:.2f} ({to_free.low:.2f} to {to_free.high:.2f}) "
-            f"| {row['peak_memory_gib']:.3f} | {row['peak_memory_gib'] / free['peak_memory_gib']:.2f} "
-            f"| {above_floor:.1f} |"
-        )
-    return "\n".join(lines)
+def load_tokens(text: str | None) -> Corpus:
+    """The embedded stories, or a local text. Raises UserError where the text cannot be read."""
+    data = OmegaConf.load(CONFIG_FOLDER / "data" / ("stories.yaml" if text is None else "text.yaml"))
+    if text is not None:
+        data.train = data.valid = text
+    return load_corpus(OmegaConf.to_container(data, resolve=True))  # type: ignore[arg-type]
+
+
+def build_case(model: ModelSettings, corpus: Corpus, tokens: Tensor, batch_size: int, device: torch.device) -> Case:
+    """The first sequences of the corpus as one batch, and each head's order, counted on all of it."""
+    length = model.max_positions + 1
+    batch = tokens[: batch_size * length].view(batch_size, length).to(device)
+    orders = {
+        name: token_order(settings, corpus.vocabulary_size, corpus.train.tokens) for name, settings in HEADS.items()
+    }
+    return Case(model, corpus.vocabulary_size, batch[:, :-1], batch[:, 1:], orders)
 
 
 @one_line_errors
@@ -125,7 +216,10 @@ def main() -> None:
     """Command line; see --help."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--train", help="a local text, documents between <|endoftext|> lines (default: embedded stories)"
+    )
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--num-heads", type=int, default=8)
@@ -134,22 +228,20 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        keep_freed_memory()  # as train.py does; it helps the full softmax most
-    model_settings = ModelSettings(
+        keep_freed_memory()  # as train.py does
+    model = ModelSettings(
         hidden_size=arguments.hidden_size,
         num_layers=arguments.num_layers,
         num_heads=arguments.num_heads,
         max_positions=arguments.sequence_length,
     )
-    shape = (arguments.batch_size, arguments.sequence_length + 1)
-    # Real token frequencies fall roughly as 1 / rank, which decides how many groups a batch touches.
-    weights = 1.0 / torch.arange(1, VOCABULARY_SIZE + 1)
-    tokens = torch.multinomial(
-        weights, shape[0] * shape[1], replacement=True, generator=torch.Generator().manual_seed(0)
-    )
-    tokens = tokens.view(shape).to(device)
-    table = measure(build_sides(model_settings, (tokens[:, :-1], tokens[:, 1:]), device), arguments.rounds, device)
+    corpus = load_tokens(arguments.train)
+    most = arguments.batch_size * (arguments.sequence_length + 1)
+    tokens = torch.from_numpy(corpus.train.tokens[:most].astype("int64"))
+    case = build_case(model, corpus, tokens, arguments.batch_size, device)
+    table = measure(case, arguments.rounds)
     table = table.assign(
+        corpus=corpus.name,
         hidden_size=arguments.hidden_size,
         num_layers=arguments.num_layers,
         hardware=hardware(),
@@ -159,14 +251,15 @@ def main() -> None:
     )
     path = RESULTS / arguments.scale / "training_step.csv"
     write_text(path, table.to_csv(index=False))
-    rate = matrix_rate_flops_per_second(device, torch.float32)
+    distinct = len(case.targets.unique())
     setting = (
-        f"Hidden {arguments.hidden_size}, {arguments.num_layers} layers, V = {VOCABULARY_SIZE:,}, batch "
-        f"{arguments.batch_size} x {arguments.sequence_length}, fp32, Adam; {arguments.rounds} interleaved rounds: "
-        "median of the rounds' ratios and their 2.5 to 97.5% range.\n"
-        f"Matrix rate of the machine: {rate / 1e9:.0f} GFLOP/s. {hardware()}; torch {torch_version()}.\n"
+        f"Hidden {arguments.hidden_size}, {arguments.num_layers} layers, V = {corpus.vocabulary_size:,}, batch "
+        f"{arguments.batch_size} x {arguments.sequence_length}, fp32, fused Adam; {arguments.rounds} interleaved "
+        "rounds: median of the rounds' ratios and their 2.5 to 97.5% range.\n"
+        f"Tokens: the first of {corpus.name}, real text and not random ones; {distinct:,} different targets in the "
+        f"batch. {hardware()}; torch {torch_version()}.\n"
     )
-    words = f"{report(table, rate)}\n\n{setting}"
+    words = f"{describe(table)}\n\n{setting}\n{goals(table)}\n"
     write_text(path.with_suffix(".md"), words)
     print(words + f"wrote {path}")
 

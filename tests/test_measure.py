@@ -258,6 +258,7 @@ def test_flops_of_a_linear_layer_by_hand() -> None:
         assert count_flops(lambda: w @ torch.randn(30)) == 2 * 20 * 30
         assert count_flops(lambda: torch.addmv(torch.randn(20), w, torch.randn(30))) == 2 * 20 * 30
         assert count_flops(lambda: torch.randn(7) @ torch.randn(7)) == 2 * 7
+        assert count_flops(lambda: torch.randn(10, 30).addmm_(x, w)) == 2 * 10 * 20 * 30
     with pytest.raises(UserError, match="at least one token"):
         training_flops_per_token(lambda: None, num_tokens=0)
 

@@ -20,7 +20,8 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.opti
     ]
     betas = (settings.betas[0], settings.betas[1])
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=settings.learning_rate, betas=betas, foreach=True)
+    # One pass over memory and no temporaries; on a CPU several times as fast as the default.
+    return kind(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
 def learning_rate_at(settings: OptimizerSettings, step: int, used: float) -> float:

@@ -6,7 +6,7 @@ holds more than a chunk of those.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,13 +19,23 @@ FEWEST_ROWS = 128  # below that a matrix product is slow
 
 
 @dataclass
+class Late:
+    """A gradient that waits for the end of the backward pass, when the activations of the model below are gone:
+    ``compute(factor, *tensors)`` makes it, ``factor`` (a number) times the gradient of the sum of log P."""
+
+    tensors: tuple[Tensor, ...]
+    compute: Callable[..., Tensor]
+
+
+@dataclass
 class Rows:
     """log P of each row's target [N] (0 where none counts), whether it is the likeliest choice [N] (where asked for),
-    and the gradients of the weighted sum of log P by each input (None where not wanted)."""
+    and the gradients of the weighted sum of log P by each input (None where not wanted; Late only of an unweighted
+    sum)."""
 
     log_prob: Tensor
     hits: Tensor | None
-    gradients: list[Tensor | None]
+    gradients: list[Tensor | Late | None]
 
 
 class Kernel(Protocol):
@@ -40,10 +50,17 @@ def total_log_prob(kernel: Kernel, inputs: tuple[Tensor, ...], with_hits: bool) 
     """(sum of log P over the rows, how many are the likeliest choice); gradients are ready when it returns.
 
     Saved gradients belong to the sum: backward multiplies them by what comes in, so that a loss may be scaled for fp16
-    after the fact. They are freed by the first backward pass, or copied if the graph is retained.
+    after the fact. They are freed by the first backward pass, or copied if the graph is retained. A Late gradient is
+    computed by a node of its own, which the engine runs when no other is ready.
     """
     needs = [tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs]
-    total, hits = _Total.apply(kernel, needs, with_hits, *inputs)
+    late: dict[int, Late] = {}
+    total, hits = _Total.apply(kernel, needs, with_hits, late, *inputs)
+    for index, gradient in late.items():
+        nothing = _AddsNothing.apply(gradient, total.dtype, inputs[index])
+        # Of the nodes that are ready the engine takes the one with the highest number. This decides on memory alone.
+        nothing.grad_fn._set_sequence_nr(0)
+        total = total + nothing
     return total, hits
 
 
@@ -57,11 +74,12 @@ def each_log_prob(kernel: Kernel, inputs: tuple[Tensor, ...]) -> Tensor:
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernel: Kernel, needs: list[bool], with_hits: bool, *inputs: Tensor
+        ctx: Any, kernel: Kernel, needs: list[bool], with_hits: bool, late: dict[int, Late], *inputs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(inputs[0].device.type, enabled=False):
             rows = kernel(inputs, None, needs, with_hits)
-        ctx.save_for_backward(*rows.gradients)
+        late.update({i: gradient for i, gradient in enumerate(rows.gradients) if isinstance(gradient, Late)})
+        ctx.save_for_backward(*(None if isinstance(gradient, Late) else gradient for gradient in rows.gradients))
         hits = None if rows.hits is None else rows.hits.sum()
         if hits is not None:
             ctx.mark_non_differentiable(hits)
@@ -72,7 +90,23 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         # In place where the graph ends here: a copy would be one more gradient of the size of the embedding.
         in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
-        return None, None, None, *(_scaled(gradient, grad_total, in_place) for gradient in ctx.saved_tensors)
+        return None, None, None, None, *(_scaled(gradient, grad_total, in_place) for gradient in ctx.saved_tensors)
+
+
+class _AddsNothing(torch.autograd.Function):
+    """0, with the gradient that a Late makes."""
+
+    @staticmethod
+    def forward(ctx: Any, late: Late, dtype: torch.dtype, parameter: Tensor) -> Tensor:
+        ctx.compute = late.compute
+        ctx.save_for_backward(*late.tensors)
+        return parameter.new_zeros((), dtype=dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_total.device.type, enabled=False):
+            return None, None, ctx.compute(grad_total, *ctx.saved_tensors)
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, in_place: bool) -> Tensor | None:
@@ -137,13 +171,14 @@ def log_prob_and_slope(
 ) -> tuple[Tensor, Tensor | None]:
     """``logits`` [R, C], ``targets`` [R] -> log P(target) [R], and the slope [R, C] of the sum of weights x log P:
     weight x ((is it the target) - P)."""
-    log_prob = logits.log_softmax(dim=-1)
     column = targets.unsqueeze(-1)
-    chosen = log_prob.gather(-1, column)
     if not with_slope:
-        return chosen.squeeze(-1), None
-    slope = log_prob.exp_().neg_()
-    slope.scatter_add_(-1, column, torch.ones_like(chosen))
+        return logits.log_softmax(dim=-1).gather(-1, column).squeeze(-1), None
+    # One exponential for each choice, not two: log P = logit - largest + log(its P), which is never below 1 / C.
+    chosen = logits.gather(-1, column) - logits.amax(dim=-1, keepdim=True)
+    slope = logits.softmax(dim=-1)
+    chosen += slope.amax(dim=-1, keepdim=True).log_()
+    slope.neg_().scatter_add_(-1, column, torch.ones_like(chosen))
     if weights is not None:
         slope.mul_(weights.unsqueeze(-1))
     return chosen.squeeze(-1), slope
@@ -164,21 +199,21 @@ class SoftmaxKernel:
         rows_of_weight = weight.to(self.dtype)
         log_prob = hidden.new_zeros(len(hidden), dtype=sum_dtype(self.dtype))
         hits = torch.zeros_like(self.counted) if with_hits else None
-        grad_hidden = torch.empty_like(hidden) if any(needs) else None
+        grad_hidden = torch.zeros_like(hidden) if any(needs) else None
         grad_weight = torch.zeros_like(weight, dtype=log_prob.dtype) if any(needs) else None
-        of_rows = self.counted.to(log_prob.dtype)
-        if weights is not None:
-            of_rows = torch.where(self.counted, weights.to(log_prob.dtype), 0.0)
-        for part in chunks(len(hidden), len(weight)):
-            some = hidden[part].to(self.dtype)
+        kept = self.counted.nonzero().squeeze(-1)
+        for part in chunks(len(kept), len(weight)):
+            # A row that does not count costs nothing; where all count, nothing is copied.
+            rows = part if len(kept) == len(hidden) else kept[part]
+            some, targets = hidden[rows].to(self.dtype), self.targets[rows]
             logits = (some @ rows_of_weight.t()).to(log_prob.dtype)
-            targets = self.targets[part]
             if hits is not None:
-                hits[part] = (logits.argmax(dim=-1) == targets) & self.counted[part]
-            chosen, slope = log_prob_and_slope(logits, targets, of_rows[part], grad_hidden is not None)
-            log_prob[part] = torch.where(self.counted[part], chosen, 0.0)
+                hits[rows] = logits.argmax(dim=-1) == targets
+            some_weights = None if weights is None else weights[rows].to(log_prob.dtype)
+            chosen, slope = log_prob_and_slope(logits, targets, some_weights, grad_hidden is not None)
+            log_prob[rows] = chosen
             if slope is not None and grad_hidden is not None and grad_weight is not None:
                 slope = slope.to(self.dtype)
-                grad_hidden[part] = slope @ rows_of_weight
+                grad_hidden[rows] = (slope @ rows_of_weight).to(grad_hidden.dtype)
                 add_product(grad_weight, slope.t(), some)
         return Rows(log_prob, hits, [grad_hidden, grad_weight])

@@ -24,9 +24,11 @@ class LowRankKernel(ScaleShiftKernel):
     def _correct(self, logits: Tensor, some: Tensor, part: slice, inputs: tuple[Tensor, ...]) -> Tensor:
         down, up = inputs[4].to(self.dtype), inputs[5].to(self.dtype)
         low = some.new_empty(len(some), down.shape[1])
-        for group, rows in self.targets.segments(part):
-            low[rows] = some[rows] @ down[group].t()
-            add_product(logits[rows], low[rows], up[group].t())
+        found, numbers = self.targets.segments(part)
+        pieces = zip(found, *(tensor.split(numbers) for tensor in (some, low, logits)), strict=True)
+        for group, some_rows, low_rows, logit_rows in pieces:
+            torch.mm(some_rows, down[group].t(), out=low_rows)
+            add_product(logit_rows, low_rows, up[group].t())
         return low
 
     def _correct_gradients(
@@ -42,11 +44,13 @@ class LowRankKernel(ScaleShiftKernel):
         assert low is not None
         down, up = inputs[4].to(self.dtype), inputs[5].to(self.dtype)
         slope = slope.to(self.dtype)
-        for group, rows in self.targets.segments(part):
-            grad_low = slope[rows] @ up[group]
-            add_product(grad_some[rows], grad_low, down[group])
-            add_product(gradients[4][group], grad_low.t(), some[rows])
-            add_product(gradients[5][group], slope[rows].t(), low[rows])
+        found, numbers = self.targets.segments(part)
+        pieces = zip(found, *(tensor.split(numbers) for tensor in (slope, some, low, grad_some)), strict=True)
+        for group, slope_rows, some_rows, low_rows, grad_rows in pieces:
+            grad_low = slope_rows @ up[group]
+            add_product(grad_rows, grad_low, down[group])
+            add_product(gradients[4][group], grad_low.t(), some_rows)
+            add_product(gradients[5][group], slope_rows.t(), low_rows)
 
 
 class LowRankScorer(ScaleShiftScorer):

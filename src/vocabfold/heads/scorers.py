@@ -145,12 +145,11 @@ class SortedTargets:
         self.slots = slots[self.rows]
         self.num_groups = len(partition.multi_groups)
 
-    def segments(self, part: slice) -> list[tuple[int, slice]]:
-        """(index of a group, its rows within ``part`` of the sorted rows), for each group that has some there."""
+    def segments(self, part: slice) -> tuple[list[int], list[int]]:
+        """The groups (their index) that have rows within ``part`` of the sorted rows, and how many each has."""
         numbers = torch.bincount(self.index[part], minlength=self.num_groups)
-        found = numbers.nonzero().squeeze(-1).tolist()
-        ends = numbers.cumsum(0)[found].tolist()
-        return [(group, slice(start, end)) for group, start, end in zip(found, [0, *ends], ends, strict=False)]
+        found = numbers.nonzero().squeeze(-1)
+        return found.tolist(), numbers[found].tolist()
 
 
 class ScaleShiftKernel:

@@ -42,10 +42,15 @@ def _dot(first: Shape, _second: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(first)
 
 
-# What torch's counter does not know: attention as a CPU runs it, and products with a vector.
+def _add_product_in_place(_total: Shape, first: Shape, second: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(first) * second[-1]
+
+
+# What torch's counter does not know: attention as a CPU runs it, products with a vector, and products added in place.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.addmm_: _add_product_in_place,
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten.addmv: _add_matrix_vector,
     torch.ops.aten.dot: _dot,

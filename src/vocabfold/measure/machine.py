@@ -103,7 +103,7 @@ def matrix_rate_flops_per_second(
         left = torch.randn(size, size, device=device, dtype=dtype)
         right = torch.randn(size, size, device=device, dtype=dtype)
         product = torch.empty(size, size, device=device, dtype=dtype)
-        return 2 * size**3 / _least_seconds(lambda: torch.mm(left, right, out=product), device)
+        return 2 * size**3 / least_seconds(lambda: torch.mm(left, right, out=product), device)
 
     with torch.no_grad():
         return max(rate(size) for size in sizes)
@@ -116,10 +116,11 @@ def memory_bandwidth_bytes_per_second(device: torch.device, size_bytes: int = 2*
     """
     source = torch.ones(size_bytes, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * size_bytes / _least_seconds(lambda: target.copy_(source), device)
+    return 2 * size_bytes / least_seconds(lambda: target.copy_(source), device)
 
 
-def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
+def least_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of REPETITIONS runs, after one that does not count."""
     run()
     least = float("inf")
     for _ in range(REPETITIONS):

@@ -1,0 +1,117 @@
+"""What training_step.py's table says in words: each head against the others, against its floor, and the goals."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from vocabfold.measure.speed import Ratio, ratio_summary, tokens_per_second
+
+FULL, CHUNKED, FREE, SCALE_SHIFT = "full", "linear_cross_entropy in chunks", "free", "scale_shift_sorted"
+AS_USUAL = ", as usual"
+FAST = "_sorted"  # in the name of every scorer that computes its gradients in the forward pass
+
+SPEED_OVER_FULL, SPEED_OVER_CHUNKED, SPEED_OF_FREE = 7.0, 2.6, 0.97
+MEMORY_OF_FREE, MEMORY_UNDER_FULL, TIME_OVER_FLOOR = 1.05, 8.0, 2.0
+
+
+def seconds_of(table: pd.DataFrame) -> dict[str, list[float]]:
+    """Seconds of every round of every side."""
+    return {str(name): rows["seconds"].tolist() for name, rows in table.groupby("side", sort=False)}
+
+
+def floors(row: pd.Series) -> tuple[float, float]:
+    """Least seconds of a head: bytes at the machine's bandwidth, plus products at its best matrix rate, or as fast as
+    each of them is alone."""
+    moving = row["head_bytes"] / row["bandwidth_bytes_per_second"]
+    return moving + row["head_flops"] / row["matrix_rate_flops_per_second"], moving + row["head_products_seconds"]
+
+
+def head_times(table: pd.DataFrame, name: str) -> tuple[float, float, float]:
+    """(median seconds of the head alone, and that over each of the two floors, NaN where there is no floor)."""
+    rows = table[table["side"] == name]
+    seconds = rows["head_seconds"].median()
+    best, own = floors(rows.iloc[0])
+    return seconds, seconds / best, seconds / own
+
+
+def describe(table: pd.DataFrame) -> str:
+    """A markdown table: median of per-round ratios with their 2.5 to 97.5% range."""
+    seconds, first = seconds_of(table), table.drop_duplicates("side").set_index("side")
+    free_gib = first.loc[FREE, "peak_memory_gib"]
+    lines = [
+        f"| head | tokens/s | speed, {FULL} = 1 | speed, {FREE} = 1 | peak memory (GiB) | memory, {FREE} = 1 "
+        "| head alone (ms) | over its floor | over its products' own |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, values in seconds.items():
+        row = first.loc[name]
+        to_full, to_free = ratio_summary(seconds, FULL, name), ratio_summary(seconds, FREE, name)
+        head, best, own = head_times(table, name)
+        chunk = f" of {row['chunk_rows']:.0f}" if name == CHUNKED else ""
+        cells = [
+            name + chunk,
+            f"{tokens_per_second(values, int(row['tokens'])):,.0f}",
+            between(to_full),
+            between(to_free),
+            f"{row['peak_memory_gib']:.3f}",
+            f"{row['peak_memory_gib'] / free_gib:.3f}",
+            optional(1e3 * head, 1),
+            optional(best, 2),
+            optional(own, 2),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    row = table.iloc[0]
+    lines.append(
+        f"\nFloor of a head: its matrix products at {row['matrix_rate_flops_per_second'] / 1e9:.0f} GFLOP/s (the "
+        "machine's best), or each at the rate its own shape reaches alone, and each byte of inputs and dense gradients "
+        f"once at {row['bandwidth_bytes_per_second'] / 1e9:.0f} GB/s; the exponentials are in neither."
+    )
+    return "\n".join(lines)
+
+
+def goals(table: pd.DataFrame) -> str:
+    """One line a goal: the number, and whether it is met."""
+    seconds, first = seconds_of(table), table.drop_duplicates("side").set_index("side")
+    folded = [name for name in first.index if pd.notna(first.loc[name, "head_flops"]) and AS_USUAL not in name]
+    best = min(folded, key=lambda name: pd.Series(seconds[name]).median())
+    lines = [f"Goals (the fastest folded head is {best}):\n", "| goal | reached | |", "|---|---|---|"]
+
+    def add(text: str, reached: str, met: bool | None) -> None:
+        lines.append(f"| {text} | {reached} | {'' if met is None else 'met' if met else '**not met**'} |")
+
+    if (usual := FULL + AS_USUAL) in seconds:
+        ratio = ratio_summary(seconds, usual, best)
+        add(f"speed >= {SPEED_OVER_FULL} x full softmax as usual", between(ratio), ratio.median >= SPEED_OVER_FULL)
+        add("the same, both as usual", between(ratio_summary(seconds, usual, SCALE_SHIFT + AS_USUAL)), None)
+        add("the same, full softmax with kept memory too", between(ratio_summary(seconds, FULL, best)), None)
+    for other, least in ((CHUNKED, SPEED_OVER_CHUNKED), (FREE, SPEED_OF_FREE)):
+        ratio = ratio_summary(seconds, other, best)
+        add(f"speed >= {least} x {other}", between(ratio), ratio.median >= least)
+    memory = first["peak_memory_gib"]
+    leanest = memory[folded].idxmin()
+    add(
+        f"memory <= {MEMORY_OF_FREE} x {FREE} (leanest: {leanest})",
+        f"{memory[leanest] / memory[FREE]:.3f}",
+        memory[leanest] <= MEMORY_OF_FREE * memory[FREE],
+    )
+    add(
+        f"full softmax >= {MEMORY_UNDER_FULL} x its memory ({FREE} itself: {memory[FULL] / memory[FREE]:.1f})",
+        f"{memory[FULL] / memory[leanest]:.1f}",
+        memory[FULL] >= MEMORY_UNDER_FULL * memory[leanest],
+    )
+    fast = [name for name in folded if FAST in name]
+    for name in fast:
+        _, over_best, over_own = head_times(table, name)
+        text = f"{over_best:.2f} ({over_own:.2f} over its products' own rates)"
+        add(f"{name}: head alone <= {TIME_OVER_FLOOR} x its floor", text, over_best <= TIME_OVER_FLOOR)
+    return "\n".join(lines)
+
+
+def between(ratio: Ratio) -> str:
+    """Median and range."""
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def optional(value: float, digits: int) -> str:
+    """Nothing where there is no number."""
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
