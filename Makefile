@@ -33,11 +33,16 @@ reproduce: .venv/ready
 	@for sweep in $(SWEEPS); do $(BIN)/python -m vocabfold.records $$sweep $(SCALE) || exit; done
 	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
 		&& touch results/runs/$(SCALE)/training_step.done; }
+	@$(RUN) experiment=decode
+	@test -f results/runs/$(SCALE)/decode.done || { $(BIN)/python experiments/decode.py --scale $(SCALE) \
+		&& touch results/runs/$(SCALE)/decode.done; }
 	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
 
 figures: .venv/ready
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py || exit; done
+	@for scale in $(patsubst results/%/decode.csv,%,$(wildcard results/*/decode.csv)); do \
+		$(BIN)/python experiments/decode.py --scale $$scale --redraw || exit; done
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
+from vocabfold.beam_search import beam_search
 from vocabfold.checkpoint import load_weights, weights_metadata
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.errors import UserError
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.settings import load_settings
+
+TEMPERATURE = 0.8
 
 
 @torch.inference_mode()
@@ -71,37 +74,62 @@ def parse_arguments() -> Namespace:
     )
     parser.add_argument("prompt", help='the beginning of the text; "" begins a new document')
     parser.add_argument("--max-tokens", type=int, default=200, help="at most so many tokens (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default %(default)s)")
+    parser.add_argument("--temperature", type=float, help=f"0: always the likeliest (default {TEMPERATURE})")
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens that hold this probability only")
+    parser.add_argument("--beams", type=int, help="search for the likeliest text with so many beams instead of drawing")
+    parser.add_argument(
+        "--length-penalty", type=float, help="beams: texts compare by log P / length ** this; 0: by log P (default 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args()
+
+
+def check_arguments(arguments: Namespace) -> None:
+    """Raise UserError for values that cannot be, and for options that do not go together."""
+    if arguments.max_tokens < 1:
+        raise UserError(f"--max-tokens is {arguments.max_tokens}: choose at least 1")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but there is no CUDA here: use --device cpu")
+    if arguments.beams is None:
+        if arguments.length_penalty is not None:
+            raise UserError("--length-penalty compares the texts of --beams N: give both or neither")
+        return
+    for name in ("temperature", "top_k", "top_p"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for drawing, and --beams draws nothing: leave one out")
+
+
+def tokens_of(arguments: Namespace, model: ModelWithHead, prompt: list[int], end_token: int) -> Iterator[int]:
+    """The continuation that the command line asks for."""
+    if arguments.beams is not None:
+        penalty = 1.0 if arguments.length_penalty is None else arguments.length_penalty
+        beams = {"num_beams": arguments.beams, "length_penalty": penalty}
+        return iter(beam_search(model, prompt, arguments.max_tokens, **beams, end_token=end_token)[0])
+    return generate(
+        model,
+        prompt,
+        arguments.max_tokens,
+        temperature=TEMPERATURE if arguments.temperature is None else arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        end_token=end_token,
+        generator=torch.Generator(arguments.device).manual_seed(arguments.seed),
+    )
 
 
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
     arguments = parse_arguments()
-    if arguments.max_tokens < 1:
-        raise UserError(f"--max-tokens is {arguments.max_tokens}: choose at least 1")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but there is no CUDA here: use --device cpu")
+    check_arguments(arguments)
     tokenizer = load_for_generation(load_settings(arguments.run).data)
     if tokenizer is None:
         raise UserError(f"{arguments.run} was trained on token sequences without a text form: there is nothing to read")
     model = load_run(arguments.run, torch.device(arguments.device))
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_token]
-    tokens = generate(
-        model,
-        prompt,
-        arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        end_token=tokenizer.end_token,
-        generator=torch.Generator(arguments.device).manual_seed(arguments.seed),
-    )
+    tokens = tokens_of(arguments, model, prompt, tokenizer.end_token)
     written: list[int] = []
     shown = 0
     sys.stdout.write(arguments.prompt)
