@@ -39,6 +39,9 @@ reproduce: .venv/ready
 	@test -f results/runs/$(SCALE)/caching.done || { $(BIN)/python experiments/caching_speed.py --scale $(SCALE) \
 		&& $(BIN)/python experiments/caching_perplexity.py --scale $(SCALE) && touch results/runs/$(SCALE)/caching.done; }
 	@$(BIN)/python experiments/caching.py $(SCALE)
+	@$(RUN) experiment=decode
+	@test -f results/runs/$(SCALE)/decode.done || { $(BIN)/python experiments/decode.py --scale $(SCALE) \
+		&& touch results/runs/$(SCALE)/decode.done; }
 	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
 	@$(PICTURES_RUN) && $(BIN)/python -m vocabfold.records shapes $(SCALE) && $(BIN)/python -m vocabfold.curves shapes $(SCALE)
@@ -50,6 +53,8 @@ reproduce: .venv/ready
 figures: .venv/ready
 	@for script in $(SWEEPS) $(PICTURES) caching; do $(BIN)/python experiments/$$script.py || exit; done
 	@$(BIN)/python experiments/table2_memory.py
+	@for scale in $(patsubst results/%/decode.csv,%,$(wildcard results/*/decode.csv)); do \
+		$(BIN)/python experiments/decode.py --scale $$scale --redraw || exit; done
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow"

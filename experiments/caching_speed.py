@@ -32,13 +32,13 @@ from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.generate import generate
-from vocabfold.runs import load_run
 from vocabfold.inference import PrefixCache, ResponseCache, fingerprint
 from vocabfold.measure.machine import BYTES_PER_MIB, code_commit, hardware, torch_version
 from vocabfold.measure.memory import peak_memory_of
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelWithHead
 from vocabfold.records import RESULTS, finished_row
+from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
 
 LIMIT_BYTES = 256 * BYTES_PER_MIB  # of each prefix and each response cache: nothing is evicted here

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vocabfold.beam_search import beam_search
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.data.tokenizer import Tokenizer
@@ -20,6 +21,8 @@ from vocabfold.models.build import ModelWithHead
 from vocabfold.models.gpt import GPT
 from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
+
+TEMPERATURE = 0.8
 
 
 @torch.inference_mode()
@@ -60,9 +63,13 @@ def parse_arguments() -> Namespace:
     )
     parser.add_argument("prompt", nargs="+", help='the beginning of each text; "" begins a new document')
     parser.add_argument("--max-tokens", type=int, default=200, help="at most so many tokens (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default %(default)s)")
+    parser.add_argument("--temperature", type=float, help=f"0: always the likeliest (default {TEMPERATURE})")
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens that hold this probability only")
+    parser.add_argument("--beams", type=int, help="search for the likeliest text with so many beams instead of drawing")
+    parser.add_argument(
+        "--length-penalty", type=float, help="beams: texts compare by log P / length ** this; 0: by log P (default 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -82,14 +89,30 @@ def parse_arguments() -> Namespace:
     return parser.parse_args()
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    arguments = parse_arguments()
+def check_arguments(arguments: Namespace) -> None:
+    """Raise UserError for values that cannot be, and for options that do not go together."""
     if arguments.max_tokens < 1:
         raise UserError(f"--max-tokens is {arguments.max_tokens}: choose at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but there is no CUDA here: use --device cpu")
+    if arguments.beams is None:
+        if arguments.length_penalty is not None:
+            raise UserError("--length-penalty compares the texts of --beams N: give both or neither")
+        return
+    for name in ("temperature", "top_k", "top_p"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for drawing, and --beams draws nothing: leave one out")
+    if arguments.key_values != "exact" or arguments.prefix_cache_mib or arguments.response_cache is not None:
+        raise UserError(
+            "--beams keeps keys and values of its own: leave out --key-values, --prefix-cache-mib and --response-cache"
+        )
+
+
+@one_line_errors
+def main() -> None:
+    """Command line; see --help."""
+    arguments = parse_arguments()
+    check_arguments(arguments)
     tokenizer = load_for_generation(load_settings(arguments.run).data)
     if tokenizer is None:
         raise UserError(f"{arguments.run} was trained on data without a text form: there is nothing to read")
@@ -100,10 +123,13 @@ def main() -> None:
 
 
 def answers(model: ModelWithHead, arguments: Namespace, end_token: int) -> Callable[[list[int]], Iterator[int]]:
-    """What continues a prompt, through the caches that the command line switches on."""
-    sampling = {
-        name: getattr(arguments, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "key_values")
-    }
+    """What continues a prompt: the best of the beams, or draws through the caches that the command line switches on."""
+    if arguments.beams is not None:
+        penalty = 1.0 if arguments.length_penalty is None else arguments.length_penalty
+        beams = {"num_beams": arguments.beams, "length_penalty": penalty, "end_token": end_token}
+        return lambda prompt: iter(beam_search(model, prompt, arguments.max_tokens, **beams)[0])
+    sampling = {name: getattr(arguments, name) for name in ("max_tokens", "top_k", "top_p", "key_values")}
+    sampling["temperature"] = TEMPERATURE if arguments.temperature is None else arguments.temperature
     prefixes = responses = None
     if arguments.prefix_cache_mib:
         prefixes = PrefixCache(limit_bytes("--prefix-cache-mib", arguments.prefix_cache_mib))

@@ -100,10 +100,12 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
         return self.weight, self.bias
 
     def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
+        if index.device.type == "cpu":
+            return self._slot_log_prob_by_group(hidden, index)
         num_slots, num_rows = self.partition.num_slots, len(self.weight)
         if index.numel() * num_slots >= num_rows:  # reading every row once is cheaper than copying these
             return super()._slot_log_prob(hidden, index)
-        exists = self.partition.multi_slot_exists[index]
+        exists = self.partition.slots_exist(index)
         columns = torch.arange(num_slots, device=index.device)
         places = (self.partition.multi_starts[index].unsqueeze(-1) + columns).where(exists, 0)
         bias = self.bias[places].where(exists, -torch.inf)
@@ -116,6 +118,23 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
             logits = torch.bmm(weight, hidden[part].unsqueeze(-1)).view_as(bias[part])
             log_probs.append(log_softmax(logits + bias[part]))
         return torch.cat(log_probs) if log_probs else bias
+
+    def _slot_log_prob_by_group(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """A product a group that anyone asks for, with its rows where they lie: nothing of the weight is copied."""
+        bounds = self.partition.multi_bounds
+        asked, order = index.flatten().sort()
+        some = hidden[order // max(1, index.shape[1])]
+        logits = some.new_full((len(asked), self.partition.num_slots), -torch.inf, dtype=sum_dtype(self.bias.dtype))
+        groups, numbers = asked.unique_consecutive(return_counts=True)
+        end = 0
+        for group, number in zip(groups.tolist(), numbers.tolist(), strict=True):
+            begin, end = end, end + number
+            start, stop = bounds[group : group + 2]
+            rows = self.weight[self.partition.multi_tokens[start:stop]] if self.tied else self.weight[start:stop]
+            logits[begin:end, : stop - start] = F.linear(some[begin:end], rows, self.bias[start:stop])
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return log_softmax(logits)[place].view(*index.shape, self.partition.num_slots)
 
 
 class LinearKernel:

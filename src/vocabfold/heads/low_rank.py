@@ -69,10 +69,9 @@ class LowRankScorer(ScaleShiftScorer):
     target_log_prob = TokenScorer.target_log_prob  # scale-and-shift's own has no room for the correction
 
     def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
-        shared = F.linear(hidden, self.shared).unsqueeze(1)
         low = torch.einsum("nkrd,nd->nkr", self.down[index], hidden)
         correction = torch.einsum("nksr,nkr->nks", self.up[index], low)
-        return self._log_softmax(self.scale[index] * shared + self._masked_shift()[index] + correction)
+        return self._log_softmax(self._slot_logits(hidden, index) + correction)
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)

@@ -106,6 +106,11 @@ class Partition(nn.Module):
         """[M, S]: slot_exists of the groups with more than one token."""
         return torch.arange(self.num_slots, device=self.sizes.device) < self.sizes[self.multi_groups, None]
 
+    def slots_exist(self, index: Tensor) -> Tensor:
+        """Those rows of multi_slot_exists: ``index`` [...] among the M groups -> [..., S]."""
+        slots = torch.arange(self.num_slots, device=index.device)
+        return slots < self.sizes[self.multi_groups[index]].unsqueeze(-1)
+
     @property
     def single_groups(self) -> Tensor:
         """The groups of one token, [G - M]."""

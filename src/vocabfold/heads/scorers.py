@@ -235,8 +235,11 @@ class ScaleShiftScorer(TokenScorer):
         return -F.cross_entropy(logits, slots, reduction="none")
 
     def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
-        shared = F.linear(hidden, self.shared).unsqueeze(1)
-        return self._log_softmax(self.scale[index] * shared + self._masked_shift()[index])
+        return self._log_softmax(self._slot_logits(hidden, index))
+
+    def _slot_logits(self, hidden: Tensor, index: Tensor) -> Tensor:
+        shift = self.shift[index].masked_fill(~self.partition.slots_exist(index), -torch.inf)
+        return torch.addcmul(shift, self.scale[index], F.linear(hidden, self.shared).unsqueeze(1).to(shift.dtype))
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
         shared = F.linear(hidden, self.shared).unsqueeze(1)

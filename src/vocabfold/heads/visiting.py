@@ -24,14 +24,19 @@ from vocabfold.heads.scorers import TokenScorer
 
 GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first; twice as many each time after,
 VISITED_ELEMENTS = 1 << 18  # as long as the log-probabilities of all rows' groups stay within this
-WHOLE_ROWS_ELEMENTS = 1 << 22  # tokens of all rows that may be held at once while a nucleus is collected
+WHOLE_ROWS_ELEMENTS = 1 << 20  # tokens of all rows that may be held at once where rows are looked at as a whole
+WHOLE_ROWS_SHARE = 0.5  # of all groups: a row that may need more than this after its first visit is taken as a whole
 
 
 def topk_by_visits(
     partition: Partition, scorer: TokenScorer, hidden: Tensor, group_log_prob: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """(log P [N, k], token [N, k]), best first. Exact: p(v) <= P(g), so no token of an unvisited group can enter once
-    P of the next group is below the k-th best token found so far. A row that needs no further group is left alone."""
+    P of the next group is below the k-th best token found so far. A row that needs no further group is left alone.
+
+    How many groups are still above the k-th best says after the first visit whether a row is flat: such rows are
+    computed as a whole, at most WHOLE_ROWS_ELEMENTS tokens at a time, which is faster than to visit nearly all.
+    """
     best = hidden.new_full((len(hidden), k), -torch.inf, dtype=group_log_prob.dtype)
     tokens = torch.zeros(best.shape, dtype=torch.int64, device=hidden.device)
     singles = partition.single_groups
@@ -39,30 +44,54 @@ def topk_by_visits(
         found = group_log_prob[:, singles].topk(min(k, len(singles)), dim=-1)
         best[:, : found.values.shape[1]] = found.values
         tokens[:, : found.values.shape[1]] = partition.order[partition.boundaries[singles]][found.indices]
-    group_log_prob, order = group_log_prob[:, partition.multi_groups].sort(dim=-1, descending=True)
+    ranked_log_prob, order = group_log_prob[:, partition.multi_groups].sort(dim=-1, descending=True)
+    rows = torch.arange(len(hidden), device=hidden.device)
     start, width = 0, GROUPS_A_VISIT
     while start < order.shape[1]:
-        rows = (group_log_prob[:, start] > best[:, -1]).nonzero().squeeze(-1)
+        needed = (ranked_log_prob[rows, start:] > best[rows, -1:]).sum(dim=-1)
+        if start > 0:
+            is_flat = needed > WHOLE_ROWS_SHARE * order.shape[1]
+            flat = rows[is_flat]
+            best[flat], tokens[flat] = _topk_of_whole_rows(partition, scorer, hidden[flat], group_log_prob[flat], k)
+            needed = needed.masked_fill(is_flat, 0)
+        rows = rows[needed > 0]
         if len(rows) == 0:
             break
         visited = partition.multi_groups[order[rows, start : start + width]]
         log_prob = scorer.group_log_prob(hidden[rows], visited).to(best.dtype)
-        log_prob = log_prob + group_log_prob[rows, start : start + width].unsqueeze(-1)
-        candidates = torch.cat([best[rows], log_prob.flatten(1)], dim=-1)
-        best[rows], chosen = candidates.topk(k, dim=-1)
-        visited_tokens = torch.cat([tokens[rows], tokens_of(partition, visited).flatten(1)], dim=-1)
-        tokens[rows] = visited_tokens.gather(-1, chosen)
+        log_prob = log_prob + ranked_log_prob[rows, start : start + width].unsqueeze(-1)
+        best_of_rows, chosen = torch.cat([best[rows], log_prob.flatten(1)], dim=-1).topk(k, dim=-1)
+        best[rows], place = best_of_rows, (chosen - k).clamp(min=0)
+        found_tokens = _tokens_at(partition, visited.gather(-1, place // partition.num_slots), place)
+        tokens[rows] = torch.where(chosen < k, tokens[rows].gather(-1, chosen.clamp(max=k - 1)), found_tokens)
         start, width = start + width, _wider(width, len(rows), partition)
     return best, tokens
 
 
+def _topk_of_whole_rows(
+    partition: Partition, scorer: TokenScorer, hidden: Tensor, group_log_prob: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    best = group_log_prob.new_empty(len(hidden), k)
+    tokens = torch.empty(best.shape, dtype=torch.int64, device=hidden.device)
+    group_at = partition.group_of[partition.order]
+    step = max(1, WHOLE_ROWS_ELEMENTS // partition.vocabulary_size)
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        log_prob = scorer.position_log_prob(hidden[part]) + group_log_prob[part].index_select(1, group_at)
+        best[part], places = log_prob.topk(k, dim=-1)
+        tokens[part] = partition.order[places]
+    return best, tokens
+
+
+def _tokens_at(partition: Partition, groups: Tensor, places: Tensor) -> Tensor:
+    """The tokens in the slots ``places`` mod S of ``groups``; a slot without a token repeats the group's last."""
+    return partition.token_at(groups, torch.minimum(places % partition.num_slots, partition.sizes[groups] - 1))
+
+
 def tokens_of(partition: Partition, groups: Tensor) -> Tensor:
     """The token in each slot of each group, ``groups`` [...] -> [..., S]; a slot without a token repeats the last."""
-    slots = torch.arange(partition.num_slots, device=groups.device)
-    return partition.token_at(
-        groups.unsqueeze(-1).expand(*groups.shape, partition.num_slots),
-        torch.minimum(slots, partition.sizes[groups].unsqueeze(-1) - 1),
-    )
+    groups = groups.unsqueeze(-1).expand(*groups.shape, partition.num_slots)
+    return _tokens_at(partition, groups, torch.arange(partition.num_slots, device=groups.device).expand(groups.shape))
 
 
 def _wider(width: int, num_rows: int, partition: Partition) -> int:
@@ -164,38 +193,41 @@ def is_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, t
     M. Unvisited groups put both between bounds: a group whose token bound is below the token's own weight has nothing
     before it, any other at most its M. A row is left as soon as the bounds decide; with every group visited they do.
     """
+    partition = groups.partition
     result = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    own, own_weight = tokens.unsqueeze(-1), log_weights.unsqueeze(-1)
-    low, high = groups.mass_bounds()
-    before_low = torch.full_like(low, -torch.inf)
-    before_high = high.masked_fill(groups.token_bound() < own_weight, -torch.inf)
+    own_group, own_weight = partition.group_of[tokens], log_weights.unsqueeze(-1)
+    # Not as logarithms: no M is above n, and Z is no less than about 1, so that what underflows does not matter.
+    low, high = (bound.exp() for bound in groups.mass_bounds())
+    before_low = torch.zeros_like(low)
+    before_high = high.masked_fill(groups.token_bound() < own_weight, 0.0)
     singles, ids, weights = groups.singles()
-    before = weights.masked_fill(~_precedes(weights, ids, own_weight, own), -torch.inf)
-    before_low[:, singles] = before_high[:, singles] = before
-    log_p = torch.tensor(top_p, dtype=torch.float64, device=tokens.device).log()
+    is_before = (weights > own_weight) | ((weights == own_weight) & (ids < tokens.unsqueeze(-1)))
+    is_before &= ids != tokens.unsqueeze(-1)
+    before_low[:, singles] = before_high[:, singles] = weights.exp() * is_before
     ranked = groups.ranked()
     rows = torch.arange(len(tokens), device=tokens.device)
     start, width = 0, GROUPS_A_VISIT
     while True:
-        inside = log_sum(before_high[rows]) < log_p + log_sum(low[rows])
-        outside = log_sum(before_low[rows]) >= log_p + log_sum(high[rows])
+        inside = before_high[rows].sum(dim=-1) < top_p * low[rows].sum(dim=-1)
+        outside = before_low[rows].sum(dim=-1) >= top_p * high[rows].sum(dim=-1)
         result[rows[inside]] = True
         rows = rows[~inside & ~outside]
         if len(rows) == 0 or start >= ranked.shape[1]:
             return result
         visited = ranked[rows, start : start + width]
         weights = groups.select(rows).visit(visited)
-        ids = tokens_of(groups.partition, visited)
-        precedes = _precedes(weights, ids, own_weight[rows].unsqueeze(-1), own[rows].unsqueeze(-1))
-        mass, before = log_sum(weights), log_sum(weights.masked_fill(~precedes, -torch.inf))
+        is_before = weights > own_weight[rows].unsqueeze(-1)
+        # As likely, with a smaller id: few tokens, so that only theirs are looked up.
+        row, column, slot = (weights == own_weight[rows].unsqueeze(-1)).nonzero(as_tuple=True)
+        is_before[row, column, slot] = partition.token_at(visited[row, column], slot) < tokens[rows][row]
+        # Rounding cannot put a token before itself.
+        row, column = (visited == own_group[rows].unsqueeze(-1)).nonzero(as_tuple=True)
+        is_before[row, column, partition.slot_of[tokens[rows][row]]] = False
+        weights = weights.exp()
+        mass, before = weights.sum(dim=-1), (weights * is_before).sum(dim=-1)
         for table, value in ((low, mass), (high, mass), (before_low, before), (before_high, before)):
             table[rows] = table[rows].scatter(-1, visited, value)
-        start, width = start + width, _wider(width, len(rows), groups.partition)
-
-
-def _precedes(weights: Tensor, ids: Tensor, own_weight: Tensor, own: Tensor) -> Tensor:
-    # The id decides last, so that rounding cannot put a token before itself.
-    return ((weights > own_weight) | ((weights == own_weight) & (ids < own))) & (ids != own)
+        start, width = start + width, _wider(width, len(rows), partition)
 
 
 def draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -104,6 +104,11 @@ class LayerCache:
         self.stored[1, :, :, begin : self.end] = values
         return self.stored[0, :, :, first : self.end], self.stored[1, :, :, first : self.end]
 
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences ``rows`` in this order."""
+        if self.stored is not None:
+            self.stored = self.stored.index_select(1, rows)
+
 
 class KeyValueCache:
     """What a model remembers of the ``length`` positions it has seen, for decoding without computing them again.
@@ -122,6 +127,14 @@ class KeyValueCache:
         self.batch_size = batch_size
         self.length = 0
         self.layers = [layer_cache(window, max_positions) for window in windows]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences ``rows`` [B'] in this order; one may come several times, as when a beam splits."""
+        if len(rows) == self.batch_size and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            return
+        self.batch_size = len(rows)
+        for layer in self.layers:
+            layer.select(rows)
 
 
 class Attention(nn.Module):
