@@ -49,14 +49,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [(group, option) for group in ("scale", "data", "model", "head") for option in options(group)]
+    ("group", "option"),
+    [(group, option) for group in ("scale", "data", "model", "head", "embedding") for option in options(group)],
 )
 def test_every_option_composes_to_checked_settings(group: str, option: str) -> None:
     config = composed(f"{group}={option}")
     del config.hydra
     settings = settings_from(config)
     named = {"scale": settings.scale, "data": settings.data["name"], "model": settings.model.name}
-    assert {**named, "head": settings.head.name}[group] == option
+    assert {**named, "head": settings.head.name, "embedding": settings.embedding.name}[group] == option
 
 
 @pytest.mark.parametrize("name", options("sweep"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,22 @@ class Settings:
         choose("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine"))
         choose("precision", self.precision, ("fp32", "bf16", "fp16"))
         choose("wandb.mode", self.wandb.mode, ("offline", "online", "disabled"))
+
+
+def steps_of(settings: Settings, batches_per_epoch: int) -> int | None:
+    """Optimizer steps until the first budget of epochs, steps or tokens is used up; None where only time ends it."""
+    budget = settings.budget
+    limits = []
+    if budget.steps is not None:
+        limits.append(budget.steps)
+    if budget.epochs is not None:
+        limits.append(int(budget.epochs * batches_per_epoch / settings.gradient_accumulation))
+    if budget.tokens is not None:
+        tokens_per_step = settings.batch_size * settings.sequence_length * settings.gradient_accumulation
+        limits.append(math.ceil(budget.tokens / tokens_per_step))
+    if not limits:
+        return None
+    return 0 if min(limits) == 0 and settings.embedding.compressed_from else max(1, min(limits))
 
 
 def choose(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -14,14 +14,14 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -32,7 +32,6 @@ from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import Batches
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device, join_ranks
-from vocabfold.embeddings import relative_error
 from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.generate import load_run
@@ -44,7 +43,7 @@ from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.optimizer import build_optimizer, learning_rate_at
 from vocabfold.records import RunRecord, finished_row
-from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from, steps_of
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3
@@ -63,7 +62,8 @@ class Trainer:
             settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding
         )
         if settings.embedding.compressed_from is not None:
-            self.take_over(Path(settings.embedding.compressed_from))
+            finished = load_run(Path(settings.embedding.compressed_from), torch.device("cpu"))
+            self.measured["embedding_relative_error"] = self.model.take_over(finished, settings.embedding)
         self.model.to(device)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -73,7 +73,7 @@ class Trainer:
         self.valid = Batches(
             corpus.valid, batch_size=settings.evaluation_batch_size, seed=settings.seed, shuffle=False, **shared
         )
-        self.total_steps = steps_of(settings, self.batches)
+        self.total_steps = steps_of(settings, self.batches.batches_per_epoch)
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
         self.checkpoint_step: int | None = None
@@ -89,13 +89,6 @@ class Trainer:
             self.trained = torch.compile(self.trained)  # type: ignore[assignment]
         if ranks.world_size > 1:
             self.trained = DistributedDataParallel(self.trained)
-
-    def take_over(self, folder: Path) -> None:
-        """Begin as the finished run in ``folder``, its embedding compressed."""
-        finished = load_run(folder, torch.device("cpu"))
-        self.model.take_over(finished, self.settings.embedding)
-        table = cast(Tensor, finished.backbone.token_embedding.weight)
-        self.measured["embedding_relative_error"] = relative_error(self.model.backbone.token_embedding, table)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the settings ask for."""
@@ -216,22 +209,6 @@ class Trainer:
         if not self.timed_tokens:
             return self.measured
         return {"tokens_per_second": self.timed_tokens / self.timed_seconds, **self.measured}
-
-
-def steps_of(settings: Settings, batches: Batches) -> int | None:
-    """Optimizer steps until the first budget of epochs, steps or tokens is used up; None where only time ends it."""
-    budget = settings.budget
-    limits = []
-    if budget.steps is not None:
-        limits.append(budget.steps)
-    if budget.epochs is not None:
-        limits.append(int(budget.epochs * batches.batches_per_epoch / settings.gradient_accumulation))
-    if budget.tokens is not None:
-        tokens_per_step = settings.batch_size * settings.sequence_length * settings.gradient_accumulation
-        limits.append(math.ceil(budget.tokens / tokens_per_step))
-    if not limits:
-        return None
-    return 0 if min(limits) == 0 and settings.embedding.compressed_from else max(1, min(limits))
 
 
 def train(settings: Settings, command: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, build_embedding, compress_table
+from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, build_embedding, compress_table, relative_error
 from vocabfold.errors import UserError
 from vocabfold.heads import Head, HeadLoss, HeadSettings, build_head
 from vocabfold.models.gpt import GPT, GPTConfig
@@ -55,8 +55,9 @@ class ModelWithHead(nn.Module):
         others = {tensor.data_ptr(): tensor for tensor in self.state_dict().values() if tensor.data_ptr() not in own}
         return embedding.bytes_at_rest + sum(tensor.numel() * tensor.element_size() for tensor in others.values())
 
-    def take_over(self, other: ModelWithHead, settings: EmbeddingSettings) -> None:
-        """Become ``other``, a model with a dense embedding, in place, but with that embedding compressed.
+    def take_over(self, other: ModelWithHead, settings: EmbeddingSettings) -> float:
+        """Become ``other``, a model with a dense embedding, in place, but with that embedding compressed; return the
+        relative error of its rows.
 
         Raises UserError where ``other`` is of another shape, has no dense embedding, or lends its rows to its head.
         """
@@ -64,23 +65,21 @@ class ModelWithHead(nn.Module):
         if not isinstance(table, DenseEmbedding):
             raise UserError("the embedding is compressed already: name a run with a dense one")
         state = other.state_dict()
-        prefix = "backbone.token_embedding."
-        if settings.name != "dense" and any(
-            tensor.data_ptr() == table.weight.data_ptr()
-            for name, tensor in state.items()
-            if not name.startswith(prefix)
-        ):
-            raise UserError(
-                "the head borrows the embedding's rows, which would have to stay: compress a run with head.tied=false"
-            )
-        self.backbone.token_embedding = compress_table(settings, table.weight.detach())
+        if settings.name != "dense":
+            prefix = "backbone.token_embedding."
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+            if table.weight.data_ptr() in {tensor.data_ptr() for tensor in state.values()}:
+                raise UserError(
+                    "the head borrows the embedding's rows, which would have to stay: compress a run with "
+                    "head.tied=false"
+                )
+            self.backbone.token_embedding = compress_table(settings, table.weight.detach())
         try:
-            self.load_state_dict(
-                {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}, strict=False
-            )
+            self.load_state_dict(state, strict=settings.name == "dense")
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the model to take over is another one ({reason})") from error
+        return relative_error(self.backbone.token_embedding, table.weight)
 
 
 def build_model(
