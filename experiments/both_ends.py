@@ -1,6 +1,6 @@
 """A folded head and a compressed embedding together, against the plain GPT-2: numbers, bytes, memory, perplexity.
 
-results/SCALE/both_ends.csv and the plain GPT-2 of results/SCALE/main_comparison.csv -> results/SCALE/both_ends.md
+results/SCALE/both_ends.csv and the plain GPT-2 of results/SCALE/main_comparison.csv -> results/SCALE/both_ends.png, .md
 
     python -m vocabfold.train --multirun experiment=both_ends scale=SCALE
 
@@ -10,13 +10,15 @@ The sizes at hidden 128 and 8 layers, the paper's 8.1 M model, are those of mode
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from scipy import stats
 
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
-from vocabfold.figures import draw_for_scales, mean_and_interval
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
 from vocabfold.heads.build import PartitionSettings
@@ -27,10 +29,11 @@ VOCABULARY_SIZE = 50_257
 BYTES_PER_NUMBER = 4
 ARM = ["head", "scorer", "shortlist", "embedding", "embedding_setting"]
 MEGABYTE = 1e6
+GOAL = 4  # times fewer bytes than GPT-2
 
 
 def draw(scale: str) -> None:
-    """Write one scale's table."""
+    """Write one scale's picture and table."""
     runs, plain = read_table("both_ends", scale), read_table("main_comparison", scale)
     plain = plain[(plain["model"] == "gpt2") & (plain["head"] == "full")]
     size = runs["hidden_size"].iloc[0]
@@ -41,9 +44,33 @@ def draw(scale: str) -> None:
     plain = plain.assign(model_bytes=BYTES_PER_NUMBER * plain["num_parameters"], embedding="dense")
     table = pd.concat([plain, runs], ignore_index=True)
     table[ARM] = table[ARM].astype(object).where(table[ARM].notna(), "")
+    draw_sizes(table, RESULTS / scale / "both_ends.png")
     path = RESULTS / scale / "both_ends.md"
     write_text(path, markdown(table) + "\n" + published_sizes())
     print(f"wrote {path}")
+
+
+def draw_sizes(table: pd.DataFrame, path: Path) -> None:
+    """Loss above the plain GPT-2 against bytes, one point an arm."""
+    plain = table[table["head"] == "full"].set_index("seed")
+    figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 2.6))
+    for position, (key, rows) in enumerate(table.groupby(ARM, sort=False)):
+        rows = rows[rows["seed"].isin(plain.index)]
+        if rows.empty:
+            continue
+        difference = rows["validation_loss_nats"].to_numpy() - plain.loc[rows["seed"], "validation_loss_nats"]
+        mean, half_width = mean_and_interval(difference.tolist())
+        color, marker = list(COLORS.values())[position % len(COLORS)], "os^Dv"[position % 5]
+        label = "GPT-2, full softmax" if key[0] == "full" else f"folded, {key[3]} {key[4]}"
+        megabytes = rows["model_bytes"].iloc[0] / MEGABYTE
+        axis.errorbar(megabytes, mean, half_width, color=color, marker=marker, linestyle="", capsize=2, label=label)
+    axis.axhline(0, color=GREY, linewidth=0.6)
+    axis.axvline(plain["model_bytes"].iloc[0] / MEGABYTE / GOAL, color=GREY, linewidth=0.6, linestyle="--")
+    axis.set_xlim(left=0)
+    axis.set_xlabel(f"Bytes of the whole model (MB); dashed: GPT-2 / {GOAL}")
+    axis.set_ylabel("Loss above GPT-2 (nats)")
+    axis.legend(fontsize=6)
+    save(figure, path)
 
 
 def markdown(table: pd.DataFrame) -> str:
