@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.checkpoint import WEIGHTS_NAME
-from vocabfold.embeddings import DenseEmbedding, TokenEmbedding
 from vocabfold.errors import UserError
 from vocabfold.heads.base import Head
 from vocabfold.heads.folded import FoldedHead
@@ -60,11 +59,11 @@ class HeadSettings:
     rank: int = 4
 
 
-ScorerBuilder = Callable[[HeadSettings, Partition, TokenEmbedding], TokenScorer]
+ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
 
 
 def build_head(
-    settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, order: Tensor | None = None
+    settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None = None
 ) -> Head:
     """The head that ``settings`` names; a tied head lends the rows of ``embedding`` [V, D].
 
@@ -153,13 +152,11 @@ def _check_order(partition: PartitionSettings) -> None:
         raise UserError(f"head.partition.order is {partition.order!r}: choose one of {', '.join(ORDERS)}")
 
 
-def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, _: Tensor | None) -> Head:
+def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     return FullHead(embedding.embedding_dim, vocabulary_size, _tied_weight(settings, embedding), settings.init_std)
 
 
-def _build_grouped(
-    settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, order: Tensor | None
-) -> Head:
+def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
     _check_order(settings.partition)
     partition = equal_partition(
         vocabulary_size, settings.partition.group_size, order, shortlist=settings.partition.shortlist
@@ -170,10 +167,10 @@ def _build_grouped(
     return FoldedHead(embedding.embedding_dim, partition, scorer, settings.init_std)
 
 
-def _tied_weight(settings: HeadSettings, embedding: TokenEmbedding) -> nn.Parameter | None:
+def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Parameter | None:
     if not settings.tied:
         return None
-    if not isinstance(embedding, DenseEmbedding):
+    if not isinstance(embedding, nn.Embedding):  # a dense one is one
         raise UserError(
             "a compressed embedding has no rows to lend to the head: use head.tied=false or embedding=dense"
         )
@@ -181,7 +178,7 @@ def _tied_weight(settings: HeadSettings, embedding: TokenEmbedding) -> nn.Parame
 
 
 def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
-    def build(settings: HeadSettings, partition: Partition, embedding: TokenEmbedding) -> TokenScorer:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
         return kind(embedding.embedding_dim, partition, settings.init_std)
 
@@ -189,7 +186,7 @@ def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
 
 
 def _low_rank(kind: type[LowRankScorer]) -> ScorerBuilder:
-    def build(settings: HeadSettings, partition: Partition, embedding: TokenEmbedding) -> TokenScorer:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
         return kind(embedding.embedding_dim, partition, settings.rank, settings.init_std)
 
@@ -197,7 +194,7 @@ def _low_rank(kind: type[LowRankScorer]) -> ScorerBuilder:
 
 
 def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
-    def build(settings: HeadSettings, partition: Partition, embedding: TokenEmbedding) -> TokenScorer:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         return kind(embedding.embedding_dim, partition, _tied_weight(settings, embedding), settings.init_std)
 
     return build

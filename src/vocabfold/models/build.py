@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -105,4 +106,6 @@ def build_model(
         dropout=model.dropout,
     )
     backbone = GPT(config, build_embedding(embedding or EmbeddingSettings(), vocabulary_size, model.hidden_size))
-    return ModelWithHead(backbone, build_head(head, vocabulary_size, backbone.token_embedding, order))
+    # A head reads the sizes of any embedding, and asks before it borrows the rows of a dense one.
+    rows = cast(nn.Embedding, backbone.token_embedding)
+    return ModelWithHead(backbone, build_head(head, vocabulary_size, rows, order))
