@@ -28,13 +28,13 @@ from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
 from vocabfold.files import write_text
-from vocabfold.generate import load_run
 from vocabfold.heads import FoldedHead, Head
 from vocabfold.heads.base import draw_from_sorted
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.models.build import ModelWithHead
 from vocabfold.records import IDENTITY_COLUMNS, RESULTS, finished_row
+from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
 
 STRATEGIES: dict[str, dict[str, Any]] = {

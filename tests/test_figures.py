@@ -157,6 +157,30 @@ def write_side_tables(folder: Path) -> None:
     ]
     pd.DataFrame(steps).to_csv(folder / "training_step.csv", index=False)
 
+    folded = [
+        run_row("gpt2", "grouped", 225, seed, tokens=tokens, **embedding_columns(name, tokens))
+        for name in ("dense", "int4", "tensor_train")
+        for seed in range(2)
+        for tokens in (200_000, 0, 20_000)
+    ]
+    yield "embedding_compression", folded
+    yield "both_ends", [row for row in folded if row["tokens"] == 200_000]
+
+
+def embedding_columns(name: str, tokens: int) -> dict[str, Any]:
+    """Those of a run from scratch (200,000 tokens), of a compressed one (0) and of a recovered one."""
+    return {
+        "embedding": name,
+        "embedding_setting": None if name == "dense" else "row",
+        "embedding_compression": {"dense": 1.0, "int4": 7.1, "tensor_train": 3.3}[name],
+        "embedding_bytes": 1_000_000,
+        "recovery_tokens": None if tokens == 200_000 else tokens,
+        "embedding_relative_error": None if tokens == 200_000 else 0.1,
+        "model_bytes": 3_000_000,
+        "scorer": "linear_sorted",
+        "shortlist": 2048,
+    }
+
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

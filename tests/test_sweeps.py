@@ -49,7 +49,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [(group, option) for group in ("scale", "data", "model", "head") for option in options(group)]
+    ("group", "option"),
+    [(group, option) for group in ("scale", "data", "model", "head", "embedding") for option in options(group)],
 )
 def test_every_option_composes_to_checked_settings(group: str, option: str) -> None:
     pictures = {"shapes": ["model=cnn"], "cnn": ["data=shapes"]}  # each needs the other
@@ -58,7 +59,9 @@ def test_every_option_composes_to_checked_settings(group: str, option: str) -> N
     settings = settings_from(config)
     named = {"scale": settings.scale, "data": settings.data["name"], "model": settings.model.name}
     names = {"shortlist": "grouped"}  # settings of another head
-    assert {**named, "head": settings.head.name}[group] == names.get(option, option)
+    assert {**named, "head": settings.head.name, "embedding": settings.embedding.name}[group] == names.get(
+        option, option
+    )
 
 
 @pytest.mark.parametrize("name", options("sweep"))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor
 
 from vocabfold.checkpoint import load_weights, weights_metadata
-from vocabfold.embeddings import EmbeddingSettings, relative_error
+from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.models.build import ModelWithHead, build_model
-from vocabfold.models.gpt import GPT
 from vocabfold.settings import load_settings
 
 
@@ -34,7 +31,4 @@ def begin_compressed(model: ModelWithHead, settings: EmbeddingSettings) -> dict[
     if settings.compressed_from is None:
         return {}
     finished = load_run(Path(settings.compressed_from), torch.device("cpu"))
-    model.take_over(finished, settings)
-    assert isinstance(finished.backbone, GPT) and isinstance(model.backbone, GPT)
-    table = cast(Tensor, finished.backbone.token_embedding.weight)
-    return {"embedding_relative_error": relative_error(model.backbone.token_embedding, table)}
+    return {"embedding_relative_error": model.take_over(finished, settings)}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.checkpoint import WEIGHTS_NAME
-from vocabfold.embeddings import DenseEmbedding, TokenEmbedding
 from vocabfold.errors import UserError
 from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
@@ -75,11 +74,11 @@ class HeadSettings:
     softcap: float | None = None
 
 
-ScorerBuilder = Callable[[HeadSettings, Partition, TokenEmbedding], TokenScorer]
+ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
 
 
 def build_head(
-    settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, order: Tensor | None = None
+    settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None = None
 ) -> Head:
     """The head that ``settings`` names; a tied head lends the rows of ``embedding`` [V, D].
 
@@ -187,19 +186,19 @@ def _check_order(partition: PartitionSettings) -> None:
         raise UserError(f"head.partition.order is {partition.order!r}: choose one of {', '.join(ORDERS)}")
 
 
-def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, _: Tensor | None) -> Head:
+def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
     return FullHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap)
 
 
-def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, _: Tensor | None) -> Head:
+def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     if settings.softcap is not None:
         raise UserError("head=chunked cannot cap its logits, which torch computes: use head=full, or head.softcap=null")
     weight = _tied_weight(settings, embedding)
     return ChunkedHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.chunk_rows)
 
 
-def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, _: Tensor | None) -> Head:
+def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
     return FusedHead(
         embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap, settings.kernel
@@ -207,7 +206,7 @@ def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: TokenE
 
 
 def _build_adaptive(
-    settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, order: Tensor | None
+    settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None
 ) -> Head:
     if settings.tied:
         raise UserError("head=adaptive has rows of several widths, none to tie: use head.tied=false")
@@ -216,9 +215,7 @@ def _build_adaptive(
     )
 
 
-def _build_grouped(
-    settings: HeadSettings, vocabulary_size: int, embedding: TokenEmbedding, order: Tensor | None
-) -> Head:
+def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
     _check_order(settings.partition)
     partition = equal_partition(
         vocabulary_size, settings.partition.group_size, order, shortlist=settings.partition.shortlist
@@ -229,10 +226,10 @@ def _build_grouped(
     return FoldedHead(embedding.embedding_dim, partition, scorer, settings.init_std, settings.softcap)
 
 
-def _tied_weight(settings: HeadSettings, embedding: TokenEmbedding) -> nn.Parameter | None:
+def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Parameter | None:
     if not settings.tied:
         return None
-    if not isinstance(embedding, DenseEmbedding):
+    if not isinstance(embedding, nn.Embedding):  # a dense one is one
         raise UserError(
             "a compressed embedding has no rows to lend to the head: use head.tied=false or embedding=dense"
         )
@@ -240,7 +237,7 @@ def _tied_weight(settings: HeadSettings, embedding: TokenEmbedding) -> nn.Parame
 
 
 def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
-    def build(settings: HeadSettings, partition: Partition, embedding: TokenEmbedding) -> TokenScorer:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
         return kind(embedding.embedding_dim, partition, settings.init_std)
 
@@ -248,7 +245,7 @@ def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
 
 
 def _low_rank(kind: type[LowRankScorer]) -> ScorerBuilder:
-    def build(settings: HeadSettings, partition: Partition, embedding: TokenEmbedding) -> TokenScorer:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
         return kind(embedding.embedding_dim, partition, settings.rank, settings.init_std)
 
@@ -256,7 +253,7 @@ def _low_rank(kind: type[LowRankScorer]) -> ScorerBuilder:
 
 
 def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
-    def build(settings: HeadSettings, partition: Partition, embedding: TokenEmbedding) -> TokenScorer:
+    def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         return kind(embedding.embedding_dim, partition, _tied_weight(settings, embedding), settings.init_std)
 
     return build

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
-from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, TokenEmbedding, build_embedding, compress_table
+from vocabfold.embeddings import (
+    DenseEmbedding,
+    EmbeddingSettings,
+    TokenEmbedding,
+    build_embedding,
+    compress_table,
+    relative_error,
+)
 from vocabfold.errors import UserError
 from vocabfold.heads import Head, HeadLoss, HeadSettings, build_head
 from vocabfold.models.cnn import CNN
@@ -77,8 +85,9 @@ class ModelWithHead(nn.Module):
         own = {tensor.data_ptr() for tensor in self.embedding.state_dict().values()}
         return self.embedding.bytes_at_rest + sum(size for place, size in kept.items() if place not in own)
 
-    def take_over(self, other: ModelWithHead, settings: EmbeddingSettings) -> None:
-        """Become ``other``, a model with a dense embedding, in place, but with that embedding compressed.
+    def take_over(self, other: ModelWithHead, settings: EmbeddingSettings) -> float:
+        """Become ``other``, a model with a dense embedding, in place, but with that embedding compressed; return the
+        relative error of its rows.
 
         Raises UserError where ``other`` is of another shape, has no dense embedding, or lends its rows to its head.
         """
@@ -87,23 +96,21 @@ class ModelWithHead(nn.Module):
         if not isinstance(table, DenseEmbedding):
             raise UserError("the embedding is compressed already: name a run with a dense one")
         state = other.state_dict()
-        prefix = "backbone.token_embedding."
-        if settings.name != "dense" and any(
-            tensor.data_ptr() == table.weight.data_ptr()
-            for name, tensor in state.items()
-            if not name.startswith(prefix)
-        ):
-            raise UserError(
-                "the head borrows the embedding's rows, which would have to stay: compress a run with head.tied=false"
-            )
-        self.backbone.token_embedding = compress_table(settings, table.weight.detach())
+        if settings.name != "dense":
+            prefix = "backbone.token_embedding."
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+            if table.weight.data_ptr() in {tensor.data_ptr() for tensor in state.values()}:
+                raise UserError(
+                    "the head borrows the embedding's rows, which would have to stay: compress a run with "
+                    "head.tied=false"
+                )
+            self.backbone.token_embedding = compress_table(settings, table.weight.detach())
         try:
-            self.load_state_dict(
-                {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}, strict=False
-            )
+            self.load_state_dict(state, strict=settings.name == "dense")
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the model to take over is another one ({reason})") from error
+        return relative_error(self.backbone.token_embedding, table.weight)
 
 
 def build_model(
@@ -134,4 +141,6 @@ def build_model(
         dropout=model.dropout,
     )
     backbone = GPT(config, build_embedding(embedding or EmbeddingSettings(), vocabulary_size, model.hidden_size))
-    return ModelWithHead(backbone, build_head(head, vocabulary_size, backbone.token_embedding, order))
+    # A head reads the sizes of any embedding, and asks before it borrows the rows of a dense one.
+    rows = cast(nn.Embedding, backbone.token_embedding)
+    return ModelWithHead(backbone, build_head(head, vocabulary_size, rows, order))

@@ -1,0 +1,75 @@
+"""The programs that measure embeddings, each on something tiny."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from run_cases import call
+from test_published_weights import write_architecture
+from vocabfold.compress_embedding import embedding_of, parser
+from vocabfold.embeddings import build_embedding
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def program(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    def itself() -> None:
+        runpy.run_path(str(REPOSITORY / "experiments" / f"{name}.py"), run_name="__main__")
+
+    return call(itself, monkeypatch, *arguments)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+
+
+def test_published_weights_are_compressed_and_their_perplexity_measured(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_architecture(Path("gpt2"), "gpt2")
+    data = ("data=zipf", "data.vocabulary_size=13", "data.num_train_tokens=400", "data.num_valid_tokens=200")
+    assert program("embedding_published", monkeypatch, "gpt2", *data, "--batch-size", "2") == 0, capfd.readouterr().err
+    table = pd.read_csv("results/paper/embedding_published.csv")
+    dense = table[table["embedding"] == "dense"].iloc[0]
+    assert dense["relative_error"] == 0 and set(table["place"]) == {"input", "both"}
+    int8 = table[table["embedding"] == "int8"]
+    assert len(int8) == 2 and int8["perplexity"].to_numpy() == pytest.approx(dense["perplexity"], rel=0.05)
+    assert (int8["perplexity"] != dense["perplexity"]).all()
+    assert {"tensor_train", "low_rank"} <= set(table["embedding"])
+    data = ("data=zipf", "data.vocabulary_size=14", *data[2:])
+    assert program("embedding_published", monkeypatch, "gpt2", *data) == 2
+    assert "has 14 tokens" in capfd.readouterr().err
+
+
+def test_tables_are_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    table = torch.randn(300, 4) @ torch.randn(4, 32)
+    save_file({"backbone.token_embedding.weight": table}, "run/model.safetensors")
+    assert program("embedding_tables", monkeypatch, "--scale", "smoke", "--rows", "300", "--run", "run") == 0, (
+        capfd.readouterr().err
+    )
+    rows = pd.read_csv("results/smoke/embedding_tables.csv")
+    low = rows[(rows["embedding"] == "low_rank") & (rows["wanted_compression"] == 3.31)].set_index("table")
+    assert low.loc["run run", "relative_error"] < 1e-5 < low.loc["run run, shuffled", "relative_error"]
+    assert {"Gaussian", "run run", "run run, shuffled"} <= set(rows["table"])
+    assert Path("results/smoke/embedding_tables.png").is_file()
+    assert program("embedding_tables", monkeypatch, "--run", "nowhere") == 2
+    assert "name the folder of a finished run" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "conf" / "compression").glob("*.txt")), ids=lambda path: path.stem
+)
+def test_every_list_of_compressions_is_readable(path: Path) -> None:
+    arguments = parser().parse_args(["run", f"@{path}"])
+    assert arguments.runs == [Path("run")] and 0 in arguments.recovery_share
+    for overrides in arguments.embeddings:
+        build_embedding(embedding_of(overrides), 50_257, 64)
