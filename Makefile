@@ -34,8 +34,8 @@ reproduce: .venv/ready
 	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
 		&& touch results/runs/$(SCALE)/training_step.done; }
 	@$(RUN) experiment=caching
-	@test -f results/runs/$(SCALE)/caching.done || { $(BIN)/python experiments/caching_speed.py --scale $(SCALE) \
-		&& $(BIN)/python experiments/caching_perplexity.py --scale $(SCALE) && touch results/runs/$(SCALE)/caching.done; }
+	@test -f results/runs/$(SCALE)/caching.done || { for part in speed memory perplexity; do \
+		$(BIN)/python experiments/caching_$$part.py --scale $(SCALE) || exit; done; touch results/runs/$(SCALE)/caching.done; }
 	@$(BIN)/python experiments/caching.py $(SCALE)
 	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
