@@ -118,12 +118,13 @@ def perplexity_table(kinds: pd.DataFrame) -> str:
         "| run | keys and values | bytes a position | of bf16's | loss (nats) | perplexity | change of perplexity |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, rows in kinds.groupby(RUN, sort=False):
+    for _, rows in kinds.groupby(RUN, sort=False):
         half = rows.loc[rows["key_values"] == "bf16", "bytes_a_position"].iloc[0]
         for _, row in rows.iterrows():
             low, change, high = perplexity_change(row)
             lines.append(
-                f"| {name[0]}, hidden {name[1]}, {name[2]} layers, {name[3]} head, {name[4] / 1e6:.2f} M tokens "
+                f"| {row['corpus']}, hidden {row['hidden_size']}, {row['num_layers']} layers, {row['head']} head, "
+                f"{row['tokens'] / 1e6:.2f} M tokens "
                 f"| {row['key_values']} | {row['bytes_a_position']:,.0f} | {row['bytes_a_position'] / half:.3f} "
                 f"| {row['validation_loss_nats']:.5f} | {row['perplexity']:.3f} "
                 f"| {change:+.3%} ({low:+.3%} to {high:+.3%}) |"
@@ -146,11 +147,12 @@ def goals(table: pd.DataFrame, kinds: pd.DataFrame) -> str:
         f"* {met(sooner.median >= FIRST_TOKEN_GOAL)}: first token at 448 shared tokens of 512 at least "
         f"{FIRST_TOKEN_GOAL:.0f} times sooner with the prefix cache: {words(sooner)} times"
     ]
-    for name, rows in kinds.groupby(RUN, sort=False):
-        rows = rows.set_index("key_values")
-        share = rows.loc["int8", "bytes_a_position"] / rows.loc["bf16", "bytes_a_position"]
-        low, change, high = perplexity_change(rows.loc["int8"])
-        run = f"hidden {name[1]}, {name[3]} head"
+    for _, rows in kinds.groupby(RUN, sort=False):
+        half = rows[rows["key_values"] == "bf16"].iloc[0]
+        row = rows[rows["key_values"] == "int8"].iloc[0]
+        share = float(row["bytes_a_position"] / half["bytes_a_position"])
+        low, change, high = perplexity_change(row)
+        run = f"hidden {row['hidden_size']}, {row['head']} head"
         lines += [
             f"* {met(share <= BYTES_GOAL)}: int8 takes half the bytes of bf16 (at most {BYTES_GOAL}, scales counted): "
             f"{share:.3f} ({run})",
@@ -202,7 +204,7 @@ def leaner(memory: pd.DataFrame, library: str) -> list[str]:
         return []
     lines = []
     for base in ("none", "key/value"):
-        whole = rows["peak_memory_mib"] / rows.loc[base, "peak_memory_mib"]
+        whole = rows["peak_memory_mib"] / rows["peak_memory_mib"][base]
         above = rows["peak_memory_mib"] - rows["weights_mib"]
         above = above / above[base]
         parts = [f"{cache} {whole[cache]:.3f} ({above[cache]:.2f})" for cache in rows.index if cache != base]

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ class Side:
         """Answer the next prompt."""
         prompt = next(self.prompts)
         start = time.perf_counter()
-        tokens = []
+        tokens: list[int] = []
         for token in self.answer(prompt, self.workload.new_tokens):
             if not tokens:
                 self.first_seconds.append(time.perf_counter() - start)
@@ -142,7 +143,8 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
     peer = hugging_face.random_gpt2(model.backbone.config)
     sides = {}
     for cache in [name for name in PEERS if name in workload.caches]:
-        kind, beginning, held = PEERS[cache], None, list
+        kind, beginning = PEERS[cache], None
+        held: Callable[[], list[Tensor]] = list
         if kind not in hugging_face.available_caches():
             continue
         if cache == "prefix" and workload.shared_tokens:
@@ -152,8 +154,7 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
             reader.read(shared)
             assert reader.cache is not None
             beginning = (shared, reader.cache)
-            layers = reader.cache.layers
-            held = lambda layers=layers: [part for layer in layers for part in (layer.keys, layer.values)]  # noqa: E731
+            held = partial(keys_and_values, reader.cache)
 
         def answer(prompt: list[int], count: int, kind: str = kind, beginning: Any = beginning) -> Iterator[int]:
             reader = hugging_face.HuggingFaceReader(peer, kind, beginning)
@@ -164,6 +165,11 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
 
         sides[cache] = Side(peer, "transformers", cache, workload, workload.prompts(tokens), answer, held)
     return sides
+
+
+def keys_and_values(cache: Any) -> list[Tensor]:
+    """The tensors of a dynamic cache of transformers."""
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
 
 
 def build_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray, folder: Path) -> dict[str, Side]:
