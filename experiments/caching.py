@@ -122,14 +122,18 @@ def perplexity_table(kinds: pd.DataFrame) -> str:
         half = rows.loc[rows["key_values"] == "bf16", "bytes_a_position"].iloc[0]
         for _, row in rows.iterrows():
             low, change, high = perplexity_change(row)
+            interval = "" if np.isnan(low) else f" ({low:+.4%} to {high:+.4%})"
             lines.append(
                 f"| {row['corpus']}, hidden {row['hidden_size']}, {row['num_layers']} layers, {row['head']} head, "
                 f"{row['tokens'] / 1e6:.2f} M tokens "
                 f"| {row['key_values']} | {row['bytes_a_position']:,.0f} | {row['bytes_a_position'] / half:.3f} "
                 f"| {row['validation_loss_nats']:.5f} | {row['perplexity']:.3f} "
-                f"| {change:+.3%} ({low:+.3%} to {high:+.3%}) |"
+                f"| {change:+.4%}{interval} |"
             )
     lines += ["", "Whole validation set, read through the cache 64 tokens at a time; 95% intervals over its rows."]
+    lines.append(
+        "The last line of a run is the control: what its model loses that forgets the past instead of rounding it."
+    )
     return "\n".join(lines)
 
 
@@ -157,7 +161,7 @@ def goals(table: pd.DataFrame, kinds: pd.DataFrame) -> str:
             f"* {met(share <= BYTES_GOAL)}: int8 takes half the bytes of bf16 (at most {BYTES_GOAL}, scales counted): "
             f"{share:.3f} ({run})",
             f"* {met(max(abs(low), abs(high)) < PERPLEXITY_GOAL)}: int8 changes perplexity by less than "
-            f"{PERPLEXITY_GOAL:.1%}: {change:+.3%} ({low:+.3%} to {high:+.3%}; {run})",
+            f"{PERPLEXITY_GOAL:.1%}: {change:+.4%} ({low:+.4%} to {high:+.4%}; {run})",
         ]
     return "\n".join(["Goals", "", *lines])
 
