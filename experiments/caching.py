@@ -231,7 +231,8 @@ def combined(table: pd.DataFrame) -> str:
         "* Coding and caching combined (all coded: int8 keys and values, beginnings kept as the same int8 rows, "
         f"answers deflated on disk): {long['kept_between_answers_mib']:.2f} MiB of beginnings where exact ones take "
         f"{exact['kept_between_answers_mib']:.2f}, and {long['answer_bytes_a_token']:.2f} bytes an answered token on "
-        "disk, checksum included, where int64 takes 8 and uint16 takes 2."
+        "disk, its file's 38 bytes included, where int64 takes 8 and uint16 takes 2: greedy text of a small model "
+        "repeats itself, which deflating likes."
     )
 
 
