@@ -36,8 +36,8 @@ reproduce: .venv/ready
 	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
 		&& touch results/runs/$(SCALE)/training_step.done; }
 	@$(RUN) experiment=caching
-	@test -f results/runs/$(SCALE)/caching.done || { $(BIN)/python experiments/caching_speed.py --scale $(SCALE) \
-		&& $(BIN)/python experiments/caching_perplexity.py --scale $(SCALE) && touch results/runs/$(SCALE)/caching.done; }
+	@test -f results/runs/$(SCALE)/caching.done || { for part in speed memory perplexity; do \
+		$(BIN)/python experiments/caching_$$part.py --scale $(SCALE) || exit; done; touch results/runs/$(SCALE)/caching.done; }
 	@$(BIN)/python experiments/caching.py $(SCALE)
 	@$(RUN) experiment=decode
 	@test -f results/runs/$(SCALE)/decode.done || { $(BIN)/python experiments/decode.py --scale $(SCALE) \

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,21 +31,23 @@ from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
 
 CHUNK = 64  # tokens that are read at a time
+SHORT_CONTEXT = 16  # tokens: the control, which tells how much the past that is rounded matters at all
 IDENTITY = ("corpus", "seed", "model", "hidden_size", "num_layers", "head", "scorer", "steps", "tokens")
 
 
-def perplexities(run: Path) -> list[dict[str, object]]:
+def perplexities(run: Path) -> list[dict[str, Any]]:
     """One row a kind of keys and values, over the whole validation set of the run: loss, and its change from exact.
 
-    The 95% interval of the change is over the rows of the validation set, each as long as a training sequence.
+    The 95% interval of the change is over the rows of the validation set, each as long as a training sequence. A last
+    row, without an interval, has exact keys and values but forgets all after SHORT_CONTEXT tokens.
     """
     settings = load_settings(run)
     model = load_run(run, torch.device("cpu"))
     corpus = load_corpus(settings.data)
     length = settings.sequence_length
-    batches = Batches(
-        corpus.valid, sequence_length=length, batch_size=4, seed=0, end_token=corpus.end_token, shuffle=False
-    )
+    shared: dict[str, Any] = {"seed": 0, "end_token": corpus.end_token, "shuffle": False}
+    batches = Batches(corpus.valid, sequence_length=length, batch_size=4, **shared)
+    short = Batches(corpus.valid, sequence_length=SHORT_CONTEXT, batch_size=4 * length // SHORT_CONTEXT, **shared)
     trained = finished_row(run) or {}
     rows, exact = [], None
     for kind, layer_cache in tqdm(LAYER_CACHES.items(), desc=run.name):
@@ -56,10 +59,15 @@ def perplexities(run: Path) -> list[dict[str, object]]:
         cache = model.backbone.new_cache(1, layer_cache)
         with torch.inference_mode():
             model.backbone(torch.zeros(1, 1, dtype=torch.long), cache)
-        row: dict[str, object] = {name: trained.get(name) for name in IDENTITY}
+        row: dict[str, Any] = {name: trained.get(name) for name in IDENTITY}
         row |= {"sequence_length": length, "key_values": kind, "validation_loss_nats": loss}
         row |= {"perplexity": np.exp(loss), "loss_change_nats": change, "loss_change_half_width_nats": half_width}
         rows.append(row | {"bytes_a_position": bytes_a_position(cache)})
+    sums, counts = losses_through_cache(model, short.evaluation_batches(), "exact", SHORT_CONTEXT)
+    loss = float(sums.sum() / counts.sum())
+    control = {"key_values": f"exact, {SHORT_CONTEXT} tokens of context", "validation_loss_nats": loss}
+    control |= {"perplexity": np.exp(loss), "loss_change_nats": loss - rows[0]["validation_loss_nats"]}
+    rows.append(rows[0] | control | {"loss_change_half_width_nats": None})
     return rows
 
 

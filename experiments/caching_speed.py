@@ -1,9 +1,9 @@
-"""Decoding with each cache, in one interleaved run: tokens per second, time to first token, peak memory.
+"""Decoding with each cache, in one interleaved run: tokens per second and time to first token.
 
     python experiments/caching_speed.py [--scale laptop] [--rounds 5] [--run FOLDER]
 
 needs a run of experiment=caching and writes results/SCALE/caching.csv, one row a workload, cache and round;
-caching_perplexity.py measures what rounding costs, caching.py makes the figure, the tables and the verdicts.
+caching_memory.py measures bytes, caching_perplexity.py what rounding costs, caching.py draws and judges.
 Peers: transformers' caches around a GPT-2 of the same size with random weights, since published ones need a network;
 speeds of the two libraries stand side by side, and only ratios within one are concluded from.
 """
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from vocabfold.files import write_text
 from vocabfold.generate import generate
 from vocabfold.inference import PrefixCache, ResponseCache, fingerprint
 from vocabfold.measure.machine import BYTES_PER_MIB, code_commit, hardware, torch_version
-from vocabfold.measure.memory import peak_memory_of
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelWithHead
 from vocabfold.records import RESULTS, finished_row
@@ -90,6 +90,7 @@ WORKLOADS = (
 class Side:
     """One library and cache under one workload, with caches of its own."""
 
+    module: nn.Module
     library: str
     cache: str
     workload: Workload
@@ -104,7 +105,7 @@ class Side:
         """Answer the next prompt."""
         prompt = next(self.prompts)
         start = time.perf_counter()
-        tokens = []
+        tokens: list[int] = []
         for token in self.answer(prompt, self.workload.new_tokens):
             if not tokens:
                 self.first_seconds.append(time.perf_counter() - start)
@@ -129,10 +130,10 @@ def our_side(model: ModelWithHead, cache: str, workload: Workload, tokens: np.nd
         return responses.answer(request, lambda: compute(prompt, count))
 
     held = list if prefixes is None else prefixes.tensors
-    return Side("vocabfold", cache, workload, workload.prompts(tokens), answer, held, responses)
+    return Side(model, "vocabfold", cache, workload, workload.prompts(tokens), answer, held, responses)
 
 
-def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> dict[str, tuple[Side, nn.Module]]:
+def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> dict[str, Side]:
     """Greedy decoding of transformers' GPT-2 with transformers' caches; none where transformers is not installed."""
     try:
         from vocabfold.inference import hugging_face
@@ -143,7 +144,8 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
     peer = hugging_face.random_gpt2(model.backbone.config)
     sides = {}
     for cache in [name for name in PEERS if name in workload.caches]:
-        kind, beginning, held = PEERS[cache], None, list
+        kind, beginning = PEERS[cache], None
+        held: Callable[[], list[Tensor]] = list
         if kind not in hugging_face.available_caches():
             continue
         if cache == "prefix" and workload.shared_tokens:
@@ -153,8 +155,7 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
             reader.read(shared)
             assert reader.cache is not None
             beginning = (shared, reader.cache)
-            layers = reader.cache.layers
-            held = lambda layers=layers: [part for layer in layers for part in (layer.keys, layer.values)]  # noqa: E731
+            held = partial(keys_and_values, reader.cache)
 
         def answer(prompt: list[int], count: int, kind: str = kind, beginning: Any = beginning) -> Iterator[int]:
             reader = hugging_face.HuggingFaceReader(peer, kind, beginning)
@@ -163,7 +164,22 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
                 text.append(int(reader.read(text).argmax()))
                 yield text[-1]
 
-        sides[cache] = (Side("transformers", cache, workload, workload.prompts(tokens), answer, held), peer)
+        sides[cache] = Side(peer, "transformers", cache, workload, workload.prompts(tokens), answer, held)
+    return sides
+
+
+def keys_and_values(cache: Any) -> list[Tensor]:
+    """The tensors of a dynamic cache of transformers."""
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+def build_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray, folder: Path) -> dict[str, Side]:
+    """All that take turns under one workload; ``folder`` takes the answers of each."""
+    sides = {}
+    for cache in [name for name in OURS if name in workload.caches]:
+        sides[f"vocabfold {cache}"] = our_side(model, cache, workload, tokens, folder / cache.replace("/", "-"))
+    for cache, side in peer_sides(model, workload, tokens).items():
+        sides[f"transformers {cache}"] = side
     return sides
 
 
@@ -171,47 +187,67 @@ def measure(model: ModelWithHead, tokens: np.ndarray, rounds: int, folder: Path)
     """Every workload, one after the other; within one, all sides take turns. One row a side and round."""
     rows = []
     for number, workload in enumerate(tqdm(WORKLOADS, desc="workloads")):
-        sides: dict[str, tuple[Side, nn.Module]] = {}
-        for cache in [name for name in OURS if name in workload.caches]:
-            side = our_side(model, cache, workload, tokens, folder / f"{number}-{cache.replace('/', '-')}")
-            sides[f"vocabfold {cache}"] = (side, model)
-        for cache, peer in peer_sides(model, workload, tokens).items():
-            sides[f"transformers {cache}"] = peer
-        steps = {name: side.step for name, (side, _) in sides.items()}
+        sides = build_sides(model, workload, tokens, folder / str(number))
+        steps = {name: side.step for name, side in sides.items()}
         seconds = interleaved_seconds(steps, rounds, 1, torch.device("cpu"), progress=True)
-        for name, (side, module) in sides.items():
-            baseline = sides.get(f"{side.library} none", sides[f"{side.library} key/value"])[0].written
-            rows += side_rows(side, module, seconds[name], baseline)
+        for name, side in sides.items():
+            baseline = sides.get(f"{side.library} none", sides[f"{side.library} key/value"])
+            rows += side_rows(side, seconds[name], baseline)
     return pd.DataFrame(rows)
 
 
-def side_rows(side: Side, module: nn.Module, seconds: list[float], baseline: list[list[int]]) -> list[dict[str, Any]]:
+def side_rows(side: Side, seconds: list[float], baseline: Side) -> list[dict[str, Any]]:
     """One row a timed round; what holds for all rounds stands in each."""
-    weights = [*module.parameters(), *module.buffers()]
-    answered = len(side.written)
-    memory = peak_memory_of(side.step, torch.device("cpu"), [*weights, *side.held()])
-    own = sum(tensor.nbytes for tensor in side.held())
-    pairs = list(itertools.chain(*(zip(*texts, strict=True) for texts in zip(baseline, side.written, strict=False))))
-    row: dict[str, Any] = {
+    pairs = [pair for texts in zip(baseline.written, side.written, strict=True) for pair in zip(*texts, strict=True)]
+    row: dict[str, Any] = identity(side) | {
+        "kept_between_answers_mib": sum(tensor.nbytes for tensor in side.held()) / BYTES_PER_MIB,
+        "same_tokens_share": float(np.mean([ours == theirs for ours, theirs in pairs])),
+    }
+    if side.responses is not None:
+        answers = len(list(side.responses.folder.iterdir()))
+        row["answer_bytes_a_token"] = side.responses.stored_bytes / (answers * side.workload.new_tokens)
+    return [
+        row | {"round": index, "seconds": whole, "seconds_to_first_token": first}
+        for index, (whole, first) in enumerate(zip(seconds, side.first_seconds[-len(seconds) :], strict=True))
+    ]
+
+
+def identity(side: Side) -> dict[str, Any]:
+    """What a row is about."""
+    return {
         "library": side.library,
         "cache": side.cache,
         "workload": side.workload.name,
         "prompt_tokens": side.workload.prompt_tokens,
         "shared_tokens": side.workload.shared_tokens,
         "new_tokens": side.workload.new_tokens,
-        "peak_memory_mib": memory.peak_bytes / BYTES_PER_MIB,
-        "weights_mib": (memory.live_bytes_before - own) / BYTES_PER_MIB,
-        "kept_between_answers_mib": own / BYTES_PER_MIB,
-        "same_tokens_share": float(np.mean([ours == theirs for ours, theirs in pairs])),
     }
-    if side.responses is not None:
-        texts = len({tuple(text) for text in side.written})
-        row["answer_bytes_a_token"] = side.responses.stored_bytes / (texts * side.workload.new_tokens)
-    first_seconds = side.first_seconds[answered - len(seconds) : answered]
-    return [
-        row | {"round": index, "seconds": whole, "seconds_to_first_token": first}
-        for index, (whole, first) in enumerate(zip(seconds, first_seconds, strict=True))
-    ]
+
+
+def trained_model(run: Path, needed: int) -> tuple[ModelWithHead, np.ndarray]:
+    """The run's model and its validation tokens. Raises UserError where it has not ``needed`` positions and tokens."""
+    model = load_run(run, torch.device("cpu"))
+    tokens = np.asarray(load_corpus(load_settings(run).data).valid.tokens)
+    if model.backbone.config.max_positions < needed or len(tokens) <= needed:
+        raise UserError(f"{run} has too few positions or validation tokens: {needed} are needed")
+    return model, tokens
+
+
+def write(rows: pd.DataFrame, run: Path, scale: str, name: str) -> None:
+    """results/SCALE/NAME.csv with what was measured on which run, machine and code."""
+    trained = finished_row(run) or {}
+    names = ("corpus", "seed", "model", "hidden_size", "num_layers", "head", "scorer", "tokens", "num_parameters")
+    first = {"experiment": "caching", "scale": scale} | {name: trained.get(name) for name in names}
+    table = pd.DataFrame([first | row for row in rows.to_dict("records")]).assign(
+        threads=torch.get_num_threads(),
+        hardware=hardware(),
+        torch=torch_version(),
+        commit=code_commit(),
+        command=" ".join([f"python experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    )
+    path = RESULTS / scale / f"{name}.csv"
+    write_text(path, table.to_csv(index=False))
+    print(f"wrote {path}")
 
 
 @one_line_errors
@@ -223,29 +259,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of the trained run; default: the newest of experiment=caching")
     arguments = parser.parse_args()
     keep_freed_memory()
-    folder = arguments.run or finished_runs(arguments.scale)[-1]
-    settings = load_settings(folder)
-    model = load_run(folder, torch.device("cpu"))
-    corpus = load_corpus(settings.data)
-    tokens = np.asarray(corpus.valid.tokens)
-    needed = max(workload.prompt_tokens + workload.new_tokens for workload in WORKLOADS) - 1
-    if model.backbone.config.max_positions < needed or len(tokens) <= needed:
-        raise UserError(f"{folder} has too few positions or validation tokens: {needed} are needed")
+    run = arguments.run or finished_runs(arguments.scale)[-1]
+    model, tokens = trained_model(run, max(workload.prompt_tokens + workload.new_tokens for workload in WORKLOADS) - 1)
     with tempfile.TemporaryDirectory() as answers:
         table = measure(model, tokens, arguments.rounds, Path(answers))
-    trained = finished_row(folder) or {}
-    names = ("corpus", "seed", "model", "hidden_size", "num_layers", "head", "scorer", "num_parameters")
-    first = {"experiment": "caching", "scale": arguments.scale} | {name: trained.get(name) for name in names}
-    table = pd.DataFrame([first | row for row in table.to_dict("records")]).assign(
-        threads=torch.get_num_threads(),
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/caching_speed.py", *sys.argv[1:]]),
-    )
-    path = RESULTS / arguments.scale / "caching.csv"
-    write_text(path, table.to_csv(index=False))
-    print(f"wrote {path}")
+    write(table, run, arguments.scale, "caching")
 
 
 if __name__ == "__main__":

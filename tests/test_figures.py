@@ -205,8 +205,16 @@ def caching_tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     }
     workloads = (("distinct", 32, 0, 64), ("distinct", 448, 0, 64), ("repeated", 448, 448, 64))
     keys = ["workload", "prompt_tokens", "shared_tokens", "new_tokens"]
-    measured = {"peak_memory_mib": 20.0, "weights_mib": 15.0, "kept_between_answers_mib": 1.0, "same_tokens_share": 1.0}
-    measured |= {"answer_bytes_a_token": 3.0, "threads": 1}
+    measured = {"kept_between_answers_mib": 1.0, "same_tokens_share": 1.0, "answer_bytes_a_token": 3.0, "threads": 1}
+    size = {"prompt_tokens": 510, "new_tokens": 2, "weights_mib": 15.0, "kept_between_answers_mib": 1.0}
+    yield (
+        "caching_memory",
+        [
+            size | {"library": library, "cache": cache, "workload": "distinct", "peak_memory_mib": 20.0 + index}
+            for library, names in caches.items()
+            for index, cache in enumerate(names)
+        ],
+    )
     yield (
         "caching",
         [
