@@ -48,3 +48,6 @@ class FullHead(Head):
     def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """See Head.target_log_prob. The full softmax has to build its [N, V] logits for this."""
         return -F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+    def _probability(self, hidden: Tensor) -> Tensor:
+        return self.logits(hidden).softmax(dim=-1)  # a pass over [N, V] less than exp(log_prob)
