@@ -21,7 +21,7 @@ CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
 # What does not change a run's result does not change its name either.
 NAMELESS_KEYS = ("run_dir", "wandb", "hydra")
 DENSE_EMBEDDING = {"name": "dense", "compressed_from": None}
-NAMELESS_DATA_KEYS = ("cache_dir", "workers")
+NAMELESS_DATA_KEYS = ("cache_dir", "workers", "store")
 
 
 @dataclass

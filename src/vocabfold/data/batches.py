@@ -1,8 +1,12 @@
-"""Batches of token ids as a pure function of a seed and a number, so that a run resumes exactly from its step alone."""
+"""Batches of token ids as a pure function of a seed and a number, so that a run resumes exactly from its step alone.
+
+Where tokens lie coded, a thread decodes a stretch of batches at once while the stretch before it is trained on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +16,9 @@ from torch import Tensor
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.token_file import TokenFile
 from vocabfold.errors import UserError
+
+STRETCH_BATCHES = 32  # decoded together: many segments side by side take hardly longer than one
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,9 @@ class Batches:
         if layout == "packed" and len(self._starts) and self._lengths[-1] <= sequence_length:
             self._num_training_rows -= 1
         self._order = (-1, np.empty(0, np.int64))
+        # memory maps need no thread: a batch is there in microseconds
+        self._thread = None if isinstance(self._tokens, np.ndarray) else ThreadPoolExecutor(1, "decoding")
+        self._stretches: dict[int, Future[list[Batch]]] = {}
         if len(self._starts) == 0:
             raise UserError("the corpus has no token to predict; give it more text")
         self.batches_per_epoch = self._num_training_rows // batch_size
@@ -95,7 +105,7 @@ class Batches:
         if shuffle:
             self._require_a_batch()
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+    def batch(self, index: int) -> Batch:
         """Inputs and targets, each [B / world_size, T] int64, of batch ``index`` >= 0, which may lie in any epoch.
 
         Targets hold IGNORE_INDEX where there is nothing to predict. Raises UserError if the file has less than one
@@ -104,25 +114,46 @@ class Batches:
         self._require_a_batch()
         if index < 0:
             raise IndexError(f"batch {index}: batches are numbered from 0")
-        epoch, position = divmod(index, self.batches_per_epoch)
-        first = position * self.batch_size + self.rank
-        last = (position + 1) * self.batch_size
-        return self._gather(self._epoch_order(epoch)[first : last : self.world_size])
+        if self._thread is None:
+            return self._gather(self._batch_rows(index))
+        stretch, place = divmod(index, STRETCH_BATCHES)
+        wanted = (stretch, stretch + 1)
+        self._stretches = {
+            number: self._stretches.get(number) or self._thread.submit(self._stretch, number) for number in wanted
+        }
+        return self._stretches[stretch].result()[place]
 
-    def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(self) -> Iterator[Batch]:
         """All rows in order, the shorter last window and the smaller last batch included; over the ranks each exactly
         once.
 
         Every rank yields the same number of batches, so that collective calls stay in step: where the last batch has
         no row for a rank it gets one row whose targets are all IGNORE_INDEX.
         """
-        for start in range(0, len(self._starts), self.batch_size):
-            rows = np.arange(start + self.rank, min(start + self.batch_size, len(self._starts)), self.world_size)
-            if len(rows):
-                yield self._gather(rows)
-            else:
-                inputs, targets = self._gather(np.array([start]))
-                yield inputs, torch.full_like(targets, IGNORE_INDEX)
+        starts = np.arange(0, len(self._starts), self.batch_size)
+        at_once = 1 if self._thread is None else STRETCH_BATCHES
+        for stretch in np.split(starts, np.arange(at_once, len(starts), at_once)):
+            rows = [self._evaluation_rows(start) for start in stretch]
+            # a rank without a row of its own takes the first one, and counts none of its targets
+            batches = self._gather_each(
+                [own if len(own) else np.array([start]) for own, start in zip(rows, stretch, strict=True)]
+            )
+            for own, (inputs, targets) in zip(rows, batches, strict=True):
+                yield inputs, targets if len(own) else torch.full_like(targets, IGNORE_INDEX)
+
+    def _evaluation_rows(self, start: int) -> np.ndarray:
+        return np.arange(start + self.rank, min(start + self.batch_size, len(self._starts)), self.world_size)
+
+    def _batch_rows(self, index: int) -> np.ndarray:
+        epoch, position = divmod(index, self.batches_per_epoch)
+        first = position * self.batch_size + self.rank
+        last = (position + 1) * self.batch_size
+        return self._epoch_order(epoch)[first : last : self.world_size]
+
+    def _stretch(self, number: int) -> list[Batch]:
+        """The batches number x STRETCH_BATCHES and following. Runs in the one thread, which alone asks for orders."""
+        first = number * STRETCH_BATCHES
+        return self._gather_each([self._batch_rows(index) for index in range(first, first + STRETCH_BATCHES)])
 
     def _require_a_batch(self) -> None:
         if self.batches_per_epoch == 0:
@@ -139,7 +170,13 @@ class Batches:
             self._order = (epoch, generator.permutation(self._num_training_rows))
         return self._order[1]
 
-    def _gather(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _gather_each(self, rows: list[np.ndarray]) -> list[Batch]:
+        """One batch for each of several sets of rows."""
+        inputs, targets = self._gather(np.concatenate(rows))
+        sizes = [len(part) for part in rows]
+        return list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+
+    def _gather(self, rows: np.ndarray) -> Batch:
         offset = np.arange(self.sequence_length + 1)
         position = self._starts[rows, None] + offset
         present = offset < self._lengths[rows, None]

@@ -19,7 +19,7 @@ import numpy as np
 
 from vocabfold.data.batches import Batches, BatchPlan
 from vocabfold.data.shapes import Shapes, load_shapes
-from vocabfold.data.token_file import TokenFile, build_token_file, cached_token_file, write_token_file
+from vocabfold.data.token_file import STORES, TokenFile, build_token_file, cached_token_file, write_token_file
 from vocabfold.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from vocabfold.data.zipf import ZipfLaw, entropy_rate_nats, zipf_law, zipf_tokens
 from vocabfold.errors import UserError
@@ -96,7 +96,7 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus | Shapes:
         ) -> TokenFile:
             return build_token_file(folder, documents(), tokenizer, _workers(data), f"tokenising {name} {split}", key)
 
-        key = {"source": identity, "tokenizer": tokenizer.name}
+        key = {"source": identity, "tokenizer": tokenizer.name} | _store(data)
         files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"{name}-{split}", key, build)
     return Corpus(
         name=data.get("label") or name,
@@ -127,6 +127,14 @@ def _count(data: Mapping[str, Any], key: str) -> int:
     if value < 1:
         raise UserError(f"data.{key} must be 1 or more, not {value}")
     return value
+
+
+def _store(data: Mapping[str, Any]) -> dict[str, str]:
+    """How the tokens lie in the cache, where that is not as they are: a part of the cache's key."""
+    store = data.get("store") or "raw"
+    if store not in STORES:
+        raise UserError(f"data.store is {store!r}: choose one of {', '.join(STORES)}")
+    return {} if store == "raw" else {"store": store}
 
 
 def _workers(data: Mapping[str, Any]) -> int:
@@ -313,7 +321,8 @@ def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
 
             return write_token_file(folder, chunks(), law.vocabulary_size, key)
 
-        files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"zipf-{split}", identity, build)
+        key = identity | _store(data)
+        files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"zipf-{split}", key, build)
     return Corpus(
         name="zipf",
         train=files["train"],

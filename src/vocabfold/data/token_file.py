@@ -1,8 +1,9 @@
 """Documents tokenised once, in parallel, into memory-mapped files that are whole and checked, or built again.
 
 A token file is a folder: tokens.bin (uint16 where V <= 65,536, else uint32; little endian), document_starts.bin
-(uint64) and meta.json (what it was made from, counts, checksums). The folder is written beside its place and renamed
-as the last act.
+(uint64) and meta.json (what it was made from, counts, checksums). Where its key names a store other than raw, the
+tokens lie coded in tokens.vftc instead (vocabfold/coding/container.py). The folder is written beside its place and
+renamed as the last act.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
@@ -38,7 +39,13 @@ TOKEN_FILE_VERSION = 1
 CHARACTERS_PER_CHUNK = 1_000_000
 # starting worker processes costs seconds, as long as this much text takes in this process
 CHARACTERS_WITHOUT_WORKERS = 50_000_000
+TOKENS_NAME, CODED_NAME, STARTS_NAME = "tokens.bin", "tokens.vftc", "document_starts.bin"
+# of the coders in vocabfold.coding the ones that give back any part of a stream fast
+STORES = ("raw", "bitpack", "huffman", "rans", "zstd")
 _CHECKSUM_BLOCK_BYTES = 1 << 24
+
+if TYPE_CHECKING:
+    from vocabfold.coding.store import StoredTokens
 
 Chunk = tuple[np.ndarray, np.ndarray]
 
@@ -51,12 +58,12 @@ class DamagedTokenFile(UserError):
 class TokenFile:
     """A stream of tokens on disk.
 
-    tokens: [len(self)] uint16 or uint32 memory map; document_starts: [num_documents + 1] uint64 memory map, the
-    offset of each document's first token and, last, the number of tokens. A document includes the end token that
-    follows it.
+    tokens: [len(self)] uint16 or uint32, a memory map or, where they lie coded, what reads like one;
+    document_starts: [num_documents + 1] uint64 memory map, the offset of each document's first token and, last, the
+    number of tokens. A document includes the end token that follows it.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | StoredTokens
     document_starts: np.ndarray
     vocabulary_size: int
     folder: Path
@@ -166,8 +173,8 @@ def write_token_file(folder: Path, chunks: Iterable[Chunk], vocabulary_size: int
         first_start = bytes(8)
         starts_crc32 = zlib.crc32(first_start)
         with (
-            (beside / "tokens.bin").open("wb") as tokens_out,
-            (beside / "document_starts.bin").open("wb") as starts_out,
+            (beside / TOKENS_NAME).open("wb") as tokens_out,
+            (beside / STARTS_NAME).open("wb") as starts_out,
         ):
             starts_out.write(first_start)
             for tokens, lengths in chunks:
@@ -198,6 +205,8 @@ def write_token_file(folder: Path, chunks: Iterable[Chunk], vocabulary_size: int
             "document_starts_crc32": starts_crc32,
             "key": dict(key),
         }
+        if (store := key.get("store", "raw")) != "raw":
+            meta |= _code(beside, dtype, vocabulary_size, store)
         write_text(beside / "meta.json", json.dumps(meta, indent=1))
         built = open_token_file(beside)  # what is read back is what was meant, or it does not take its place
         _move_folder(beside, folder)
@@ -220,25 +229,47 @@ def open_token_file(folder: Path, key: Mapping[str, Any] | None = None) -> Token
         raise FileNotFoundError(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype = token_dtype(meta["vocabulary_size"])
-        expected = {
-            "tokens.bin": (dtype, meta["num_tokens"], meta["tokens_crc32"]),
-            "document_starts.bin": (np.dtype("<u8"), meta["num_documents"] + 1, meta["document_starts_crc32"]),
-        }
         if key is not None and meta["key"] != key:
             raise ValueError("it was made from something else")
-        for name, (kind, count, checksum) in expected.items():
-            size_bytes = (folder / name).stat().st_size
-            if size_bytes != count * kind.itemsize:
-                raise ValueError(f"{name} has {size_bytes} bytes instead of {count * kind.itemsize}")
-            if _crc32(folder / name) != checksum:
-                raise ValueError(f"{name} fails its checksum")
-        tokens, starts = (
-            np.memmap(folder / name, kind, "r", shape=(count,)) for name, (kind, count, _) in expected.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        dtype, count = token_dtype(meta["vocabulary_size"]), meta["num_tokens"]
+        coded_bytes = meta.get("coded_bytes")
+        tokens_path = folder / (TOKENS_NAME if coded_bytes is None else CODED_NAME)
+        num_starts = meta["num_documents"] + 1
+        _check_file(tokens_path, coded_bytes or count * dtype.itemsize, meta["tokens_crc32"])
+        _check_file(folder / STARTS_NAME, num_starts * 8, meta["document_starts_crc32"])
+        starts = np.memmap(folder / STARTS_NAME, "<u8", "r", shape=(num_starts,))
+        tokens: np.ndarray | StoredTokens
+        if coded_bytes is None:
+            tokens = np.memmap(tokens_path, dtype, "r", shape=(count,))
+        else:
+            from vocabfold.coding.store import StoredTokens  # torch, which the tokenising processes need not load
+
+            tokens = StoredTokens(tokens_path, meta["vocabulary_size"])
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise DamagedTokenFile(f"the token file {folder} is damaged ({error})") from error
     return TokenFile(tokens, starts, meta["vocabulary_size"], folder)
+
+
+def _check_file(path: Path, size_bytes: int, checksum: int) -> None:
+    """Raise ValueError unless the file has this size and CRC-32."""
+    if path.stat().st_size != size_bytes:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {size_bytes}")
+    if _crc32(path) != checksum:
+        raise ValueError(f"{path.name} fails its checksum")
+
+
+def _code(folder: Path, dtype: np.dtype, vocabulary_size: int, store: str) -> dict[str, int]:
+    """Replace the raw tokens in ``folder`` by coded ones; their size and CRC-32, as meta.json has them."""
+    from vocabfold.coding.container import encode  # torch, which the tokenising processes need not load
+
+    raw = folder / TOKENS_NAME
+    coded = encode(np.memmap(raw, dtype, "r"), vocabulary_size, store)
+    with (folder / CODED_NAME).open("wb") as out:
+        out.write(coded)
+        out.flush()
+        os.fsync(out.fileno())
+    raw.unlink()
+    return {"coded_bytes": len(coded), "tokens_crc32": zlib.crc32(coded)}
 
 
 def _crc32(path: Path) -> int:

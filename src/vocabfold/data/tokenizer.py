@@ -12,6 +12,7 @@ import base64
 import functools
 import hashlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import tiktoken
 from vocabfold.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_OTHER_BYTES = re.compile("([\udc80-\udcff]+)")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,28 @@ class Tokenizer:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # lone surrogates, which only ``encode`` mends
             return np.array(self.encode(text), np.uint32)
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """Token ids, uint32, of any bytes: UTF-8 as text, every other byte as the token of itself."""
+        parts = []
+        # bytes that are no UTF-8 read as lone surrogates U+DC80 .. U+DCFF, which UTF-8 cannot hold
+        for text in _OTHER_BYTES.split(data.decode("utf-8", errors="surrogateescape")):
+            if _OTHER_BYTES.match(text):
+                bytes_in_text = text.encode("utf-8", errors="surrogateescape")
+                parts.append(np.array([self._token_of_byte(byte) for byte in bytes_in_text], np.uint32))
+            elif text:
+                parts.append(self.encode_array(text))
+        return np.concatenate([*parts, np.empty(0, np.uint32)])
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The inverse of ``encode_bytes``. Raises ValueError for an id that no text has."""
+        try:
+            return self._encoding.decode_bytes([int(token) for token in ids])
+        except KeyError as error:
+            raise ValueError(f"token id {error} of {self.name} has no text") from error
+
+    def _token_of_byte(self, byte: int) -> int:
+        return self._encoding.encode_single_token(bytes([byte]))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of every text, on a few threads."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +13,18 @@ from torch import Tensor, nn
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads.loss_options import LossOptions, in_row_chunks
+
+
+@dataclass
+class TwoSymbols:
+    """The next token as a group and a slot within it, which a coder writes one after the other.
+
+    ``groups`` [N, G]: weights of the groups, ``slots``: groups [N] -> weights [N, S] of the slots of one group each.
+    Weights are proportional to probabilities; a slot without a token has weight 0.
+    """
+
+    groups: Tensor
+    slots: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -153,6 +167,36 @@ class Head(nn.Module, ABC):
         counted, num_targets = counted_targets(targets)
         hits = (self.topk(hidden, 1)[1].squeeze(-1) == targets) & counted
         return hits.sum() / num_targets.clamp(min=1)
+
+    def two_symbols(self, hidden: Tensor) -> TwoSymbols:
+        """``hidden`` [N, D] -> the weights of both symbols. Here groups of ceil(sqrt V), from all probabilities."""
+        probability, size = self._probability(hidden), self._group_size
+        whole = self.vocabulary_size // size * size
+        groups = probability[:, :whole].unflatten(-1, (-1, size)).sum(dim=-1)
+        if whole < self.vocabulary_size:
+            groups = torch.cat([groups, probability[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
+
+        def slots(group: Tensor) -> Tensor:
+            tokens = group.unsqueeze(-1) * size + torch.arange(size, device=group.device)
+            exists = tokens < self.vocabulary_size
+            return probability.gather(-1, tokens.clamp(max=self.vocabulary_size - 1)) * exists
+
+        return TwoSymbols(groups, slots)
+
+    def symbols_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(group, slot) of each token, as ``two_symbols`` counts them."""
+        return tokens // self._group_size, tokens % self._group_size
+
+    def token_of(self, groups: Tensor, slots: Tensor) -> Tensor:
+        """The inverse of ``symbols_of``; V where the slot has no token."""
+        return (groups * self._group_size + slots).clamp(max=self.vocabulary_size)
+
+    @property
+    def _group_size(self) -> int:
+        return math.ceil(math.sqrt(self.vocabulary_size))
+
+    def _probability(self, hidden: Tensor) -> Tensor:
+        return self.log_prob(hidden).exp()
 
     def forward(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
         """``loss``; in training mode with the ``training_options``, if there are any."""

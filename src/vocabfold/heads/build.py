@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import safetensors
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
 from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.orders import (
+    TokenStream,
     clustered_order,
     cooccurrence_embedding,
     frequency_order,
@@ -97,7 +97,7 @@ def build_head(
     return head
 
 
-def token_order(settings: HeadSettings, vocabulary_size: int, tokens: np.ndarray) -> Tensor | None:
+def token_order(settings: HeadSettings, vocabulary_size: int, tokens: TokenStream) -> Tensor | None:
     """The order [V] that ``settings`` ask for, counted on the training stream ``tokens`` where it depends on it; None
     for a head without a partition. Raises UserError for an order or sizes that no partition has, or where the run to
     cluster from cannot be read."""

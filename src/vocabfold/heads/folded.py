@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.errors import UserError
-from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax
+from vocabfold.heads.base import Head, HeadLoss, TwoSymbols, counted_targets, log_softmax
 from vocabfold.heads.gradients_in_forward import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
 from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
@@ -117,6 +117,24 @@ class FoldedHead(Head):
         """See Head.topk. Exact without [N, V]: see visiting.topk_by_visits."""
         self.check_k(k)
         return topk_by_visits(self.partition, self.scorer, hidden, self.group_log_prob(hidden), k)
+
+    def two_symbols(self, hidden: Tensor) -> TwoSymbols:
+        """See Head.two_symbols. O(D (G + S)) for each token: what is not asked for is not computed."""
+
+        def slots(groups: Tensor) -> Tensor:
+            return self.scorer.group_log_prob(hidden, groups.unsqueeze(-1)).squeeze(1).exp()
+
+        return TwoSymbols(self.group_log_prob(hidden).exp(), slots)
+
+    def symbols_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See Head.symbols_of."""
+        return self.partition.group_of[tokens], self.partition.slot_of[tokens]
+
+    def token_of(self, groups: Tensor, slots: Tensor) -> Tensor:
+        """See Head.token_of."""
+        exists = slots < self.partition.sizes[groups]
+        tokens = self.partition.token_at(groups, slots.where(exists, 0))
+        return tokens.where(exists, self.vocabulary_size)
 
     @torch.no_grad()
     def sample(

@@ -72,6 +72,9 @@ class FullHead(Head):
         # The mean of all logits is the logit of the mean row.
         return rowwise_product(hidden, self.weight.mean(dim=0)) - normalisers[0]
 
+    def _probability(self, hidden: Tensor) -> Tensor:
+        return self.logits(hidden).softmax(dim=-1)  # a pass over [N, V] less than exp(log_prob)
+
 
 class LeanFullHead(FullHead):
     """A FullHead whose losses come from a function that never holds [N, V]; everything else is FullHead's."""

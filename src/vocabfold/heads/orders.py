@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -19,7 +21,15 @@ SLOT_ROUNDS = 3
 MOST_SLOTS_TO_MATCH = 1500
 
 
-def token_counts(tokens: np.ndarray, vocabulary_size: int) -> Tensor:
+class TokenStream(Protocol):
+    """Token ids [n]: an array, a TokenFile's memory map or its coded tokens."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, wanted: slice, /) -> np.ndarray: ...
+
+
+def token_counts(tokens: TokenStream, vocabulary_size: int) -> Tensor:
     """How often each of the V tokens stands in a stream, such as a TokenFile's memory map: [V] int64."""
     counts = np.zeros(vocabulary_size, dtype=np.int64)
     for start in range(0, len(tokens), BLOCK_TOKENS):
@@ -37,7 +47,7 @@ def random_order(vocabulary_size: int, seed: int) -> Tensor:
     return torch.randperm(vocabulary_size, generator=torch.Generator().manual_seed(seed))
 
 
-def cooccurrence_embedding(tokens: np.ndarray, vocabulary_size: int, counts: Tensor) -> Tensor:
+def cooccurrence_embedding(tokens: TokenStream, vocabulary_size: int, counts: Tensor) -> Tensor:
     """What stands beside each token of a stream, as a vector: [V, min(64, twice the contexts)] float32.
 
     Counted are the neighbours before and after, among the most frequent tokens (256 of them, fewer where V is beyond
