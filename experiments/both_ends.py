@@ -97,7 +97,7 @@ def markdown(table: pd.DataFrame) -> str:
         first = rows.iloc[0]
         ratio = plain["model_bytes"].iloc[0] / first["model_bytes"]
         lines.append(
-            f"| {named(key[0], key[1], key[2])} | {key[3]} {key[4]} | {first['num_parameters']:,.0f} "
+            f"| {named(str(key[0]), str(key[1]), key[2])} | {key[3]} {key[4]} | {first['num_parameters']:,.0f} "
             f"| {first['model_bytes'] / MEGABYTE:.2f} | 1/{ratio:.2f} | {rows['peak_memory_gib'].mean():.3f} "
             f"| {loss.mean():.4f} | {words} | {math.exp(loss.mean()):.2f} | {len(rows)} |"
         )

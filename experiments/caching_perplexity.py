@@ -56,9 +56,9 @@ def perplexities(run: Path) -> list[dict[str, Any]]:
         whole = counts == length  # the last row may be shorter, and then has another spread
         change, half_width = mean_and_interval(((sums - exact)[whole] / length).tolist())
         loss = float(sums.sum() / counts.sum())
-        cache = model.backbone.new_cache(1, layer_cache)
+        cache = model.gpt.new_cache(1, layer_cache)
         with torch.inference_mode():
-            model.backbone(torch.zeros(1, 1, dtype=torch.long), cache)
+            model.gpt(torch.zeros(1, 1, dtype=torch.long), cache)
         row: dict[str, Any] = {name: trained.get(name) for name in IDENTITY}
         row |= {"sequence_length": length, "key_values": kind, "validation_loss_nats": loss}
         row |= {"perplexity": np.exp(loss), "loss_change_nats": change, "loss_change_half_width_nats": half_width}

@@ -141,7 +141,7 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
         tqdm.write("transformers is left out: pip install 'vocabfold[hf]' to measure its caches too", file=sys.stderr)
         return {}
     torch.manual_seed(0)
-    peer = hugging_face.random_gpt2(model.backbone.config)
+    peer = hugging_face.random_gpt2(model.gpt.config)
     sides = {}
     for cache in [name for name in PEERS if name in workload.caches]:
         kind, beginning = PEERS[cache], None
@@ -228,7 +228,7 @@ def trained_model(run: Path, needed: int) -> tuple[ModelWithHead, np.ndarray]:
     """The run's model and its validation tokens. Raises UserError where it has not ``needed`` positions and tokens."""
     model = load_run(run, torch.device("cpu"))
     tokens = np.asarray(load_corpus(load_settings(run).data).valid.tokens)
-    if model.backbone.config.max_positions < needed or len(tokens) <= needed:
+    if model.gpt.config.max_positions < needed or len(tokens) <= needed:
         raise UserError(f"{run} has too few positions or validation tokens: {needed} are needed")
     return model, tokens
 

@@ -20,6 +20,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.artist import Artist
 from torch import Tensor
 
 from vocabfold.allocator import keep_freed_memory
@@ -135,10 +136,10 @@ def choosers(run: Run, settings: dict[str, Any]) -> dict[str, Chooser]:
 def decode(model: ModelWithHead, prompts: Tensor, new_tokens: int, choose: Chooser) -> Tensor:
     """``prompts`` [B, T] -> the ``new_tokens`` tokens after each [B, new tokens], every time the same."""
     generator = torch.Generator(prompts.device).manual_seed(0)
-    cache = model.backbone.new_cache(len(prompts))
+    cache = model.gpt.new_cache(len(prompts))
     text = [prompts]
     for _ in range(new_tokens):
-        hidden = model.backbone(text[-1], cache)[:, -1]
+        hidden = model.gpt(text[-1], cache)[:, -1]
         text.append(choose(hidden, generator).unsqueeze(-1))
     return torch.cat(text[1:], dim=-1)
 
@@ -146,7 +147,7 @@ def decode(model: ModelWithHead, prompts: Tensor, new_tokens: int, choose: Choos
 @torch.inference_mode()
 def mean_entropy_nats(model: ModelWithHead, prompts: Tensor) -> float:
     """Of the next token, over the last 8 positions of each prompt."""
-    hidden = model.backbone(prompts)[:, -8:].flatten(0, 1)
+    hidden = model.gpt(prompts)[:, -8:].flatten(0, 1)
     total = 0.0
     for part in hidden.split(16):
         log_prob = model.head.log_prob(part)
@@ -282,7 +283,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("Decoded tokens per second")
         axis.set_title(f"batch {batch_size}", fontsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colors.get(side, GREY)) for side in sides]
+    handles: list[Artist] = [plt.Rectangle((0, 0), 1, 1, color=colors.get(side, GREY)) for side in sides]
     handles.append(plt.Line2D([], [], color=GREY, linestyle="--", linewidth=0.8))
     figure.legend(handles, [*sides, "the backbone alone"], loc="outside lower center", ncols=3)
     save(figure, path)

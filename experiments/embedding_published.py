@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.data.batches import Batches
+from vocabfold.data.batches import Batches, BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device
 from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, compress_table, relative_error
@@ -78,8 +78,7 @@ def measure(folder: Path, overrides: list[str], sequence_length: int, batch_size
             "choose the model's own tokenizer with data.tokenizer"
         )
     length = min(sequence_length, model.config.max_positions)
-    shared = {"sequence_length": length, "layout": "packed", "end_token": corpus.end_token, "seed": 0}
-    batches = Batches(corpus.valid, batch_size=batch_size, shuffle=False, **shared)
+    batches = corpus.batches("valid", BatchPlan(length, batch_size, seed=0))
     table = model.token_embedding.rows(0, model.config.vocabulary_size).detach().clone()
     dense = FullHead(table.shape[1], len(table), nn.Parameter(table))
     rows = []

@@ -10,6 +10,9 @@ main_comparison (results/runs/SCALE/main_comparison/gpt2-full-*):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -37,12 +40,19 @@ def draw(scale: str) -> None:
     for axis, (quantity, label) in zip(axes, PANELS.items(), strict=True):
         summary = summarise(points, [*ARM, "distillation_tokens"], quantity)
         for index, (arm, rows) in enumerate(summary.groupby(ARM)):
-            _, color, marker = ORDERS[arm[0]]
+            _, color, marker = ORDERS[str(arm[0])]
             # Beside each other, so that no interval hides another.
             x = rows["distillation_tokens"].map(places) + 0.05 * index
             dash = "--" if arm[1] else "-"
             axis.errorbar(
-                x, rows["mean"], rows["half_width"], color=color, marker=marker, ls=dash, capsize=2, label=name_of(arm)
+                x,
+                rows["mean"],
+                rows["half_width"],
+                color=color,
+                marker=marker,
+                ls=dash,
+                capsize=2,
+                label=name_of(arm),
             )
         axis.set_xticks(range(len(lengths)), [f"{tokens:,}" if tokens else "at once" for tokens in lengths])
         axis.set(xlabel="Tokens distilled on", ylabel=label)
@@ -76,8 +86,8 @@ def points_of(table: pd.DataFrame) -> pd.DataFrame:
     return points.assign(lost_nats=points["validation_loss_nats"] - points["teacher_loss_nats"])
 
 
-def name_of(arm: tuple[str, int]) -> str:
-    """The label of one arm."""
+def name_of(arm: Sequence[Any]) -> str:
+    """The label of an (order, shortlist)."""
     return ORDERS[arm[0]][0] + (f", shortlist {arm[1]:,}" if arm[1] else "")
 
 

@@ -189,7 +189,7 @@ def test_a_run_by_frequency_is_loaded_without_its_corpus(tmp_path: Path, monkeyp
     )
     row = training.train(settings, "")
     assert row["shortlist"] == 9 and row["partition_order"] == "frequency"
-    corpus = training.load_corpus(settings.data)
+    corpus = training.load_data(settings.data)
     model = build_model(settings.model, settings.head, 101).eval()
     load_weights(Path("run"), model)
     assert isinstance(model.head, FoldedHead)

@@ -92,7 +92,7 @@ def test_a_run_leaves_config_metrics_row_and_weights() -> None:
 def test_validation_loss_is_the_mean_over_every_target() -> None:
     settings = settings_of("head=grouped", "budget.steps=4", "run_dir=run", "evaluation_batch_size=3")
     row = training.train(settings, "")
-    corpus = training.load_corpus(settings.data)
+    corpus = training.load_data(settings.data)
     model = build_model(settings.model, settings.head, corpus.vocabulary_size).eval()
     load_weights(Path("run"), model)
     tokens = torch.from_numpy(corpus.valid.tokens.astype("int64"))
@@ -189,7 +189,7 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
     """Two batches of two sequences, summed, against their union in one batch: the same gradients and losses."""
     large_settings = settings_of("batch_size=4", "budget.steps=3", "run_dir=large")
     small_settings = settings_of("batch_size=2", "gradient_accumulation=2", "budget.steps=3", "run_dir=small")
-    corpus = training.load_corpus(large_settings.data)
+    corpus = training.load_data(large_settings.data)
     large = training.Trainer(large_settings, corpus, training.Ranks(), torch.device("cpu"))
     small = training.Trainer(small_settings, corpus, training.Ranks(), torch.device("cpu"))
     for _ in range(3):
@@ -202,7 +202,7 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
 @pytest.mark.parametrize(("budget", "steps"), [("tokens=130", 3), ("steps=2", 2), ("epochs=0.5", None)])
 def test_budgets_end_training(budget: str, steps: int | None) -> None:
     settings = settings_of(f"budget.{budget}", "run_dir=run")
-    batches = training.load_corpus(settings.data).batches("train", training.BatchPlan(16, 4, seed=0))
+    batches = training.load_data(settings.data).batches("train", training.BatchPlan(16, 4, seed=0))
     expected = steps if steps is not None else batches.batches_per_epoch // 2
     assert training.train(settings, "")["steps"] == expected
 

@@ -33,15 +33,15 @@ def beam_search(
     """
     _check(prompt, max_tokens, num_beams, length_penalty)
     device = next(model.parameters()).device
-    max_positions = model.backbone.config.max_positions
+    max_positions = model.gpt.config.max_positions
     texts = torch.tensor([prompt], device=device)
     scores = torch.zeros(1, dtype=torch.float64, device=device)
-    fresh, cache = texts[:, -max_positions:], model.backbone.new_cache(1)
+    fresh, cache = texts[:, -max_positions:], model.gpt.new_cache(1)
     best_text, best_log_prob, best_score = texts[0], 0.0, -float("inf")
     for length in range(1, max_tokens + 1):
         if cache.length + fresh.shape[1] > max_positions:
-            fresh, cache = texts[:, -max(1, max_positions // 2) :], model.backbone.new_cache(len(texts))
-        hidden = model.backbone(fresh, cache)[:, -1]
+            fresh, cache = texts[:, -max(1, max_positions // 2) :], model.gpt.new_cache(len(texts))
+        hidden = model.gpt(fresh, cache)[:, -1]
         # No text can send more successors into the beam than it is wide.
         log_prob, tokens = model.head.topk(hidden, min(num_beams, model.head.vocabulary_size))
         candidates = (scores.unsqueeze(-1) + log_prob).flatten()

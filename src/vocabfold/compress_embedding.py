@@ -41,7 +41,7 @@ def compressed_settings(
     row = finished_row(folder)
     if row is None:
         raise UserError(f"{folder} has not finished: run its command again first")
-    table = load_run(folder, torch.device("cpu")).backbone.token_embedding.weight
+    table = load_run(folder, torch.device("cpu")).gpt.token_embedding.weight
     if settings.embedding.name != "dense" or not isinstance(table, torch.Tensor):
         raise UserError(f"{folder} has no dense embedding: name a run that has")
     settings.embedding = dataclasses.replace(resolve_settings(embedding, table.detach()), compressed_from=str(folder))

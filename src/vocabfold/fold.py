@@ -139,8 +139,8 @@ def fold_run(teacher: Teacher, options: Options, folder: Path, command: str) -> 
         ),
     )
     order = token_order(settings.head, teacher.corpus.vocabulary_size, teacher.corpus.train.tokens)
-    sizes = {"group_size": options.partition.group_size, "shortlist": options.partition.shortlist}
-    partition = equal_partition(teacher.corpus.vocabulary_size, order=order, **sizes).to(teacher.device)
+    chosen, vocabulary_size = options.partition, teacher.corpus.vocabulary_size
+    partition = equal_partition(vocabulary_size, chosen.group_size, order, chosen.shortlist).to(teacher.device)
     record = RunRecord(folder, settings, resume_step=0)
     try:
         hidden, num_batches = teacher.start()

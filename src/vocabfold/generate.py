@@ -18,7 +18,6 @@ from vocabfold.errors import UserError
 from vocabfold.inference import KEY_VALUE_CACHES, PrefixCache, Reader, ResponseCache, fingerprint
 from vocabfold.measure.machine import BYTES_PER_MIB
 from vocabfold.models.build import ModelWithHead
-from vocabfold.models.gpt import GPT
 from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
 
@@ -44,8 +43,7 @@ def generate(
     ``key_values`` and ``prefixes`` say what is cached: see inference.Reader, also for prompts and texts longer than the
     model's positions. Raises UserError for an empty prompt, or impossible sampling settings or caches.
     """
-    assert isinstance(model.backbone, GPT)
-    reader = Reader(model.backbone, key_values, prefixes)
+    reader = Reader(model.gpt, key_values, prefixes)
     text = list(prompt)
     for _ in range(max_tokens):
         token = int(model.head.sample(reader.read(text), temperature, top_k, top_p, generator))

@@ -31,7 +31,7 @@ from vocabfold.checkpoint import delete_checkpoint, load_checkpoint, save_checkp
 from vocabfold.command_line import USER_ERRORS, exit_with, one_line_errors
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
-from vocabfold.data.corpora import Corpus, load_corpus
+from vocabfold.data.corpora import Corpus, load_data
 from vocabfold.data.shapes import Shapes
 from vocabfold.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.embeddings.build import describe_embedding
@@ -224,7 +224,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
     ranks = join_ranks(device.type)
-    corpus = load_corpus(settings.data).with_development(settings.development_share)
+    corpus = load_data(settings.data).with_development(settings.development_share)
     trainer = Trainer(settings, corpus, ranks, device)
     record = RunRecord(folder, settings, trainer.step) if ranks.is_first else None
     try:

@@ -111,14 +111,14 @@ class ModelSteps:
 
     def __init__(self, model: ModelWithHead, num_rows: int, end_token: int) -> None:
         self.model, self._num_rows = model, num_rows
-        self._max_positions = model.backbone.config.max_positions
+        self._max_positions = model.gpt.config.max_positions
         self._context = torch.full((num_rows, 1), end_token)
         self._restart(self._context)
 
     @torch.inference_mode()
     def _restart(self, context: Tensor) -> None:
-        self._cache = self.model.backbone.new_cache(self._num_rows)
-        self._hidden = self.model.backbone(context, self._cache)[:, -1]
+        self._cache = self.model.gpt.new_cache(self._num_rows)
+        self._hidden = self.model.gpt(context, self._cache)[:, -1]
 
     @torch.inference_mode()
     def cumulatives(self, symbols: Sequence[Tensor]) -> Iterator[np.ndarray]:
@@ -135,7 +135,7 @@ class ModelSteps:
         if self._cache.length == self._max_positions:
             self._restart(self._context[:, -max(1, self._max_positions // 2) :])
         else:
-            self._hidden = self.model.backbone(current, self._cache)[:, -1]
+            self._hidden = self.model.gpt(current, self._cache)[:, -1]
 
     def _all_rows(self, values: Tensor) -> Tensor:
         return torch.cat([values, values.new_zeros(self._num_rows - len(values))])

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vocabfold.coding.store import StoredTokens
 from vocabfold.data.batches import Batches, BatchPlan
 from vocabfold.data.shapes import Shapes, load_shapes
 from vocabfold.data.token_file import STORES, TokenFile, build_token_file, cached_token_file, write_token_file
@@ -48,7 +49,7 @@ class Corpus:
     reports_accuracy: bool = False
 
     @property
-    def targets(self) -> np.ndarray:
+    def targets(self) -> np.ndarray | StoredTokens:
         """The training stream."""
         return self.train.tokens
 
@@ -67,14 +68,19 @@ class Corpus:
         return replace(self, train=train, valid=development)
 
 
-def load_corpus(data: Mapping[str, Any]) -> Corpus | Shapes:
-    """The data of a resolved conf/data/*.yaml node; text is tokenised on first use into ``data.cache_dir``.
+def load_data(data: Mapping[str, Any]) -> Corpus | Shapes:
+    """What a resolved conf/data/*.yaml node names, tokens or pictures. Raises UserError as ``load_corpus`` does."""
+    return load_shapes(data) if data.get("name") == "shapes" else load_corpus(data)
 
-    Raises UserError, in one line that says what to do, for a missing setting, file or data set.
+
+def load_corpus(data: Mapping[str, Any]) -> Corpus:
+    """The corpus of a resolved conf/data/*.yaml node; text is tokenised on first use into ``data.cache_dir``.
+
+    Raises UserError, in one line that says what to do, for a missing setting, file or data set, and for pictures.
     """
     name = _required(data, "name")
     if name == "shapes":
-        return load_shapes(data)
+        raise UserError("data.name=shapes is a set of pictures: choose a corpus of text with data=NAME")
     if name == "zipf":
         return _zipf_corpus(data)
     sources: dict[str, Callable[[Mapping[str, Any], str], tuple[dict[str, Any], Callable[[], Iterable[str]]]]] = {

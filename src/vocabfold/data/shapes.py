@@ -50,6 +50,12 @@ class Shapes:
     def targets(self) -> np.ndarray:
         return np.arange(self.num_train) % len(self.classes)
 
+    def with_development(self, share: float) -> Shapes:
+        """The same set. Raises UserError unless ``share`` is 0: pictures for choosing settings have another seed."""
+        if share:
+            raise UserError("development_share is for text: with data=shapes choose settings under another data.seed")
+        return self
+
     def batches(self, split: str, plan: BatchPlan) -> PictureBatches:
         """Shuffled endless batches of ``train``, or those of ``valid`` in order, each picture once."""
         return PictureBatches(self, plan, split == "train")

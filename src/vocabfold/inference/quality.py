@@ -26,10 +26,10 @@ def losses_through_cache(
         raise UserError(f"key_values {key_values!r}, chunk {chunk}: choose {', '.join(LAYER_CACHES)} and at least 1")
     sums, counts = [], []
     for inputs, targets in batches:
-        cache = model.backbone.new_cache(len(inputs), LAYER_CACHES[key_values])
+        cache = model.gpt.new_cache(len(inputs), LAYER_CACHES[key_values])
         total = torch.zeros(len(inputs), dtype=torch.float64)
         for piece, wanted in zip(inputs.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True):
-            hidden = model.backbone(piece, cache)
+            hidden = model.gpt(piece, cache)
             log_prob = model.head.target_log_prob(hidden.flatten(0, 1), wanted.flatten())
             total -= log_prob.view(wanted.shape).double().sum(dim=1).cpu()
         sums.append(total)

@@ -37,7 +37,7 @@ class Reader:
         self.prefixes = prefixes
         self.begin: int | None = None  # where in the text the model's positions start
         self.cache: KeyValueCache | None = None
-        self.device = backbone.token_embedding.weight.device
+        self.device = next(backbone.parameters()).device
 
     def read(self, text: Sequence[int]) -> Tensor:
         """The hidden state [1, D] after ``text``, which continues the text of the call before.

@@ -134,7 +134,7 @@ def unpack(key: str, content: bytes) -> list[int] | None:
 
 def fingerprint(model: ModelWithHead) -> str:
     """SHA-256 of all that decides what a model answers: its modules, sizes and weights."""
-    digest = hashlib.sha256(repr(model.backbone.config).encode())
+    digest = hashlib.sha256(repr(model.gpt.config).encode())
     for name, module in model.named_modules():
         digest.update(f"{name}: {type(module).__qualname__};".encode())
     for name, tensor in sorted(model.state_dict().items()):

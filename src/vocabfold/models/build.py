@@ -60,6 +60,13 @@ class ModelWithHead(nn.Module):
         return output
 
     @property
+    def gpt(self) -> GPT:
+        """The backbone of a language model. Raises UserError for a model that reads pictures."""
+        if not isinstance(self.backbone, GPT):
+            raise UserError("this model reads pictures, and text is wanted: name the run of a language model")
+        return self.backbone
+
+    @property
     def embedding(self) -> TokenEmbedding | None:
         """What turns tokens into vectors; None in a model that reads pictures."""
         return self.backbone.token_embedding if isinstance(self.backbone, GPT) else None
@@ -92,7 +99,6 @@ class ModelWithHead(nn.Module):
         Raises UserError where ``other`` is of another shape, has no dense embedding, or lends its rows to its head.
         """
         table = other.embedding
-        assert isinstance(self.backbone, GPT)
         if not isinstance(table, DenseEmbedding):
             raise UserError("the embedding is compressed already: name a run with a dense one")
         state = other.state_dict()
@@ -104,13 +110,13 @@ class ModelWithHead(nn.Module):
                     "the head borrows the embedding's rows, which would have to stay: compress a run with "
                     "head.tied=false"
                 )
-            self.backbone.token_embedding = compress_table(settings, table.weight.detach())
+            self.gpt.token_embedding = compress_table(settings, table.weight.detach())
         try:
             self.load_state_dict(state, strict=settings.name == "dense")
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the model to take over is another one ({reason})") from error
-        return relative_error(self.backbone.token_embedding, table.weight)
+        return relative_error(self.gpt.token_embedding, table.weight)
 
 
 def build_model(

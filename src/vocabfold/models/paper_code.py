@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class PostNormGrouped(nn.Module):
         )
         if fused:
             for layer in self.layers:
-                layer.self_attn.dropout = 0.0
+                cast(nn.MultiheadAttention, layer.self_attn).dropout = 0.0
         settings = HeadSettings(name="grouped", tied=False)
         self.head = build_head(settings, sizes.vocabulary_size, self.embedding)
         self.register_buffer("positions", sinusoidal_positions(sizes.max_positions, sizes.hidden_size))
