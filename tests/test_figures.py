@@ -19,6 +19,7 @@ from run_cases import call
 from vocabfold.figures import mean_and_interval, summarise
 from vocabfold.records import write_table
 
+ORDERS = ("bpe", "frequency", "random", "clustered")
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(
     path.stem for path in (REPOSITORY / "experiments").glob("*.py") if "draw_for_scales" in path.read_text()
@@ -79,6 +80,67 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     ]
     yield "embedding_compression", folded
     yield "both_ends", [row for row in folded if row["tokens"] == 200_000]
+    contenders = ["full_tied", "full_free", "linear_clustered", "shortlist_frequency"]
+    contenders += [f"scale_shift_{order}" for order in ORDERS]
+    pareto = [contender_row(name, 225, seed) for name in contenders for seed in range(2)]
+    yield "heads_pareto", pareto
+    yield (
+        "order_matters",
+        [
+            contender_row(f"scale_shift_{order}", size, seed)
+            for order in ORDERS
+            for size in (56, 897)
+            for seed in (0, 1)
+        ],
+    )
+    yield (
+        "vocabulary_scaling",
+        [
+            contender_row(name, 225, seed) | {"vocabulary_size": size, "excess_loss_nats": size / 1e5 + seed}
+            for name in ("full_free", "linear_clustered")
+            for size in (10_000, 50_257)
+            for seed in (0, 1)
+        ],
+    )
+    classes = {"rank": 6, "decile": 10}
+    yield (
+        "rare_tokens",
+        [
+            row | {"sorted_by": sorting, "class": number, "targets": 100}
+            for row in pareto
+            for sorting, count in classes.items()
+            for number in range(count)
+        ],
+    )
+
+
+def contender_row(contender: str, size: int, seed: int) -> dict[str, Any]:
+    row = run_row("gpt2", "grouped", size, seed, contender=contender, scorer=contender, group_accuracy=0.4 + 0.1 * seed)
+    random_seed = f"_seed{seed}" if seed and contender.endswith("random") else ""
+    return row | {"partition_order": contender.rpartition("_")[2] + random_seed}
+
+
+def write_side_tables(folder: Path) -> None:
+    """What heads_pareto reads besides its own table: curves of its runs, and the seconds of a training step."""
+    curves = []
+    for contender in ("full_tied", "full_free", "linear_clustered", "scale_shift_bpe"):
+        for step, loss in ((50, 6.0), (100, 4.0)):
+            line = {"contender": contender, "seed": 0, "tokens": 2000 * step, "train_loss": loss}
+            curves.append(line | {"validation_loss_nats": loss, "validation_group_accuracy": 0.01 * step})
+    pd.DataFrame(curves).to_csv(folder / "heads_pareto_curves.csv", index=False)
+    steps = [
+        {
+            "side": side,
+            "round": number,
+            "seconds": seconds,
+            "tokens": 4096,
+            "peak_memory_gib": seconds,
+            "flops_per_token": 9,
+        }
+        for side, seconds in (("free", 0.1), ("full_tied", 0.9), ("full_free", 0.9), ("linear_clustered", 0.2))
+        for number in range(2)
+    ]
+    pd.DataFrame(steps).to_csv(folder / "training_step.csv", index=False)
 
 
 def embedding_columns(name: str, tokens: int) -> dict[str, Any]:
@@ -104,7 +166,10 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(REPOSITORY / "results" / reference, tmp_path / "results" / reference)
     for experiment, rows in tables():
         table = pd.DataFrame([{**row, "experiment": experiment} for row in rows])
-        write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv")
+        further = ("sorted_by", "class", "vocabulary_size", "embedding", "recovery_tokens")
+        further = [name for name in further if name in table]
+        write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv", further)
+    write_side_tables(tmp_path / "results" / "smoke")
     return tmp_path / "results"
 
 

@@ -86,6 +86,24 @@ def test_clusters_fit_any_sizes(vocabulary_size: int, group_size: int, shortlist
     assert torch.equal(order[:shortlist], shortlisted)
 
 
+@pytest.mark.parametrize(("known_tokens", "shortlist"), [(40, 0), (40, 5), (9, 0), (1, 0), (0, 0), (97, 3)])
+def test_tokens_that_say_nothing_are_dealt_out_evenly_into_the_last_slots(known_tokens: int, shortlist: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(97, 5, generator=generator)
+    known = torch.zeros(97, dtype=torch.bool)
+    known[torch.randperm(97, generator=generator)[:known_tokens]] = True
+    shortlisted = known.nonzero().squeeze(-1)[:shortlist]
+    boundaries = equal_boundaries(97, 10, shortlist)
+    order = clustered_order(rows, boundaries, shortlisted, known)
+    assert torch.equal(order.sort().values, torch.arange(97))
+    assert torch.equal(order[:shortlist], shortlisted)
+    share = (known_tokens - shortlist) / (97 - shortlist)
+    for start, stop in zip(boundaries[shortlist:-1].tolist(), boundaries[shortlist + 1 :].tolist(), strict=True):
+        group = known[order[start:stop]]
+        assert abs(int(group.sum()) - share * len(group)) < 1
+        assert torch.equal(group, group.sort(descending=True).values)
+
+
 def test_an_embedding_that_is_not_finite_is_refused() -> None:
     with pytest.raises(UserError, match="not finite"):
         clustered_order(torch.full((4, 2), torch.nan), equal_boundaries(4, 2))

@@ -1,7 +1,8 @@
 """What a run leaves behind: config.yaml and metrics.jsonl in its folder first, Weights & Biases as their mirror.
 
 A finished run adds row.json, its line in the results table. ``python -m vocabfold.records EXPERIMENT SCALE`` gathers
-the rows of an experiment's finished runs into results/SCALE/EXPERIMENT.csv, one row a run, nothing averaged.
+the rows of an experiment's finished runs into results/SCALE/EXPERIMENT.csv, one row a run, nothing averaged, and, where
+runs are evaluated on their way, what they logged into results/SCALE/EXPERIMENT_curves.csv.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ RUN_COLUMNS = [
 ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
 # Two runs that agree in these are the same measurement; the table keeps the newer one.
 IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
-OWN_IDENTITY_COLUMNS = ["embedding", "embedding_setting", "recovery_tokens"]  # in tables that have them
+FURTHER_IDENTITY_COLUMNS = ["vocabulary_size", "embedding", "embedding_setting", "recovery_tokens"]  # of newer runs
 
 
 class RunRecord:
@@ -146,16 +148,37 @@ def collect(experiment: str, scale: str, results: Path = RESULTS) -> Path:
     if not paths:
         raise UserError(f"{folder} holds no finished run: run `make reproduce SCALE={scale}` first")
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv")
+    metrics = [read_metrics(path.parent) for path in paths]
+    if any(sum("validation_loss_nats" in line for line in lines) > 1 for lines in metrics):
+        write_curves(rows, metrics, results / scale / f"{experiment}_curves.csv")
+    further = [name for name in FURTHER_IDENTITY_COLUMNS if any(name in row for row in rows)]
+    return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv", further)
 
 
-def write_table(rows: pd.DataFrame, path: Path) -> Path:
-    """Write a results table with its columns in the agreed order and one row for each measurement."""
+def write_curves(rows: list[dict[str, Any]], metrics: list[list[dict[str, Any]]], path: Path) -> None:
+    """Write what runs that are evaluated on their way logged: a line for each run and logged step."""
+    identity = [name for name in [*IDENTITY_COLUMNS, "contender"] if any(name in row for row in rows)]
+    curves = pd.DataFrame(
+        [
+            line | {name: row.get(name) for name in identity}
+            for row, lines in zip(rows, metrics, strict=True)
+            for line in lines
+        ]
+    )
+    # Of the whole run, and noisy from line to line: they stand in the run's own row.
+    curves = curves.drop(columns=["flops_per_token", "peak_memory_gib", "process_high_water_gib"], errors="ignore")
+    curves = curves.drop_duplicates([*identity, "step"], keep="last").sort_values([*identity, "step"])
+    write_text(path, curves.to_csv(index=False))
+
+
+def write_table(rows: pd.DataFrame, path: Path, further_identity: Sequence[str] = ()) -> Path:
+    """Write a results table with its columns in the agreed order and one row for each measurement, which
+    ``further_identity`` tells apart where a run has several."""
+    identity = [*IDENTITY_COLUMNS, *further_identity]
     own = [name for name in rows.columns if name not in RUN_COLUMNS + ORIGIN_COLUMNS]
     table = rows.reindex(columns=RUN_COLUMNS + own + ORIGIN_COLUMNS)
     whole = ["group_size", "num_groups", "shortlist"]
     table[whole] = table[whole].astype("Int64")
-    identity = IDENTITY_COLUMNS + [name for name in OWN_IDENTITY_COLUMNS if name in own]
     table = table.drop_duplicates(identity, keep="last").sort_values(identity)
     write_text(path, table.to_csv(index=False))
     return path

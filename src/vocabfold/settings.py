@@ -62,9 +62,11 @@ class Settings:
 
     scale: str = MISSING
     experiment: str = MISSING
+    contender: str | None = None
     seed: int = MISSING
     run_dir: str = MISSING
     data: dict[str, Any] = MISSING
+    development_share: float = MISSING
     model: ModelSettings = field(default_factory=ModelSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
@@ -87,6 +89,8 @@ class Settings:
         for name in ("sequence_length", "batch_size", "gradient_accumulation", "evaluation_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose at least 1")
+        if not 0 <= self.development_share < 1:
+            raise UserError(f"development_share is {self.development_share}: choose 0 (none) or more, less than 1")
         for name in ("evaluate_every", "checkpoint_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose at least 1, or null for only at the end")
@@ -171,21 +175,33 @@ def run_name(_root_: DictConfig) -> str:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     for key in NAMELESS_DATA_KEYS:
         plain["data"].pop(key, None)
-    embedding = plain.pop("embedding", None) or {"name": "dense"}
-    if embedding != {
-        "name": "dense",
-        "compressed_from": None,
-    }:  # such runs keep the name they had before there was a choice
-        plain["embedding"] = embedding
+    embedding = plain["embedding"]
+    if embedding == {"name": "dense", "compressed_from": None}:
+        del plain["embedding"]  # such runs keep the name that they had before there was a choice
     digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
     partition = plain["head"].get("partition")
     size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""
+    head = plain["contender"] or f"{plain['head']['name']}{size}"
     kind = "" if embedding["name"] == "dense" else f"-{embedding['name']}"
     taken = "-compressed" if embedding.get("compressed_from") else ""
-    return (
-        f"{plain['model']['name']}-{plain['head']['name']}{size}{kind}{taken}-{plain['data']['name']}"
-        f"-seed{plain['seed']}-{digest}"
-    )
+    return f"{plain['model']['name']}-{head}{kind}{taken}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
+
+
+def chosen_learning_rate(scale: str, contender: str) -> float:
+    """The learning rate with which ``contender`` did best in results/SCALE/learning_rates.csv, which is evaluated on
+    held-out training documents. Raises UserError where that table does not have it."""
+    from vocabfold.records import read_table  # which needs the settings above
+
+    rates = read_table("learning_rates", scale)
+    rates = rates[rates["contender"] == contender]
+    if rates.empty:
+        raise UserError(
+            f"results/{scale}/learning_rates.csv has no {contender}: run `make reproduce SCALE={scale}`, "
+            "or set optimizer.learning_rate"
+        )
+    means = rates.groupby("learning_rate", as_index=False)["validation_loss_nats"].mean()
+    return float(means.loc[means["validation_loss_nats"].idxmin(), "learning_rate"])
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("chosen_learning_rate", chosen_learning_rate, replace=True)

@@ -226,7 +226,8 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
     ranks = join_ranks(device.type)
-    trainer = Trainer(settings, load_corpus(settings.data), ranks, device)
+    corpus = load_corpus(settings.data).with_development(settings.development_share)
+    trainer = Trainer(settings, corpus, ranks, device)
     record = RunRecord(folder, settings, trainer.step) if ranks.is_first else None
     try:
         final = run(trainer, record)
@@ -287,7 +288,8 @@ def not_finite(trainer: Trainer, loss: float) -> str:
 def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[str, Any]:
     """The run's line in the results table."""
     settings = trainer.settings
-    extras = {name: value for name, value in final.items() if name.startswith(("validation_", "excess_"))}
+    extras: dict[str, Any] = {"contender": settings.contender, "vocabulary_size": trainer.corpus.vocabulary_size}
+    extras |= {name: value for name, value in final.items() if name.startswith(("validation_", "excess_"))}
     return {
         "experiment": settings.experiment,
         "scale": settings.scale,

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -66,6 +67,26 @@ class TokenFile:
     @property
     def num_documents(self) -> int:
         return len(self.document_starts) - 1
+
+    def split(self, share: float) -> tuple[TokenFile, TokenFile]:
+        """(the documents before, the last documents, which hold at least ``share`` of the tokens).
+
+        A stream of one document is cut within it. Raises UserError where either part would be empty.
+        """
+        cut = len(self) - math.ceil(share * len(self))
+        starts = np.asarray(self.document_starts).astype(np.int64)
+        if self.num_documents > 1:
+            cut = int(starts[np.searchsorted(starts, cut, side="right") - 1])
+        if not 0 < cut < len(self):
+            raise UserError(
+                f"a share of {share} of {self.num_documents} documents leaves nothing on one side: choose another share"
+            )
+        before = np.append(starts[starts < cut], cut)
+        after = np.concatenate([[0], starts[starts > cut] - cut])
+        return (
+            replace(self, tokens=self.tokens[:cut], document_starts=before),
+            replace(self, tokens=self.tokens[cut:], document_starts=after),
+        )
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:

@@ -100,7 +100,7 @@ def token_order(settings: HeadSettings, vocabulary_size: int, tokens: np.ndarray
         embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
     else:
         embedding = saved_embedding(Path(partition.clustered_from), vocabulary_size)
-    return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist])
+    return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
 
 
 def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:

@@ -64,11 +64,15 @@ def cooccurrence_embedding(tokens: np.ndarray, vocabulary_size: int, counts: Ten
     return rows @ directions[:, -CLUSTER_DIMENSIONS:]
 
 
-def clustered_order(embedding: Tensor, boundaries: Tensor, shortlisted: Tensor | None = None) -> Tensor:
+def clustered_order(
+    embedding: Tensor, boundaries: Tensor, shortlisted: Tensor | None = None, known: Tensor | None = None
+) -> Tensor:
     """Tokens with similar rows of ``embedding`` [V, D'] share a group, and across groups a slot: [V].
 
     ``boundaries`` [G + 1] are those of the partition to be; ``shortlisted`` [K] tokens take the first K positions.
-    Groups: the tokens are halved along the direction between the means of both halves, and each half again, with
+    Only the rows of ``known`` [V] tokens (None: all) say anything: the others, such as those that a text lacks, are
+    dealt out evenly and take the last slots of every group; among themselves they would fill whole groups.
+    Groups: the known tokens are halved along the direction between the means of both halves, and each half again, with
     sizes that fit the boundaries. Slots: what a group's mean leaves of its tokens is matched with the slots' means
     over all groups. Deterministic. Raises UserError where the embedding is not finite.
     """
@@ -80,10 +84,14 @@ def clustered_order(embedding: Tensor, boundaries: Tensor, shortlisted: Tensor |
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-9)
     is_free = torch.ones(len(rows), dtype=torch.bool)
     is_free[shortlisted] = False
-    free = is_free.nonzero().squeeze(-1)
+    is_known = is_free if known is None else is_free & known
+    known_tokens, others = is_known.nonzero().squeeze(-1), (is_free & ~is_known).nonzero().squeeze(-1)
     group_starts = boundaries[boundaries >= len(shortlisted)] - len(shortlisted)
-    order = _halve(rows, free, group_starts)
-    return torch.cat([shortlisted, _match_slots(rows, order, group_starts)])
+    # Whole numbers of known tokens, as near to their share of each group as running sums allow.
+    known_starts = group_starts * len(known_tokens) // max(1, len(known_tokens) + len(others))
+    groups = _match_slots(rows, _halve(rows, known_tokens, known_starts), known_starts)
+    rest = others.split((group_starts - known_starts).diff().tolist())
+    return torch.cat([shortlisted, *(part for pair in zip(groups, rest, strict=True) for part in pair)])
 
 
 def _halve(rows: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
@@ -92,7 +100,14 @@ def _halve(rows: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
         return tokens
     middle = len(starts) // 2
     num_left = int(starts[middle] - starts[0])
-    members = rows[tokens]
+    if 0 < num_left < len(tokens):
+        tokens = tokens[_ranks_along_the_split(rows[tokens], num_left)]
+    left, right = tokens[:num_left], tokens[num_left:]
+    return torch.cat([_halve(rows, left, starts[: middle + 1]), _halve(rows, right, starts[middle:])])
+
+
+def _ranks_along_the_split(members: Tensor, num_left: int) -> Tensor:
+    """The order of ``members`` along the direction between the means of the first ``num_left`` and of the others."""
     members = members - members.mean(0)
     # The widest direction to begin with: the far ends of the spread, found in two steps.
     far = members[members.norm(dim=1).argmax()]
@@ -100,17 +115,16 @@ def _halve(rows: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
     for _ in range(TWO_MEANS_ROUNDS):
         ranked = (members @ direction).argsort(stable=True)
         direction = members[ranked[num_left:]].mean(0) - members[ranked[:num_left]].mean(0)
-    ranked = (members @ direction).argsort(stable=True)
-    left, right = tokens[ranked[:num_left]], tokens[ranked[num_left:]]
-    return torch.cat([_halve(rows, left, starts[: middle + 1]), _halve(rows, right, starts[middle:])])
+    return (members @ direction).argsort(stable=True)
 
 
-def _match_slots(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """The order with each group's tokens dealt to slots so that a slot's tokens resemble each other across groups."""
-    groups = [order[start:stop] for start, stop in zip(starts.tolist(), starts[1:].tolist(), strict=False)]
-    num_slots = max(len(group) for group in groups)
-    if len(groups) < 2 or num_slots > MOST_SLOTS_TO_MATCH:
-        return order
+def _match_slots(rows: Tensor, order: Tensor, starts: Tensor) -> list[Tensor]:
+    """The groups of ``order``, the tokens of each dealt to slots so that a slot's tokens resemble each other across
+    groups."""
+    groups = list(order.split(starts.diff().tolist()))
+    num_slots = max((len(group) for group in groups), default=0)
+    if len(groups) < 2 or not 0 < num_slots <= MOST_SLOTS_TO_MATCH:
+        return groups
     residuals = [rows[group] - rows[group].mean(0) for group in groups]
     largest = max(range(len(groups)), key=lambda index: len(groups[index]))
     slot_means = residuals[largest].clone()
@@ -124,4 +138,4 @@ def _match_slots(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
             sums[: len(group)] += residuals[index]
             numbers[: len(group)] += 1
         slot_means = sums / numbers
-    return torch.cat(groups)
+    return groups
