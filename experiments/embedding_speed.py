@@ -8,7 +8,9 @@ writes results/SCALE/embedding_speed.csv, one row a part, side and round, and .m
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 
 import pandas as pd
 import tensorly  # noqa: F401 (its absence should show before anything is measured)
@@ -40,14 +42,14 @@ CPU = torch.device("cpu")
 def svd_seconds(table: torch.Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds for the whole table: "SHAPE, batched" and "SHAPE, tensorly"."""
     sample = table[:TENSORLY_ROWS].numpy()
-    sides = {}
+    sides: dict[str, Callable[[], object]] = {}
     for name, (sizes, ranks) in SHAPES.items():
 
         def loop(sizes: list[int] = sizes, ranks: list[int] = ranks) -> None:
             for row in sample:
                 tensor_train(row.reshape(sizes), [1, *ranks, 1])
 
-        sides[f"{name}, batched"] = lambda sizes=sizes, ranks=ranks: tt_svd(table, sizes, ranks)
+        sides[f"{name}, batched"] = functools.partial(tt_svd, table, sizes, ranks)
         sides[f"{name}, tensorly"] = loop
     seconds = interleaved_seconds(sides, rounds, 0, CPU, progress=True)
     scale = VOCABULARY_SIZE / TENSORLY_ROWS
