@@ -11,7 +11,7 @@ endif
 ifneq ($(VALID),)
 RUN += data.valid=$(VALID)
 endif
-SWEEPS := main_comparison figure3_group_size
+SWEEPS := main_comparison figure3_group_size embedding_compression both_ends
 PICTURES := figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
 EXTRAS ?= dev
 
@@ -32,6 +32,10 @@ setup: .venv/ready
 
 reproduce: .venv/ready
 	@for sweep in $(SWEEPS); do $(RUN) experiment=$$sweep || exit; done
+	@test ! -f conf/compression/embedding_compression_$(SCALE).txt || $(BIN)/python -m vocabfold.compress_embedding \
+		$$(ls -d results/runs/$(SCALE)/embedding_compression/gpt2-grouped-stories-seed* \
+			results/runs/$(SCALE)/embedding_compression/gpt2-grouped-text-seed* 2>/dev/null) \
+		@conf/compression/embedding_compression_$(SCALE).txt
 	@for sweep in $(SWEEPS); do $(BIN)/python -m vocabfold.records $$sweep $(SCALE) || exit; done
 	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
 		&& touch results/runs/$(SCALE)/training_step.done; }

@@ -106,7 +106,7 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([*lines, "", notes, f"{first['hardware']}; torch {first['torch']}.", ""])
 
 
-def named(head: str, scorer: str, shortlist: object) -> str:
+def named(head: object, scorer: object, shortlist: object) -> str:
     """The head of a row for a reader."""
     return "full softmax, tied" if head == "full" else f"folded, {scorer}, shortlist {shortlist}"
 

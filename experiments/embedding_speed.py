@@ -8,9 +8,9 @@ writes results/SCALE/embedding_speed.csv, one row a part, side and round, and .m
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import pandas as pd
 import tensorly  # noqa: F401 (its absence should show before anything is measured)
@@ -49,7 +49,7 @@ def svd_seconds(table: torch.Tensor, rounds: int) -> dict[str, list[float]]:
             for row in sample:
                 tensor_train(row.reshape(sizes), [1, *ranks, 1])
 
-        sides[f"{name}, batched"] = partial(tt_svd, table, sizes, ranks)
+        sides[f"{name}, batched"] = functools.partial(tt_svd, table, sizes, ranks)
         sides[f"{name}, tensorly"] = loop
     seconds = interleaved_seconds(sides, rounds, 0, CPU, progress=True)
     scale = VOCABULARY_SIZE / TENSORLY_ROWS

@@ -95,6 +95,14 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         ],
     )
 
+    folded = [
+        run_row("gpt2", "grouped", 225, seed, tokens=tokens, **embedding_columns(name, tokens))
+        for name in ("dense", "int4", "tensor_train")
+        for seed in range(2)
+        for tokens in (200_000, 0, 20_000)
+    ]
+    yield "embedding_compression", folded
+    yield "both_ends", [row for row in folded if row["tokens"] == 200_000]
     contenders = ["full_tied", "full_free", "linear_clustered", "shortlist_frequency"]
     contenders += [f"scale_shift_{order}" for order in ORDERS]
     pareto = [contender_row(name, 225, seed) for name in contenders for seed in range(2)]
@@ -156,15 +164,6 @@ def write_side_tables(folder: Path) -> None:
         for number in range(2)
     ]
     pd.DataFrame(steps).to_csv(folder / "training_step.csv", index=False)
-
-    folded = [
-        run_row("gpt2", "grouped", 225, seed, tokens=tokens, **embedding_columns(name, tokens))
-        for name in ("dense", "int4", "tensor_train")
-        for seed in range(2)
-        for tokens in (200_000, 0, 20_000)
-    ]
-    yield "embedding_compression", folded
-    yield "both_ends", [row for row in folded if row["tokens"] == 200_000]
 
 
 def embedding_columns(name: str, tokens: int) -> dict[str, Any]:
