@@ -8,7 +8,8 @@ that of a group M(g) = sum of w over its n tokens. Before a group is visited, al
     a >= 1:  n (P / (n p_best))^a <= M <= (P/p_best)^a    x^a is convex with 0^a = 0: Jensen's inequality; superadditive
     M <= n and, for a >= 1, M <= P / p_best               w <= 1, and then w <= p / p_best
 
-At a = 1 both ends are P(g) / p_best. A group of one token is known without a visit: both ends are its weight.
+At a = 1 both ends are P(g) / p_best; there p_best cancels, and 1 stands in for it. A group of one token is known
+without a visit: both ends are its weight.
 All weights are held as logarithms in float64.
 """
 
@@ -129,17 +130,19 @@ class TemperedGroups:
         return self._tempered(self.log_ratio).clamp(max=0.0)
 
     def mass_bounds(self) -> tuple[Tensor, Tensor]:
-        """(at most, at least) log M of each group, [N, G] each; see the module's first lines."""
+        """(at least, at most) log M of each group, [N, G] each; see the module's first lines."""
+        if self.temperature == 1.0:
+            return self.log_ratio, self.log_ratio
         log_sizes = self.partition.sizes.double().log()
         together = self._tempered(self.log_ratio)
-        if self.temperature == 1.0:
-            return together.clone(), together
         spread = log_sizes + self._tempered(self.log_ratio - log_sizes)
         if self.temperature > 1.0:
             return together, torch.minimum(spread, log_sizes)
         return spread, torch.minimum(torch.minimum(together, self.log_ratio), log_sizes)
 
     def _tempered(self, log_ratio: Tensor) -> Tensor:
+        if self.temperature == 1.0:
+            return log_ratio
         # At an infinite temperature too an impossible token stays impossible.
         return torch.where(log_ratio == -torch.inf, log_ratio, log_ratio / self.temperature)
 
@@ -170,19 +173,22 @@ def draw(groups: TemperedGroups, generator: torch.Generator | None) -> tuple[Ten
     is_visited = torch.zeros_like(bounds, dtype=torch.bool)
     rows = torch.arange(len(tokens), device=device)
     while len(rows) > 0:
-        group = torch.multinomial(bounds[rows].softmax(dim=-1), 1, generator=generator)
-        weights = groups.select(rows).visit(group).squeeze(1)
-        mass = log_sum(weights)
-        chance = (mass - bounds[rows].gather(-1, group).squeeze(-1)).exp()
-        is_kept = torch.rand(len(rows), generator=generator, dtype=chance.dtype, device=device) < chance
-        is_kept |= is_visited[rows].gather(-1, group).squeeze(-1)
-        kept = is_kept.nonzero().squeeze(-1)
-        slot = torch.multinomial(weights[kept].softmax(dim=-1), 1, generator=generator) if len(kept) else kept[:, None]
-        tokens[rows[kept]] = partition.token_at(group[kept], slot).squeeze(-1)
-        log_weights[rows[kept]] = weights[kept].gather(-1, slot).squeeze(-1)
-        bounds[rows] = bounds[rows].scatter(-1, group, mass.unsqueeze(-1))
-        is_visited[rows] = is_visited[rows].scatter(-1, group, True)
-        rows = rows[~is_kept]
+        group = torch.multinomial(bounds.softmax(dim=-1), 1, generator=generator)
+        weights = groups.visit(group).squeeze(1)
+        mass = log_sum(weights).unsqueeze(-1)
+        chance = (mass - bounds.gather(-1, group)).exp()
+        is_kept = torch.rand(chance.shape, generator=generator, dtype=chance.dtype, device=device) < chance
+        is_kept |= is_visited.gather(-1, group)
+        slot = torch.multinomial(weights.softmax(dim=-1), 1, generator=generator)
+        # A row that is not kept is written again by a later trial.
+        tokens[rows] = partition.token_at(group, slot).squeeze(-1)
+        log_weights[rows] = weights.gather(-1, slot).squeeze(-1)
+        again = (~is_kept).nonzero()[:, 0]
+        if len(again) > 0:
+            bounds = bounds.scatter(-1, group, mass)[again]
+            is_visited = is_visited.scatter(-1, group, True)[again]
+            groups = groups.select(again)
+        rows = rows[again]
     return tokens, log_weights
 
 
@@ -195,38 +201,44 @@ def is_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, t
     """
     partition = groups.partition
     result = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    own_group, own_weight = partition.group_of[tokens], log_weights.unsqueeze(-1)
+    own = torch.stack([tokens, partition.group_of[tokens], partition.slot_of[tokens]], dim=-1)
+    own_weight = log_weights.unsqueeze(-1)
     # Not as logarithms: no M is above n, and Z is no less than about 1, so that what underflows does not matter.
     low, high = (bound.exp() for bound in groups.mass_bounds())
     before_low = torch.zeros_like(low)
     before_high = high.masked_fill(groups.token_bound() < own_weight, 0.0)
     singles, ids, weights = groups.singles()
-    is_before = (weights > own_weight) | ((weights == own_weight) & (ids < tokens.unsqueeze(-1)))
-    is_before &= ids != tokens.unsqueeze(-1)
-    before_low[:, singles] = before_high[:, singles] = weights.exp() * is_before
+    if len(singles) > 0:
+        is_before = (weights > own_weight) | ((weights == own_weight) & (ids < own[:, :1]))
+        is_before &= ids != own[:, :1]
+        before_low[:, singles] = before_high[:, singles] = weights.exp() * is_before
     ranked = groups.ranked()
     rows = torch.arange(len(tokens), device=tokens.device)
     start, width = 0, GROUPS_A_VISIT
     while True:
-        inside = before_high[rows].sum(dim=-1) < top_p * low[rows].sum(dim=-1)
-        outside = before_low[rows].sum(dim=-1) >= top_p * high[rows].sum(dim=-1)
-        result[rows[inside]] = True
-        rows = rows[~inside & ~outside]
-        if len(rows) == 0 or start >= ranked.shape[1]:
+        inside = before_high.sum(dim=-1) < top_p * low.sum(dim=-1)
+        outside = before_low.sum(dim=-1) >= top_p * high.sum(dim=-1)
+        result[rows] = inside
+        undecided = (~(inside | outside)).nonzero().squeeze(-1)
+        if len(undecided) == 0 or start >= ranked.shape[1]:
             return result
-        visited = ranked[rows, start : start + width]
-        weights = groups.select(rows).visit(visited)
-        is_before = weights > own_weight[rows].unsqueeze(-1)
+        if len(undecided) < len(rows):
+            groups, rows, ranked, own = groups.select(undecided), rows[undecided], ranked[undecided], own[undecided]
+            own_weight, low, high = own_weight[undecided], low[undecided], high[undecided]
+            before_low, before_high = before_low[undecided], before_high[undecided]
+        visited = ranked[:, start : start + width]
+        weights = groups.visit(visited)
+        is_before = weights > own_weight.unsqueeze(-1)
         # As likely, with a smaller id: few tokens, so that only theirs are looked up.
-        row, column, slot = (weights == own_weight[rows].unsqueeze(-1)).nonzero(as_tuple=True)
-        is_before[row, column, slot] = partition.token_at(visited[row, column], slot) < tokens[rows][row]
+        row, column, slot = (weights == own_weight.unsqueeze(-1)).nonzero(as_tuple=True)
+        is_before[row, column, slot] = partition.token_at(visited[row, column], slot) < own[row, 0]
         # Rounding cannot put a token before itself.
-        row, column = (visited == own_group[rows].unsqueeze(-1)).nonzero(as_tuple=True)
-        is_before[row, column, partition.slot_of[tokens[rows][row]]] = False
+        row, column = (visited == own[:, 1:2]).nonzero(as_tuple=True)
+        is_before[row, column, own[row, 2]] = False
         weights = weights.exp()
         mass, before = weights.sum(dim=-1), (weights * is_before).sum(dim=-1)
         for table, value in ((low, mass), (high, mass), (before_low, before), (before_high, before)):
-            table[rows] = table[rows].scatter(-1, visited, value)
+            table.scatter_(-1, visited, value)
         start, width = start + width, _wider(width, len(rows), partition)
 
 
@@ -250,7 +262,7 @@ def _draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Ge
     ranked, bound = groups.ranked(), groups.token_bound()
     num_rows, num_ranked = ranked.shape
     result = torch.zeros(num_rows, dtype=torch.int64, device=ranked.device)
-    low, high = groups.mass_bounds()
+    low, high = (bound.clone() for bound in groups.mass_bounds())
     _, tokens, seen = groups.singles()
     seen_tokens = tokens.expand(num_rows, -1)
     rows = torch.arange(num_rows, device=ranked.device)
