@@ -82,7 +82,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         table = pd.DataFrame([{**row, "experiment": experiment} for row in rows])
         write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv")
     for name, rows in caching_tables():
-        pd.DataFrame(rows).to_csv(tmp_path / "results" / "smoke" / f"{name}.csv", index=False)
+        pd.DataFrame(rows).assign(experiment=name).to_csv(tmp_path / "results" / "smoke" / f"{name}.csv", index=False)
     return tmp_path / "results"
 
 
