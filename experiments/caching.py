@@ -48,11 +48,14 @@ def draw(scale: str) -> None:
 
 
 def read(scale: str, name: str, program: str) -> pd.DataFrame:
-    """One of the two tables. Raises UserError where there is none."""
+    """One of the tables. Raises UserError where there is none or it is another's."""
     path = RESULTS / scale / name
     if not path.is_file():
-        raise UserError(f"{path} is missing: python experiments/{program} --scale {scale} first")
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "none" is the name of a cache
+        raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}`, or python experiments/{program}")
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # "none" is the name of a cache
+    if "experiment" not in table.columns:
+        raise UserError(f"{path} has no column experiment: another program wrote it; run `make reproduce` again")
+    return table
 
 
 def rows_of(table: pd.DataFrame, key: tuple[str, int, int]) -> pd.DataFrame:

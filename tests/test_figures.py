@@ -192,7 +192,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_table(table, tmp_path / "results" / "smoke" / f"{experiment}.csv")
     write_side_tables(tmp_path / "results" / "smoke")
     for name, rows in caching_tables():
-        pd.DataFrame(rows).to_csv(tmp_path / "results" / "smoke" / f"{name}.csv", index=False)
+        pd.DataFrame(rows).assign(experiment=name).to_csv(tmp_path / "results" / "smoke" / f"{name}.csv", index=False)
     return tmp_path / "results"
 
 
