@@ -141,7 +141,7 @@ def speed_table(table: pd.DataFrame, published: pd.DataFrame) -> list[str]:
                 faster = ratio_summary(named, model, "grouped")
                 cells.append(f"{tokens_per_second(named[model], tokens):,.0f}")
                 cells.append(f"{faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f})")
-            lines.append(f"| {title}, {hidden_size}, {SETTINGS[setting]} | " + " | ".join(cells) + " |")
+            lines.append(f"| {title}, {hidden_size}, {SETTINGS[str(setting)]} | " + " | ".join(cells) + " |")
     return lines
 
 
