@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +104,9 @@ class PostNormGrouped(nn.Module):
             for _ in range(sizes.num_layers)
         )
         if fused:
-            for layer in self.layers:
-                cast(nn.MultiheadAttention, layer.self_attn).dropout = 0.0
+            for module in self.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    module.dropout = 0.0
         settings = HeadSettings(name="grouped", tied=False)
         self.head = build_head(settings, sizes.vocabulary_size, self.embedding)
         self.register_buffer("positions", sinusoidal_positions(sizes.max_positions, sizes.hidden_size))
