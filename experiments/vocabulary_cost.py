@@ -47,6 +47,7 @@ LOOKS = {
     SCALE_SHIFT: (COLORS["blue"], "o", "-"),
     FREE: (GREY, ".", ":"),
 }
+SLOW_SECONDS = 3.0  # a head whose step takes longer is not run at larger vocabularies
 MOST_GROWTH = 0.6  # the goal: a folded head's time grows no faster than V to this power
 
 
@@ -71,8 +72,9 @@ def simulated_gib(case: Case, name: str) -> float:
     return simulated_peak_memory(build).peak_bytes / BYTES_PER_GIB
 
 
-def measure(case: Case, rounds: int, chunk_rows: int, budget_gib: float) -> list[dict[str, object]]:
-    """Rows of one vocabulary size: one a head and round, or one that says that the head does not fit."""
+def measure(case: Case, rounds: int, chunk_rows: int, budget_gib: float, too_slow: set[str]) -> list[dict[str, object]]:
+    """Rows of one vocabulary size: one a head and round, or one without seconds for a head that does not fit or is
+    ``too_slow``, where names are added of heads whose step took longer than SLOW_SECONDS."""
     device = case.inputs.device
     rows: list[dict[str, object]] = []
     for name in LOOKS:
@@ -80,7 +82,7 @@ def measure(case: Case, rounds: int, chunk_rows: int, budget_gib: float) -> list
         fits = simulated <= budget_gib
         row: dict[str, object] = {"head": name, "vocabulary_size": case.vocabulary_size, "fits": fits}
         row |= {"chunk_rows": chunk_rows if name == CHUNKED else None, "simulated_peak_memory_gib": simulated}
-        if not fits:
+        if not fits or name in too_slow:
             rows.append(row)
             continue
         gc.collect()  # models refer to themselves: only one of a million tokens may be alive
@@ -92,6 +94,8 @@ def measure(case: Case, rounds: int, chunk_rows: int, budget_gib: float) -> list
         for round_index in range(rounds):
             measured = {column: values[round_index] for column, values in seconds.items()}
             rows.append(row | {"round": round_index} | measured)
+        if max(seconds["seconds"]) > SLOW_SECONDS:
+            too_slow.add(name)
         del side, calls
     return rows
 
@@ -123,7 +127,9 @@ def describe(table: pd.DataFrame) -> str:
             if column == "head_seconds" and name == FREE:
                 continue
             values = medians(table, name, column)
-            cells = [optional(factor * values[size], digits) if size in values else "does not fit" for size in sizes]
+            fits = table[table["head"] == name].groupby("vocabulary_size")["fits"].first()
+            missing = {size: "too slow" if fits[size] else "does not fit" for size in sizes}
+            cells = [optional(factor * values[size], digits) if size in values else missing[size] for size in sizes]
             power, half_width = growth(values)
             exponent = "" if np.isnan(power) else f"{power:.2f} ± {half_width:.2f}"
             lines.append(f"| {name} | {' | '.join(cells)} | {exponent} |")
@@ -183,10 +189,11 @@ def main() -> None:
         num_heads=arguments.num_heads,
         max_positions=arguments.sequence_length,
     )
-    rows = []
+    rows: list[dict[str, object]] = []
+    too_slow: set[str] = set()
     for vocabulary_size in sorted(set(arguments.sizes)):
         case = build_case(model, vocabulary_size, arguments.batch_size, device)
-        rows += measure(case, arguments.rounds, arguments.chunk_rows, arguments.budget_gib)
+        rows += measure(case, arguments.rounds, arguments.chunk_rows, arguments.budget_gib, too_slow)
     table = pd.DataFrame(rows).assign(
         tokens=arguments.batch_size * arguments.sequence_length,
         hidden_size=arguments.hidden_size,
@@ -204,7 +211,8 @@ def main() -> None:
         f"{arguments.sequence_length}, fp32, fused Adam, Zipf's tokens, S = sqrt(V), linear_cross_entropy in chunks of "
         f"{arguments.chunk_rows} rows; medians of {arguments.rounds} rounds, one head after the other. Exponents with "
         "95% intervals: least squares of logarithms, Student's t. Does not fit: a step takes more than "
-        f"{arguments.budget_gib:g} GiB. {hardware()}; torch {torch_version()}.\n"
+        f"{arguments.budget_gib:g} GiB; too slow: at a smaller vocabulary it took more than {SLOW_SECONDS:g} s.\n"
+        f"{hardware()}; torch {torch_version()}.\n"
     )
     words = f"{describe(table)}\n\n{setting}"
     write_text(path.with_suffix(".md"), words)
