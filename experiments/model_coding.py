@@ -14,6 +14,7 @@ import lzma
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ NAME = "model_coding"
 CPU = torch.device("cpu")
 UNSEEN_STORIES = (1_000_000, 1_000_060)  # of the embedded generator's seed 0: far beyond what any scale trains on
 FULL = "full"
-TRAINED_COLUMNS = RUN_COLUMNS[RUN_COLUMNS.index("seed") : RUN_COLUMNS.index("steps") + 1] + ["validation_loss_nats"]
+TRAINED_COLUMNS = [*RUN_COLUMNS[RUN_COLUMNS.index("seed") : RUN_COLUMNS.index("steps") + 1], "validation_loss_nats"]
 Side = tuple[Callable[[], bytes], Callable[[bytes], bytes]]
 
 
@@ -89,7 +90,7 @@ def model_side(coder: TextModel, text: bytes) -> Side:
 def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
     """What the model itself expects of the coder's rows and contexts, in all: whole windows, no cache, no integers."""
     model, total = coder.model, 0.0
-    most = model.backbone.config.max_positions
+    most = model.gpt.config.max_positions
     rows = Rows(len(tokens))
     with one_thread():
         for first in range(0, len(tokens), rows.length):
@@ -97,7 +98,7 @@ def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
             begin, done = 0, 1  # the context's first place, and the next token to predict
             while done < len(row):
                 end = min(begin + most, len(row) - 1)
-                hidden = model.backbone(row[None, begin:end])[0, done - 1 - begin :]
+                hidden = model.gpt(row[None, begin:end])[0, done - 1 - begin :]
                 total -= float(model.head.target_log_prob(hidden, row[done : end + 1]).double().sum())
                 begin, done = end + 1 - max(1, most // 2), end + 1
     return total / math.log(2)
@@ -136,7 +137,7 @@ def measure(text: bytes, runs: dict[str, Path], excerpt_bytes: int, rounds: int)
         rows.append(row)
         short_encoder, short_decoder = timed_sides[name]
         timed[f"{name} encode"] = short_encoder
-        timed[f"{name} decode"] = lambda d=short_decoder, c=short_encoder(): d(c)
+        timed[f"{name} decode"] = partial(short_decoder, short_encoder())
     seconds = interleaved_seconds(timed, rounds, 0, CPU, progress=True)
     full = next((name for name in coders if load_settings(runs[name]).head.name == FULL), None)
     for row in rows:
