@@ -1,7 +1,7 @@
 """Which head to use: perplexity against what a head costs, at equal tokens, and loss against time.
 
 results/SCALE/heads_pareto.csv (losses: one training run a row), heads_pareto_curves.csv (losses on the way) and
-training_step.csv (seconds, memory and FLOPs of all heads in one interleaved run) -> results/SCALE/heads_pareto.png, .md
+heads_cost.csv (seconds, memory and FLOPs of all heads in one interleaved run) -> results/SCALE/heads_pareto.png, .md
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Arm:
 
 def arms_of(table: pd.DataFrame, scale: str) -> dict[str, Arm]:
     """The contenders that were trained and timed. Raises UserError where nothing was timed."""
-    path = RESULTS / scale / "training_step.csv"
+    path = RESULTS / scale / "heads_cost.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}` first")
     timed = pd.read_csv(path)
@@ -218,7 +218,7 @@ def markdown(scale: str, arms: dict[str, Arm], curves: pd.DataFrame) -> str:
         f"{'met' if share[best] <= 1 / 3 else 'not met'}.",
         "",
         f"{caption(scale)}. Ratios are paired by seed (Student's t, paired t-test); speed and memory from one "
-        "interleaved run (training_step). Learning rates: experiment learning_rates. Times: steps at the speed of that "
+        "interleaved run (heads_cost). Learning rates: experiment learning_rates. Times: steps at the speed of that "
         "run.",
         "",
     ]

@@ -163,7 +163,7 @@ def write_side_tables(folder: Path) -> None:
         for side, seconds in (("free", 0.1), ("full_tied", 0.9), ("full_free", 0.9), ("linear_clustered", 0.2))
         for number in range(2)
     ]
-    pd.DataFrame(steps).to_csv(folder / "training_step.csv", index=False)
+    pd.DataFrame(steps).to_csv(folder / "heads_cost.csv", index=False)
 
 
 def embedding_columns(name: str, tokens: int) -> dict[str, Any]:
