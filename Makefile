@@ -10,7 +10,7 @@ endif
 ifneq ($(VALID),)
 RUN += data.valid=$(VALID)
 endif
-SWEEPS := main_comparison figure3_group_size embedding_compression both_ends
+SWEEPS := main_comparison figure3_group_size
 EXTRAS ?= dev
 
 .PHONY: help setup reproduce figures test test-all lint
@@ -30,10 +30,6 @@ setup: .venv/ready
 
 reproduce: .venv/ready
 	@for sweep in $(SWEEPS); do $(RUN) experiment=$$sweep || exit; done
-	@test ! -f conf/compression/embedding_compression_$(SCALE).txt || $(BIN)/python -m vocabfold.compress_embedding \
-		$$(ls -d results/runs/$(SCALE)/embedding_compression/gpt2-grouped-stories-seed* \
-			results/runs/$(SCALE)/embedding_compression/gpt2-grouped-text-seed* 2>/dev/null) \
-		@conf/compression/embedding_compression_$(SCALE).txt
 	@for sweep in $(SWEEPS); do $(BIN)/python -m vocabfold.records $$sweep $(SCALE) || exit; done
 	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
 		&& touch results/runs/$(SCALE)/training_step.done; }

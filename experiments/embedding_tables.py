@@ -160,7 +160,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.set_xlabel("Compression (float32 bytes over bytes kept)")
         axis.set_title(panel, fontsize=8)
     axes[0][0].set_ylabel("Relative L2 error of the table")
-    axes[0][0].legend(loc=(0.45, 0.1), fontsize=6)
+    axes[0][0].legend(loc=(0.45, 0.19), fontsize=6)
     save(figure, path)
 
 
