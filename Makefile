@@ -1,23 +1,28 @@
 # make reproduce | test | test-all | figures | lint. Each sets up .venv by itself, from constraints.txt.
 PYTHON ?= python3
 SCALE ?= laptop
-BIN := .venv/bin
-RUN := $(BIN)/python -m vocabfold.train --multirun scale=$(SCALE)
-PICTURES_RUN := $(RUN) experiment=shapes
-# make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt
-ifneq ($(TRAIN),)
-RUN += data.train=$(TRAIN)
-endif
-ifneq ($(VALID),)
-RUN += data.valid=$(VALID)
-endif
-SWEEPS := main_comparison figure3_group_size embedding_compression both_ends
-PICTURES := figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
 EXTRAS ?= dev
+BIN := .venv/bin
+PY := $(BIN)/python
+RUNS := results/runs/$(SCALE)
+# make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt
+DATA := $(if $(TRAIN),data.train=$(TRAIN)) $(if $(VALID),data.valid=$(VALID))
+TRAINING := $(PY) -m vocabfold.train --multirun scale=$(SCALE)
 
-.PHONY: help setup reproduce figures test test-all lint
+# What is reproduced, a part at a time (make heads SCALE=text ...). What has finished, been measured or drawn is not done again
+# but drawn again, so that a killed make goes on where it stopped.
+AREAS := paper heads embeddings tokens pictures
+sweep = @$(TRAINING) $(DATA) experiment=$(1) $(2) && $(PY) -m vocabfold.records $(1) $(SCALE)
+once = @test -f $(RUNS)/$(1).done || { $(PY) experiments/$(1).py $(2) && touch $(RUNS)/$(1).done; }
+draw = @for figure in $(1); do $(PY) experiments/$$figure.py $(SCALE) || exit; done
+
+DRAWN := main_comparison figure3_group_size heads_pareto order_matters rare_tokens group_accuracy vocabulary_scaling fold \
+	embedding_compression both_ends caching figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
+
+.PHONY: help setup reproduce $(AREAS) figures test test-all lint
 help:
-	@echo "make reproduce [SCALE=laptop|text|paper] [TRAIN=file VALID=file]   train, measure, draw into results/"
+	@echo "make reproduce [SCALE=laptop|text|paper] [TRAIN=file VALID=file]   train, measure, draw into results/: all of"
+	@echo "make $(AREAS)   a part of it each, with the same settings"
 	@echo "make figures   redraw every figure from the committed tables"
 	@echo "make test      quick tests;  make test-all  the slow ones too;  make lint  style and types"
 
@@ -30,41 +35,77 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-reproduce: .venv/ready
-	@for sweep in $(SWEEPS); do $(RUN) experiment=$$sweep || exit; done
-	@test ! -f conf/compression/embedding_compression_$(SCALE).txt || $(BIN)/python -m vocabfold.compress_embedding \
-		$$(ls -d results/runs/$(SCALE)/embedding_compression/gpt2-grouped-stories-seed* \
-			results/runs/$(SCALE)/embedding_compression/gpt2-grouped-text-seed* 2>/dev/null) \
-		@conf/compression/embedding_compression_$(SCALE).txt
-	@for sweep in $(SWEEPS); do $(BIN)/python -m vocabfold.records $$sweep $(SCALE) || exit; done
-	@test -f results/runs/$(SCALE)/training_step.done || { $(BIN)/python experiments/training_step.py --scale $(SCALE) \
-		&& touch results/runs/$(SCALE)/training_step.done; }
-	@$(RUN) experiment=caching
-	@test -f results/runs/$(SCALE)/caching.done || { for part in speed memory perplexity; do \
-		$(BIN)/python experiments/caching_$$part.py --scale $(SCALE) || exit; done; touch results/runs/$(SCALE)/caching.done; }
-	@$(BIN)/python experiments/caching.py $(SCALE)
-	@$(RUN) experiment=decode
-	@test -f results/runs/$(SCALE)/decode.done || { $(BIN)/python experiments/decode.py --scale $(SCALE) \
-		&& touch results/runs/$(SCALE)/decode.done; }
-	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
-	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
-	@$(PICTURES_RUN) && $(BIN)/python -m vocabfold.records shapes $(SCALE) && $(BIN)/python -m vocabfold.curves shapes $(SCALE)
-	@test -f results/$(SCALE)/figure1_shapes.csv || $(BIN)/python experiments/figure1_shapes.py $(SCALE)
-	@for picture in $(PICTURES); do $(BIN)/python experiments/$$picture.py $(SCALE) || exit; done
-	@$(BIN)/python experiments/table2_memory.py
-	@test -f results/laptop/table3_speed.csv || $(BIN)/python experiments/table3_speed.py
+reproduce: $(AREAS)
+
+paper: .venv/ready
+	$(call sweep,main_comparison)
+	$(call sweep,figure3_group_size)
+	$(call once,training_step,--scale $(SCALE))
+	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) experiments/figure3_simulated_memory.py
+	@$(PY) experiments/table2_memory.py
+	@test -f results/laptop/table3_speed.csv || $(PY) experiments/table3_speed.py
+	$(call draw,main_comparison figure3_group_size)
+
+heads: .venv/ready
+	$(call sweep,learning_rates)
+	$(call sweep,heads_pareto)
+	$(call sweep,order_matters)
+	$(call sweep,vocabulary_scaling)
+	$(if $(filter laptop,$(SCALE)),$(call sweep,vocabulary_scaling,contender=full_free data.vocabulary_size=10000,50257,100277))
+	$(call once,heads_cost,--scale $(SCALE) $(DATA))
+	$(call once,vocabulary_cost,--scale $(SCALE))
+	$(call once,rare_tokens,--measure $(SCALE))
+	$(call draw,heads_pareto order_matters group_accuracy rare_tokens vocabulary_scaling)
+	$(call sweep,decode)
+	$(call once,decode,--scale $(SCALE))
+	$(call sweep,main_comparison,model=gpt2 head=full)
+	@$(PY) -m vocabfold.fold $(RUNS)/main_comparison/gpt2-full-* --order bpe frequency clustered --tokens 16384 65536
+	@$(PY) -m vocabfold.fold $(RUNS)/main_comparison/gpt2-full-* --order frequency --shortlist 2048 --tokens 16384 65536
+	@$(PY) -m vocabfold.records fold $(SCALE)
+	$(call draw,fold)
+
+embeddings: .venv/ready
+	$(call sweep,embedding_compression)
+	@$(PY) -m vocabfold.compress_embedding $(RUNS)/embedding_compression/gpt2-grouped-[st]*-seed* \
+		@conf/compression/embedding_compression_$(if $(filter laptop,$(SCALE)),laptop,text).txt
+	@$(PY) -m vocabfold.records embedding_compression $(SCALE)
+	$(call sweep,main_comparison,model=gpt2 head=full)
+	$(call sweep,both_ends)
+	$(call once,embedding_speed,--scale $(SCALE))
+	$(call once,embedding_tables,--scale $(SCALE))
+	$(call draw,embedding_compression both_ends)
+
+# A text that was read for training is coded for size and stored; one that was not is coded with the models.
+tokens: .venv/ready
+	$(call sweep,main_comparison,model=gpt2 seed=0)
+	$(call sweep,model_coding)
+	$(call once,token_coding,--scale $(SCALE) $(if $(TRAIN),--text text=$(TRAIN)))
+	$(call once,token_store,--scale $(SCALE) $(if $(TRAIN),--text $(TRAIN)))
+	$(call once,model_coding,--scale $(SCALE) $(if $(VALID),--text $(VALID)))
+	$(call sweep,caching)
+	$(call once,caching_speed,--scale $(SCALE))
+	$(call once,caching_memory,--scale $(SCALE))
+	$(call once,caching_perplexity,--scale $(SCALE))
+	$(call draw,caching)
+
+pictures: .venv/ready
+	@$(TRAINING) experiment=shapes && $(PY) -m vocabfold.records shapes $(SCALE) && $(PY) -m vocabfold.curves shapes $(SCALE)
+	@test -f results/$(SCALE)/figure1_shapes.csv || $(PY) experiments/figure1_shapes.py $(SCALE)
+	$(call draw,figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy)
 
 figures: .venv/ready
-	@for script in $(SWEEPS) $(PICTURES) caching; do $(BIN)/python experiments/$$script.py || exit; done
-	@$(BIN)/python experiments/table2_memory.py
+	@for figure in $(DRAWN); do $(PY) experiments/$$figure.py || exit; done
+	@$(PY) experiments/table2_memory.py
 	@for scale in $(patsubst results/%/decode.csv,%,$(wildcard results/*/decode.csv)); do \
-		$(BIN)/python experiments/decode.py --scale $$scale --redraw || exit; done
+		$(PY) experiments/decode.py --scale $$scale --redraw || exit; done
+	@for table in $(wildcard results/*/token_coding.csv results/*/model_coding.csv); do \
+		$(PY) experiments/$$(basename $$table .csv).py --draw --scale $$(basename $$(dirname $$table)) || exit; done
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest -q
+	$(PY) -m pytest -q
 
 lint: .venv/ready
 	$(BIN)/ruff check .
