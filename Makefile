@@ -11,6 +11,9 @@ ifneq ($(VALID),)
 RUN += data.valid=$(VALID)
 endif
 SWEEPS := main_comparison figure3_group_size
+# a text that was read for training is coded for size and stored; one that was not is coded with the models
+STORED := $(if $(TRAIN),--text $(TRAIN))
+UNSEEN := $(if $(VALID),--text $(VALID))
 EXTRAS ?= dev
 
 .PHONY: help setup reproduce figures test test-all lint
@@ -35,9 +38,17 @@ reproduce: .venv/ready
 		&& touch results/runs/$(SCALE)/training_step.done; }
 	@test -f results/simulated/figure3_simulated_memory.csv || $(BIN)/python experiments/figure3_simulated_memory.py
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py $(SCALE) || exit; done
+	@$(RUN) experiment=model_coding
+	@test -f results/runs/$(SCALE)/coding.done || { \
+		$(BIN)/python experiments/token_coding.py --scale $(SCALE) $(subst --text ,--text text=,$(STORED)) \
+		&& $(BIN)/python experiments/token_store.py --scale $(SCALE) $(STORED) \
+		&& $(BIN)/python experiments/model_coding.py --scale $(SCALE) $(UNSEEN) \
+		&& touch results/runs/$(SCALE)/coding.done; }
 
 figures: .venv/ready
 	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py || exit; done
+	@for table in results/*/token_coding.csv results/*/model_coding.csv; do test ! -f $$table || $(BIN)/python \
+		experiments/$$(basename $$table .csv).py --draw --scale $$(basename $$(dirname $$table)) || exit; done
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow"

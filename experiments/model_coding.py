@@ -42,7 +42,7 @@ NAME = "model_coding"
 CPU = torch.device("cpu")
 UNSEEN_STORIES = (1_000_000, 1_000_060)  # of the embedded generator's seed 0: far beyond what any scale trains on
 FULL = "full"
-TRAINED_COLUMNS = RUN_COLUMNS[RUN_COLUMNS.index("seed") : RUN_COLUMNS.index("steps") + 1] + ["validation_loss_nats"]
+TRAINED_COLUMNS = [*RUN_COLUMNS[RUN_COLUMNS.index("seed") : RUN_COLUMNS.index("steps") + 1], "validation_loss_nats"]
 Side = tuple[Callable[[], bytes], Callable[[bytes], bytes]]
 
 
