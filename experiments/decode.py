@@ -20,6 +20,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.artist import Artist
 from torch import Tensor
 
 from vocabfold.allocator import keep_freed_memory
@@ -282,7 +283,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("Decoded tokens per second")
         axis.set_title(f"batch {batch_size}", fontsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colors.get(side, GREY)) for side in sides]
+    handles: list[Artist] = [plt.Rectangle((0, 0), 1, 1, color=colors.get(side, GREY)) for side in sides]
     handles.append(plt.Line2D([], [], color=GREY, linestyle="--", linewidth=0.8))
     figure.legend(handles, [*sides, "the backbone alone"], loc="outside lower center", ncols=3)
     save(figure, path)
