@@ -118,7 +118,7 @@ def test_decoding_in_a_batch_is_decoding_one_by_one(here: Path) -> None:
         ([*QUICK[:-3], "--batch-sizes", "0"], "--batch-sizes holds 0"),
         ([*QUICK, "--new-tokens", "0"], "--new-tokens is 0"),
         ([*QUICK, "--prompt-tokens", "100000"], "choose a --prompt-tokens up to that"),
-        ([*QUICK, "--new-tokens", "9"], "positions do not fit"),
+        ([*QUICK, "--new-tokens", "10"], "positions do not fit"),
         (["GROUPED", "--rounds", "1"], "none of the runs has the full softmax"),
         (["GROUPED", "GROUPED"], "two of the runs are both scale_shift, bpe"),
     ],
