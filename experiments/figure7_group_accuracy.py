@@ -24,7 +24,7 @@ def draw(scale: str) -> None:
         label = f"learning rate {learning_rate:g}"
         draw_curve(axis, rows, "validation_group_accuracy", COLORS["blue"], label, style)
     published = pd.read_csv(RESULTS / "paper" / "shapes.csv").query("head == 'grouped'")
-    low, high = (float(published[f"group_accuracy_{end}"].iloc[0]) for end in ("low", "high"))
+    low, high = published["group_accuracy_low"].min(), published["group_accuracy_high"].max()
     axis.axhspan(low, high, color=COLORS["green"], alpha=0.3, linewidth=0, label="published, 184,320 classes")
     table = pd.read_csv(RESULTS / scale / "figure1_shapes.csv")
     best = table.loc[table["quantity"] == "best group accuracy", "value"].iloc[0]

@@ -80,7 +80,9 @@ class HuggingFaceModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T] -> scalar."""
         length = tokens.shape[1]
-        loss: Tensor = self.model(tokens, attention_mask=self.mask[:, :, :length, :length], labels=tokens).loss
+        # Held, as by the usual loop `output = model(...); output.loss.backward()`: its logits outlive the forward pass.
+        self.output = self.model(tokens, attention_mask=self.mask[:, :, :length, :length], labels=tokens)
+        loss: Tensor = self.output.loss
         return loss
 
 
