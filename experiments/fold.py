@@ -27,7 +27,7 @@ ORDERS = {
     "clustered_run": ("clustered by the teacher's embedding", COLORS["green"], "^"),
     "random": ("random", COLORS["purple"], "v"),
 }
-PANELS = {"perplexity": "Validation perplexity", "lost_nats": "Loss above the teacher's (nats per token)"}
+PANELS = {"perplexity": "Validation perplexity", "lost_nats": "Above the teacher (nats per token)"}
 
 
 def draw(scale: str) -> None:
@@ -36,13 +36,13 @@ def draw(scale: str) -> None:
     points = points_of(table)
     lengths = sorted(points["distillation_tokens"].unique())
     places = {tokens: place for place, tokens in enumerate(lengths)}
-    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.5))
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.8))
     for axis, (quantity, label) in zip(axes, PANELS.items(), strict=True):
         summary = summarise(points, [*ARM, "distillation_tokens"], quantity)
         for index, (arm, rows) in enumerate(summary.groupby(ARM)):
             _, color, marker = ORDERS[str(arm[0])]
             # Beside each other, so that no interval hides another.
-            x = rows["distillation_tokens"].map(places) + 0.05 * index
+            x = rows["distillation_tokens"].map(places) + 0.03 * index
             dash = "--" if arm[1] else "-"
             axis.errorbar(
                 x,
