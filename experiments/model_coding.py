@@ -14,6 +14,7 @@ import lzma
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def measure(text: bytes, runs: dict[str, Path], excerpt_bytes: int, rounds: int)
         rows.append(row)
         short_encoder, short_decoder = timed_sides[name]
         timed[f"{name} encode"] = short_encoder
-        timed[f"{name} decode"] = lambda d=short_decoder, c=short_encoder(): d(c)
+        timed[f"{name} decode"] = partial(short_decoder, short_encoder())
     seconds = interleaved_seconds(timed, rounds, 0, CPU, progress=True)
     full = next((name for name in coders if load_settings(runs[name]).head.name == FULL), None)
     for row in rows:
