@@ -126,7 +126,8 @@ class Container:
         if self.num_segments == 0:
             return np.empty(0, np.uint16)
         whole = np.arange(self.num_segments)
-        at_once = min(self.coder.segments_at_once, -(-self.num_segments // (threads or usable_cores())))
+        # never smaller parts for the sake of threads: with few lanes they only wait for the interpreter's lock
+        at_once = self.coder.segments_at_once
         parts = [whole[start : start + at_once] for start in range(0, len(whole), at_once)]
         tokens = np.empty(self.num_segments * self.segment_tokens, self.coder.dtype)
         rows = tokens.reshape(-1, self.segment_tokens)
