@@ -44,7 +44,8 @@ reproduce: .venv/ready
 	@test -f results/laptop/table3_speed.csv || $(BIN)/python experiments/table3_speed.py
 
 figures: .venv/ready
-	@for script in $(SWEEPS) $(PICTURES); do $(BIN)/python experiments/$$script.py || exit; done
+	@for sweep in $(SWEEPS); do $(BIN)/python experiments/$$sweep.py || exit; done
+	@test -z "$(wildcard results/*/shapes_curves.csv)" || for picture in $(PICTURES); do $(BIN)/python experiments/$$picture.py || exit; done
 	@$(BIN)/python experiments/table2_memory.py
 
 test: .venv/ready
