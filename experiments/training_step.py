@@ -24,15 +24,13 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from step_report import AS_USUAL, BESIDE_FULL, CHUNKED, FREE, FULL, SCALE_SHIFT, describe, goals
 from vocabfold.allocator import keep_freed_memory
 from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.files import write_text
-from vocabfold.heads import FullHead, HeadLoss, HeadSettings, token_order
+from vocabfold.heads import HeadSettings, token_order
 from vocabfold.heads.build import PartitionSettings
 from vocabfold.measure.floor import least_bytes, products_of
 from vocabfold.measure.machine import (
@@ -83,31 +81,15 @@ class Case:
     orders: dict[str, Tensor | None]
 
 
-class ChunkedHead(FullHead):
-    """The full softmax through torch's linear_cross_entropy, ``rows`` at a time."""
-
-    def __init__(self, weight: nn.Parameter, rows: int) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], weight)
-        self.options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-
-    def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
-        """See Head.loss; no parts."""
-        total = F.linear_cross_entropy(
-            hidden, self.weight, targets, reduction="sum", ignore_index=IGNORE_INDEX, options=self.options
-        )
-        num_targets = (targets != IGNORE_INDEX).sum()
-        return HeadLoss(total / num_targets.clamp(min=1), num_targets)
-
-
 class Side:
     """One model with its optimizer: whole training steps, and its head's forward and backward pass alone."""
 
     def __init__(self, case: Case, name: str, chunk_rows: int = CHUNKS[0]) -> None:
         torch.manual_seed(0)
         settings = HEADS.get(name, FULL_SETTINGS)
-        self.model = build_model(case.model, settings, case.vocabulary_size, case.orders.get(name))
         if name == CHUNKED:
-            self.model.head = ChunkedHead(self.model.backbone.token_embedding.weight, chunk_rows)  # type: ignore[arg-type]
+            settings = HeadSettings(name="chunked", tied=True, chunk_rows=chunk_rows)
+        self.model = build_model(case.model, settings, case.vocabulary_size, case.orders.get(name))
         self.model.to(case.inputs.device)
         self.case, self.free = case, name == FREE
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)  # as optimizer.py has it
