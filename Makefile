@@ -89,7 +89,7 @@ tokens: .venv/ready
 	$(call draw,caching)
 
 pictures: .venv/ready
-	@$(TRAINING) experiment=shapes && $(PY) -m vocabfold.records shapes $(SCALE) && $(PY) -m vocabfold.curves shapes $(SCALE)
+	@$(TRAINING) experiment=shapes && $(PY) -m vocabfold.records shapes $(SCALE)
 	@test -f results/$(SCALE)/figure1_shapes.csv || $(PY) experiments/figure1_shapes.py $(SCALE)
 	$(call draw,figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy)
 

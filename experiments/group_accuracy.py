@@ -6,9 +6,8 @@ results/SCALE/order_matters.csv and heads_pareto_curves.csv -> results/SCALE/gro
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
-import pandas as pd
 
-from vocabfold.errors import UserError
+from vocabfold.curves import read_curves
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
 from vocabfold.records import RESULTS, read_table
 
@@ -20,7 +19,7 @@ FAILURE = 0.9  # below which reviews of the paper call the group scorer a failur
 def draw(scale: str) -> None:
     """Write one scale's picture."""
     table = read_table("order_matters", scale)
-    curves = read_curves(scale)
+    curves = read_curves("heads_pareto", scale).dropna(subset=["validation_loss_nats"])
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.4), sharey=True)
     rows = summarise(table, ["contender", "group_size"], "group_accuracy")
     for order, color in ORDERS.items():
@@ -59,14 +58,6 @@ def draw(scale: str) -> None:
         fontsize=7,
     )
     save(figure, RESULTS / scale / "group_accuracy.png")
-
-
-def read_curves(scale: str) -> pd.DataFrame:
-    """The evaluations of the runs of heads_pareto on their way. Raises UserError where they are missing."""
-    path = RESULTS / scale / "heads_pareto_curves.csv"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}` first")
-    return pd.read_csv(path).dropna(subset=["validation_loss_nats"])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
+from vocabfold.curves import read_curves
 from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save
 from vocabfold.files import write_text
@@ -44,7 +45,7 @@ FREE = "free"
 def draw(scale: str) -> None:
     """Write one scale's picture and table."""
     arms = arms_of(read_table("heads_pareto", scale), scale)
-    curves = read_curves(scale, arms)
+    curves = timed_curves(scale, arms)
     figure, axes = plt.subplots(2, 2, figsize=(2 * COLUMN_INCHES, 4.6))
     panels = {
         "head_flops_per_token": "FLOPs of the head per training token",
@@ -104,13 +105,10 @@ def arms_of(table: pd.DataFrame, scale: str) -> dict[str, Arm]:
     return arms
 
 
-def read_curves(scale: str, arms: dict[str, Arm]) -> pd.DataFrame:
+def timed_curves(scale: str, arms: dict[str, Arm]) -> pd.DataFrame:
     """Validation losses on the way, with ``seconds``: steps at the speed of the interleaved run, so that what else a
     machine did while a run trained does not count."""
-    path = RESULTS / scale / "heads_pareto_curves.csv"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}` first")
-    curves = pd.read_csv(path).dropna(subset=["validation_loss_nats"])
+    curves = read_curves("heads_pareto", scale).dropna(subset=["validation_loss_nats"])
     curves = curves[curves["contender"].isin(arms.keys())]
     speed = {name: arm.tokens_per_second for name, arm in arms.items()}
     return curves.assign(seconds=curves["tokens"] / curves["contender"].map(speed))

@@ -239,8 +239,8 @@ def general_compressor(table: pd.DataFrame) -> list[str]:
     ratio = speed["zstd"] / speed[list(STATIC)].max(axis=1)
     return [
         f"zstd -19, a general compressor, takes {(bits['zstd'] / static).min():.2f} to "
-        f"{(bits['zstd'] / static).max():.2f} of the best static coder's bytes and decodes {ratio.min():.1f} to {ratio.max():.1f} "
-        "times as fast: it also writes repeated phrases once, which no code of single tokens can.",
+        f"{(bits['zstd'] / static).max():.2f} of the best static coder's bytes and decodes {ratio.min():.1f} to "
+        f"{ratio.max():.1f} times as fast: it also writes repeated phrases once, which no code of single tokens can.",
     ]
 
 

@@ -107,6 +107,7 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     contenders += [f"scale_shift_{order}" for order in ORDERS]
     pareto = [contender_row(name, 225, seed) for name in contenders for seed in range(2)]
     yield "heads_pareto", pareto
+    yield "shapes", [run_row("cnn", head, None, seed) for head in ("full", "grouped") for seed in (0, 1)]
     yield (
         "order_matters",
         [
@@ -164,6 +165,17 @@ def write_side_tables(folder: Path) -> None:
         for number in range(2)
     ]
     pd.DataFrame(steps).to_csv(folder / "heads_cost.csv", index=False)
+    pictures = [
+        {"head": head, "learning_rate": rate, "seed": seed, "step": step, "train_loss": 5.0 - step / 50}
+        | {"validation_accuracy": step / 100, "validation_group_accuracy": 0.5, "validation_loss_nats": 3.0 + seed}
+        for head in ("full", "grouped")
+        for rate in (1e-3, 3e-3)
+        for seed in (0, 1)
+        for step in (10, 20)
+    ]
+    pd.DataFrame(pictures).to_csv(folder / "shapes_curves.csv", index=False)
+    ceilings = [{"quantity": f"best {kind}", "value": 0.9, "classes": 256} for kind in ("accuracy", "group accuracy")]
+    pd.DataFrame(ceilings).to_csv(folder / "figure1_shapes.csv", index=False)
 
 
 def embedding_columns(name: str, tokens: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from run_cases import PICTURES, call
 from vocabfold import train
 from vocabfold.constants import IGNORE_INDEX
-from vocabfold.curves import collect_curves, read_curves
+from vocabfold.curves import read_curves
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.drawing import ATTRIBUTES, LETTERS, classes_of, draw, picture
 from vocabfold.data.lookalikes import find_lookalikes
@@ -25,6 +25,7 @@ from vocabfold.errors import UserError
 from vocabfold.heads import HeadSettings
 from vocabfold.models.build import ModelSettings, build_model
 from vocabfold.models.cnn import CNN
+from vocabfold.records import collect
 
 REPOSITORY = Path(__file__).parents[1]
 # No two of these look alike, and no two pictures have the same noise.
@@ -230,7 +231,7 @@ def test_both_heads_learn_pictures_and_leave_curves(
     assert row["tied"] is False and row["model"] == "cnn" and row["tokens"] == 40 * 16
     assert row["validation_loss_nats"] < math.log(16) and row["validation_accuracy"] > 2 / 16
     assert (row["group_accuracy"] is None) == (head == "full")
-    collect_curves("shapes", "smoke")
+    collect("shapes", "smoke")
     curves = read_curves("shapes", "smoke")
     assert curves["step"].tolist() == [10, 20, 30, 40]
     assert curves["validation_accuracy"].notna().tolist() == [False, True, False, True]
