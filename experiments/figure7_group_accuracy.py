@@ -23,7 +23,7 @@ def draw(scale: str) -> None:
     for style, (learning_rate, rows) in zip(STYLES, curves.groupby("learning_rate"), strict=False):
         label = f"learning rate {learning_rate:g}"
         draw_curve(axis, rows, "validation_group_accuracy", COLORS["blue"], label, style)
-    published = pd.read_csv(RESULTS / "paper" / "shapes.csv").query("head == 'grouped'")
+    published = pd.read_csv(RESULTS / "paper" / "image_study.csv").query("head == 'grouped'")
     low, high = published["group_accuracy_low"].min(), published["group_accuracy_high"].max()
     axis.axhspan(low, high, color=COLORS["green"], alpha=0.3, linewidth=0, label="published, 184,320 classes")
     table = pd.read_csv(RESULTS / scale / "figure1_shapes.csv")

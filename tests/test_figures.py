@@ -149,7 +149,14 @@ def write_side_tables(folder: Path) -> None:
     curves = []
     for contender in ("full_tied", "full_free", "linear_clustered", "scale_shift_bpe"):
         for step, loss in ((50, 6.0), (100, 4.0)):
-            line = {"contender": contender, "seed": 0, "tokens": 2000 * step, "train_loss": loss}
+            line = {
+                "experiment": "heads_pareto",
+                "contender": contender,
+                "seed": 0,
+                "step": step,
+                "tokens": 2000 * step,
+                "train_loss": loss,
+            }
             curves.append(line | {"validation_loss_nats": loss, "validation_group_accuracy": 0.01 * step})
     pd.DataFrame(curves).to_csv(folder / "heads_pareto_curves.csv", index=False)
     steps = [
@@ -166,7 +173,14 @@ def write_side_tables(folder: Path) -> None:
     ]
     pd.DataFrame(steps).to_csv(folder / "heads_cost.csv", index=False)
     pictures = [
-        {"head": head, "learning_rate": rate, "seed": seed, "step": step, "train_loss": 5.0 - step / 50}
+        {
+            "experiment": "shapes",
+            "head": head,
+            "learning_rate": rate,
+            "seed": seed,
+            "step": step,
+            "train_loss": 5.0 - step / 50,
+        }
         | {"validation_accuracy": step / 100, "validation_group_accuracy": 0.5, "validation_loss_nats": 3.0 + seed}
         for head in ("full", "grouped")
         for rate in (1e-3, 3e-3)

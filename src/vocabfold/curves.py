@@ -13,11 +13,14 @@ from vocabfold.records import RESULTS
 
 
 def read_curves(experiment: str, scale: str, results: Path = RESULTS) -> pd.DataFrame:
-    """results/SCALE/EXPERIMENT_curves.csv. Raises UserError where there is none."""
+    """results/SCALE/EXPERIMENT_curves.csv. Raises UserError where there is none or it is another's."""
     path = results / scale / f"{experiment}_curves.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}` first")
-    return pd.read_csv(path)
+    table = pd.read_csv(path)
+    if missing := [name for name in ("experiment", "seed", "step", "train_loss") if name not in table.columns]:
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make reproduce` again")
+    return table
 
 
 def draw_curve(axis: Axes, rows: pd.DataFrame, column: str, color: str, label: str, style: str = "-") -> None:
