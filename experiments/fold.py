@@ -3,8 +3,8 @@
 results/SCALE/fold.csv -> results/SCALE/fold.png and .md. The rows are foldings of the full softmax's runs of
 main_comparison (results/runs/SCALE/main_comparison/gpt2-full-*):
 
-    python -m vocabfold.fold RUN ... --order bpe frequency clustered --tokens 16384 65536
-    python -m vocabfold.fold RUN ... --order frequency --shortlist 2048 --tokens 16384 65536
+    python -m vocabfold.fold RUN ... --order bpe frequency clustered
+    python -m vocabfold.fold RUN ... --order frequency --shortlist 2048
     python -m vocabfold.records fold SCALE
 """
 
