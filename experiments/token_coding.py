@@ -236,11 +236,11 @@ def general_compressor(table: pd.DataFrame) -> list[str]:
     rows = table.set_index(["corpus", "tokenizer", "coder"])
     bits, speed = rows["bits_per_token"].unstack(), rows["decode_million_tokens_per_second"].unstack()
     static = bits[list(STATIC)].min(axis=1)
-    ratio = speed["zstd"] / speed[list(STATIC)].max(axis=1)
+    size, ratio = bits["zstd"] / static, speed["zstd"] / speed[list(STATIC)].max(axis=1)
     return [
-        f"zstd -19, a general compressor, takes {(bits['zstd'] / static).min():.2f} to "
-        f"{(bits['zstd'] / static).max():.2f} of the best static coder's bytes and decodes {ratio.min():.1f} to "
-        f"{ratio.max():.1f} times as fast: it also writes repeated phrases once, which no code of single tokens can.",
+        f"zstd -19, a general compressor, takes {size.min():.2f} to {size.max():.2f} times "
+        f"the best static coder's bytes and decodes {ratio.min():.1f} to {ratio.max():.1f} times as fast: it also "
+        "writes repeated phrases once, which no code of single tokens can.",
     ]
 
 
