@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from scipy import stats
 
 from vocabfold.curves import read_curves
@@ -128,6 +129,9 @@ def draw_against(axis: Axes, arms: dict[str, Arm], quantity: str, label: str) ->
     best.sort(key=lambda name: cost[name])
     axis.plot([cost[name] for name in best], [math.exp(arms[name].loss) for name in best], color=GREY, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="Validation perplexity")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}" if max(cost.values()) < 1000 else EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.yaxis.set_major_formatter("{x:.0f}")
     axis.yaxis.set_minor_formatter("{x:.0f}")
 
@@ -148,10 +152,11 @@ def draw_over_time(axis: Axes, curves: pd.DataFrame) -> None:
 def caption(scale: str) -> str:
     """What was trained, how often."""
     table = read_table("heads_pareto", scale)
-    first = table.iloc[0]
+    first, seeds = table.iloc[0], table.groupby("contender")["seed"].nunique()
+    each = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     return (
         f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens, hidden {first['hidden_size']}; "
-        f"{table['seed'].nunique()} seeds, 95% intervals; {len(table)} runs"
+        f"{each} seeds, 95% intervals; {len(table)} runs"
     )
 
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_compressed_is_refused_in_one_line(
     assert call(compress_embedding.main, monkeypatch, str(run), "--as", "embedding=int8") == 0
     (small,) = RUNS.glob("*int8*")
     cases = [
-        ([str(tied), "--as", "embedding=int8"], "head borrows the embedding's rows"),
+        ([str(tied), "--as", "embedding=int8"], "has no rows to lend to the head"),
         ([str(small), "--as", "embedding=int8"], "has no dense embedding"),
         (["nowhere", "--as", "embedding=int8"], "holds no config.yaml"),
         ([str(run), "--as", "embedding=int9"], "there is no embedding=int9"),
