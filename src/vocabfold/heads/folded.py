@@ -119,10 +119,16 @@ class FoldedHead(Head):
         return topk_by_visits(self.partition, self.scorer, hidden, self.group_log_prob(hidden), k)
 
     def two_symbols(self, hidden: Tensor) -> TwoSymbols:
-        """See Head.two_symbols. O(D (G + S)) for each token: what is not asked for is not computed."""
+        """See Head.two_symbols. O(D (G + S)) for each token, O(D G) for one of a shortlist, whose slot is certain."""
 
         def slots(groups: Tensor) -> Tensor:
-            return self.scorer.group_log_prob(hidden, groups.unsqueeze(-1)).squeeze(1).exp()
+            weights = hidden.new_zeros(len(groups), self.partition.num_slots)
+            weights[:, 0] = 1.0
+            rows = (self.partition.sizes[groups] > 1).nonzero().squeeze(-1)
+            if len(rows) > 0:
+                log_prob = self.scorer.group_log_prob(hidden[rows], groups[rows].unsqueeze(-1)).squeeze(1)
+                weights[rows] = log_prob.exp().to(weights.dtype)
+            return weights
 
         return TwoSymbols(self.group_log_prob(hidden).exp(), slots)
 
