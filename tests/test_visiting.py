@@ -12,7 +12,7 @@ from torch import Tensor
 
 from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, make_head, make_hidden
 from test_head_sampling import GroupCounter, cut_distribution
-from vocabfold.heads import FoldedHead, ScaleShiftScorer
+from vocabfold.heads import FoldedHead, ScaleShiftScorer, visiting
 from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus
 
 TEMPERATURES = (0.05, 0.4, 0.9, 1.0, 1.3, 4.0, float("inf"))
@@ -176,6 +176,35 @@ def test_a_shortlist_is_not_visited_for_the_best_token(monkeypatch: pytest.Monke
     monkeypatch.setattr(head.scorer, "group_log_prob", counter)
     assert torch.equal(head.topk(hidden, 3)[1], expected)
     assert counter.num_groups == 0
+
+
+@pytest.mark.parametrize("kind", ["scale_shift", "low_rank_sorted", "sorted_tied"])
+@pytest.mark.parametrize("k", [1, 7])
+def test_flat_rows_are_taken_as_a_whole_and_peaked_rows_are_not(
+    kind: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 80 groups a flat row has its first visit and no more; whole rows come two at a time."""
+    monkeypatch.setattr(visiting, "WHOLE_ROWS_ELEMENTS", 2 * 401)
+    head, model = make_head(kind, Layout(401, 5, shuffled=True), weight_std=0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("shift", "bias")):
+            parameter.data.mul_(0.01)
+    assert isinstance(head, FoldedHead)
+    flatness = torch.tensor([0.001, 20.0] * 5)[:9, None]
+    hidden = flatness * make_hidden(9)
+    expected = head.log_prob(hidden).topk(k, dim=-1)
+    counter = GroupCounter(head)
+    monkeypatch.setattr(head.scorer, "group_log_prob", counter)
+    whole_rows: list[int] = []
+    original = head.scorer.position_log_prob
+    monkeypatch.setattr(
+        head.scorer, "position_log_prob", lambda rows: (whole_rows.append(len(rows)), original(rows))[1]
+    )
+    values, tokens = head.topk(hidden, k)
+    torch.testing.assert_close(values, expected.values, rtol=1e-12, atol=1e-12)
+    assert torch.equal(tokens, expected.indices)
+    assert whole_rows == [2, 2, 1]
+    assert counter.num_groups <= 9 * 3 * visiting.GROUPS_A_VISIT
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.6])
