@@ -50,7 +50,7 @@ def draw(scale: str) -> None:
         axes[1].plot([], [], color=color, label=order)
     for name, marker, dash in SCORERS.values():
         axes[1].plot([], [], color="black", marker=marker, linestyle=dash, label=name)
-    axes[1].legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0.88))
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(ORDERS) + len(SCORERS))
     first = table.iloc[0]
     figure.suptitle(
         f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens; {table['seed'].nunique()} seeds, 95% intervals; "

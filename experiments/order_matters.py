@@ -33,7 +33,7 @@ def draw(scale: str) -> None:
     for axis, (quantity, label) in zip(axes, QUANTITIES.items(), strict=True):
         draw_quantity(axis, table, quantity)
         axis.set_ylabel(label)
-    axes[0].legend(title="order")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ORDERS))
     figure.suptitle(caption(table), fontsize=7)
     save(figure, RESULTS / scale / "order_matters.png")
     path = RESULTS / scale / "order_matters.md"
