@@ -247,8 +247,10 @@ def general_compressor(table: pd.DataFrame) -> list[str]:
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Decoding speed against bits a token, one panel a stream."""
     groups = list(table.groupby(["corpus", "tokenizer"], sort=False))
-    figure, axes = plt.subplots(1, len(groups), figsize=(2 * COLUMN_INCHES, 2.4), sharey=True, squeeze=False)
-    for axis, ((corpus, tokenizer), rows) in zip(axes[0], groups, strict=True):
+    num_rows = -(-len(groups) // 2)
+    size = (2 * COLUMN_INCHES, 2.3 * num_rows)
+    figure, axes = plt.subplots(num_rows, 2, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, ((corpus, tokenizer), rows) in zip(axes.flat, groups, strict=False):
         for _, row in rows.iterrows():
             is_ours = row["coder"] in CODERS
             color = COLORS["blue"] if is_ours else COLORS["orange"]
@@ -266,8 +268,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.set_yscale("log")
         axis.set_xlim(right=20)
         axis.set_title(f"{corpus}, {tokenizer}", fontsize=7)
-        axis.set_xlabel("Bits a token (dashed H0, dotted H1)")
-    axes[0][0].set_ylabel("Decoding (million tokens/s)")
+    figure.supxlabel("Bits a token (dashed H0, dotted H1)", fontsize=8)
+    figure.supylabel("Decoding (million tokens/s)", fontsize=8)
     save(figure, path)
 
 

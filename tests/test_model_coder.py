@@ -17,6 +17,7 @@ from run_cases import TINY, call, start, write_corpus
 from test_generate import HEADS, VOCABULARY_SIZE, small_model
 from vocabfold import compress as compressing
 from vocabfold import decompress as decompressing
+from vocabfold import train
 from vocabfold.coding.damage import DamagedStream
 from vocabfold.coding.model_coder import BITS, ROWS, cumulative_integers, decode_tokens, encode_tokens
 from vocabfold.data.tokenizer import load_tokenizer
@@ -128,10 +129,12 @@ def test_any_bytes_are_tokens_and_back(data: bytes) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_corpus(folder)
-    arguments = ("head=grouped", "head.scorer=linear_sorted", "run_dir=run", "budget.steps=2")
-    for name, seed in (("run", 0), ("other", 1)):
-        done = start(folder, "-m", "vocabfold.train", *TINY, *arguments, f"run_dir={name}", f"seed={seed}")
-        assert done.returncode == 0, done.stderr
+    arguments = (*TINY, "head=grouped", "head.scorer=linear_sorted")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
+        for name, seed in (("run", 0), ("other", 1)):
+            assert call(train.main, monkeypatch, *arguments, f"run_dir={name}", f"seed={seed}") == 0
     return folder
 
 
