@@ -106,7 +106,13 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as cache_dir:
         for store in STORES:
-            data = source | {"tokenizer": "gpt2", "cache_dir": cache_dir, "workers": 1, "store": store}
+            data = source | {
+                "tokenizer": "gpt2",
+                "cache_dir": cache_dir,
+                "workers": 1,
+                "store": store,
+                "layout": "packed",
+            }
             lead = {"experiment": NAME, "scale": arguments.scale, "corpus": corpus, "store": store}
             named = "" if arguments.text is None else " --text FILE"
             command = f"python experiments/token_store.py --scale {arguments.scale}{named}"

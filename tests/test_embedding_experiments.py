@@ -35,7 +35,8 @@ def test_published_weights_are_compressed_and_their_perplexity_measured(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_architecture(Path("gpt2"), "gpt2")
-    data = ("data=zipf", "data.vocabulary_size=13", "data.num_train_tokens=400", "data.num_valid_tokens=200")
+    sizes = ("data.num_topics=4", "data.num_train_tokens=400", "data.num_valid_tokens=200")
+    data = ("data=zipf", "data.vocabulary_size=13", *sizes)
     assert program("embedding_published", monkeypatch, "gpt2", *data, "--batch-size", "2") == 0, capfd.readouterr().err
     table = pd.read_csv("results/paper/embedding_published.csv")
     dense = table[table["embedding"] == "dense"].iloc[0]
@@ -44,7 +45,7 @@ def test_published_weights_are_compressed_and_their_perplexity_measured(
     assert len(int8) == 2 and int8["perplexity"].to_numpy() == pytest.approx(dense["perplexity"], rel=0.05)
     assert (int8["perplexity"] != dense["perplexity"]).all()
     assert {"tensor_train", "low_rank"} <= set(table["embedding"])
-    data = ("data=zipf", "data.vocabulary_size=14", *data[2:])
+    data = ("data=zipf", "data.vocabulary_size=14", *sizes)
     assert program("embedding_published", monkeypatch, "gpt2", *data) == 2
     assert "has 14 tokens" in capfd.readouterr().err
 
