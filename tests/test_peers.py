@@ -183,7 +183,7 @@ def test_a_peer_trains_with_extras_and_its_weights_load_without_the_corpus(
     assert parts[0] < first["train_negative_log_likelihood"]
     model = build_model(settings.model, settings.head, 211).eval()
     load_weights(tmp_path / "run", model)
-    tokens = torch.from_numpy(training.load_corpus(settings.data).valid.tokens.astype("int64"))
+    tokens = torch.from_numpy(training.load_data(settings.data).valid.tokens.astype("int64"))
     starts = range(0, len(tokens) - 1, 16)
     with torch.no_grad():
         losses = [
