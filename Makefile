@@ -94,7 +94,7 @@ pictures: .venv/ready
 	$(call draw,figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy)
 
 figures: .venv/ready
-	@for figure in $(DRAWN); do $(PY) experiments/$$figure.py || exit; done
+	@for figure in $(DRAWN); do $(PY) experiments/$$figure.py || true; done  # one without its table says so; the rest are drawn
 	@$(PY) experiments/table2_memory.py
 	@for scale in $(patsubst results/%/decode.csv,%,$(wildcard results/*/decode.csv)); do \
 		$(PY) experiments/decode.py --scale $$scale --redraw || exit; done
