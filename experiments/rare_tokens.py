@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from vocabfold.command_line import one_line_errors
 from vocabfold.constants import IGNORE_INDEX
-from vocabfold.data.batches import Batches
+from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
 from vocabfold.files import write_text
@@ -67,15 +67,7 @@ def loss_of_targets(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     settings = load_settings(folder)
     corpus = load_corpus(settings.data)
     model = load_run(folder, torch.device("cpu"))
-    batches = Batches(
-        corpus.valid,
-        sequence_length=settings.sequence_length,
-        batch_size=settings.evaluation_batch_size,
-        seed=0,
-        layout=settings.data["layout"],
-        end_token=corpus.end_token,
-        shuffle=False,
-    )
+    batches = corpus.batches("valid", BatchPlan(settings.sequence_length, settings.evaluation_batch_size, seed=0))
     losses, tokens = [], []
     for inputs, targets in batches.evaluation_batches():
         hidden = model.backbone(inputs).flatten(0, 1)

@@ -26,7 +26,7 @@ from vocabfold.allocator import keep_freed_memory
 from vocabfold.checkpoint import save_weights
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.constants import IGNORE_INDEX
-from vocabfold.data.batches import Batches
+from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device
 from vocabfold.errors import UserError
@@ -63,10 +63,10 @@ class Teacher:
         self.corpus = load_corpus(self.settings.data)
         if self.corpus.vocabulary_size != self.head.vocabulary_size:
             raise UserError(f"{folder} was trained on other tokens than its config.yaml names: train it again")
-        shared = {"sequence_length": self.settings.sequence_length, "layout": self.settings.data["layout"]}
-        shared |= {"seed": self.settings.seed, "end_token": self.corpus.end_token}
-        self.batches = Batches(self.corpus.train, batch_size=self.settings.batch_size, **shared)
-        self.valid = Batches(self.corpus.valid, batch_size=self.settings.evaluation_batch_size, shuffle=False, **shared)
+        plan = BatchPlan(self.settings.sequence_length, self.settings.batch_size, self.settings.seed)
+        self.batches = self.corpus.batches("train", plan)
+        valid_plan = dataclasses.replace(plan, batch_size=self.settings.evaluation_batch_size)
+        self.valid = self.corpus.batches("valid", valid_plan)
 
     @torch.no_grad()
     def hidden(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
