@@ -12,6 +12,7 @@ TRAINING := $(PY) -m vocabfold.train --multirun scale=$(SCALE)
 # What is reproduced, a part at a time (make heads SCALE=text ...). What has finished, been measured or drawn is not done again
 # but drawn again, so that a killed make goes on where it stopped.
 AREAS := paper heads embeddings tokens pictures
+comma := ,
 sweep = @$(TRAINING) $(DATA) experiment=$(1) $(2) && $(PY) -m vocabfold.records $(1) $(SCALE)
 once = @test -f $(RUNS)/$(1).done || { $(PY) experiments/$(1).py $(2) && touch $(RUNS)/$(1).done; }
 draw = @for figure in $(1); do $(PY) experiments/$$figure.py $(SCALE) || exit; done
@@ -77,8 +78,7 @@ embeddings: .venv/ready
 
 # A text that was read for training is coded for size and stored; one that was not is coded with the models.
 tokens: .venv/ready
-	$(call sweep,main_comparison,model=gpt2 seed=0)
-	$(call sweep,model_coding)
+	$(call sweep,heads_pareto,contender=full_free$(comma)scale_shift_bpe$(comma)linear_clustered$(comma)shortlist_frequency seed=0)
 	$(call once,token_coding,--scale $(SCALE) $(if $(TRAIN),--text text=$(TRAIN)))
 	$(call once,token_store,--scale $(SCALE) $(if $(TRAIN),--text $(TRAIN)))
 	$(call once,model_coding,--scale $(SCALE) $(if $(VALID),--text $(VALID)))

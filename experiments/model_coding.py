@@ -3,8 +3,8 @@
     python experiments/model_coding.py [--scale laptop] [--rounds 3] [--text FILE] [--run NAME=RUN_FOLDER ...]
 
 writes results/SCALE/model_coding.csv (one row a coder), .png and .md. The text must be one that no model saw; without
---text it is embedded stories beyond every corpus. Without --run the models are those that the experiments
-main_comparison and model_coding trained at this scale with seed 0. ``--draw`` redraws from the table.
+--text it is embedded stories beyond every corpus. Without --run the models are those of heads_pareto with seed 0: the
+full softmax and folded heads, each at its own learning rate. ``--draw`` redraws from the table.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ NAME = "model_coding"
 CPU = torch.device("cpu")
 UNSEEN_STORIES = (1_000_000, 1_000_060)  # of the embedded generator's seed 0: far beyond what any scale trains on
 FULL = "full"
+MODELS = {  # contender -> its name in the table
+    "full_free": "full softmax",
+    "scale_shift_bpe": "scale and shift, bpe",
+    "linear_clustered": "linear, clustered",
+    "shortlist_frequency": "shortlist 2,048",
+}
 TRAINED_COLUMNS = [*RUN_COLUMNS[RUN_COLUMNS.index("seed") : RUN_COLUMNS.index("steps") + 1], "validation_loss_nats"]
 Side = tuple[Callable[[], bytes], Callable[[bytes], bytes]]
 
@@ -206,15 +212,14 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def trained_runs(scale: str) -> dict[str, Path]:
-    """The finished runs with seed 0 of this scale. Raises UserError where there is none."""
+    """The finished runs of MODELS with seed 0. Raises UserError where there is none."""
     found: dict[str, Path] = {}
-    for experiment in ("main_comparison", NAME):
-        for folder in sorted((RESULTS / "runs" / scale / experiment).glob("*-seed0-*")):
-            row = finished_row(folder)
-            if row is not None and row["model"] == "gpt2":
-                found[f"model, {'best folded' if experiment == NAME else row['head']}"] = folder
+    for contender, name in MODELS.items():
+        for folder in sorted((RESULTS / "runs" / scale / "heads_pareto").glob(f"gpt2-{contender}-*-seed0-*")):
+            if finished_row(folder) is not None:
+                found[f"model, {name}"] = folder
     if not found:
-        raise UserError(f"no finished run of scale {scale}: run `make reproduce SCALE={scale}` first, or name --run")
+        raise UserError(f"no finished run of scale {scale}: run `make tokens SCALE={scale}` first, or name --run")
     return found
 
 
