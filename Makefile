@@ -13,11 +13,12 @@ TRAINING := $(PY) -m vocabfold.train --multirun scale=$(SCALE)
 # but drawn again, so that a killed make goes on where it stopped.
 AREAS := paper heads embeddings tokens pictures
 comma := ,
-sweep = @$(TRAINING) $(DATA) experiment=$(1) $(2) && $(PY) -m vocabfold.records $(1) $(SCALE)
+trained = @$(TRAINING) $(DATA) experiment=$(1) $(2)
+sweep = $(trained) && $(PY) -m vocabfold.records $(1) $(SCALE)
 once = @test -f $(RUNS)/$(1).done || { $(PY) experiments/$(1).py $(2) && touch $(RUNS)/$(1).done; }
 draw = @for figure in $(1); do $(PY) experiments/$$figure.py $(SCALE) || exit; done
 
-DRAWN := main_comparison figure3_group_size heads_pareto order_matters rare_tokens group_accuracy vocabulary_scaling fold \
+DRAWN := main_comparison figure3_group_size heads_pareto order_matters rare_tokens group_accuracy vocabulary_scaling larger_vocabulary fold \
 	embedding_compression both_ends caching figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
 
 .PHONY: help setup reproduce $(AREAS) figures test test-all lint
@@ -52,11 +53,12 @@ heads: .venv/ready
 	$(call sweep,heads_pareto)
 	$(call sweep,order_matters)
 	$(call sweep,vocabulary_scaling)
-	$(if $(filter laptop,$(SCALE)),$(call sweep,vocabulary_scaling,contender=full_free data.vocabulary_size=10000,50257,100277))
+	$(if $(filter laptop,$(SCALE)),$(call sweep,vocabulary_scaling,contender=full_free data.vocabulary_size=10000$(comma)50257$(comma)100277))
+	$(if $(filter-out laptop,$(SCALE)),$(call sweep,larger_vocabulary))
 	$(call once,heads_cost,--scale $(SCALE) $(DATA))
 	$(call once,vocabulary_cost,--scale $(SCALE))
 	$(call once,rare_tokens,--measure $(SCALE))
-	$(call draw,heads_pareto order_matters group_accuracy rare_tokens vocabulary_scaling)
+	$(call draw,heads_pareto order_matters group_accuracy rare_tokens vocabulary_scaling $(if $(filter-out laptop,$(SCALE)),larger_vocabulary))
 	$(call sweep,decode)
 	$(call once,decode,--scale $(SCALE))
 	$(call sweep,main_comparison,model=gpt2 head=full)
@@ -78,7 +80,7 @@ embeddings: .venv/ready
 
 # A text that was read for training is coded for size and stored; one that was not is coded with the models.
 tokens: .venv/ready
-	$(call sweep,heads_pareto,contender=full_free$(comma)scale_shift_bpe$(comma)linear_clustered$(comma)shortlist_frequency seed=0)
+	$(call trained,heads_pareto,contender=full_free$(comma)scale_shift_bpe$(comma)linear_clustered$(comma)shortlist_frequency seed=0)
 	$(call once,token_coding,--scale $(SCALE) $(if $(TRAIN),--text text=$(TRAIN)))
 	$(call once,token_store,--scale $(SCALE) $(if $(TRAIN),--text $(TRAIN)))
 	$(call once,model_coding,--scale $(SCALE) $(if $(VALID),--text $(VALID)))

@@ -60,6 +60,8 @@ def test_text(text_data: dict[str, Any]) -> None:
     assert texts(corpus.valid) == ["No separator here,\nso one document."]
     assert (corpus.name, corpus.vocabulary_size, corpus.end_token) == ("text", 50257, 50256)
     assert corpus.tokenizer is not None and corpus.entropy_rate_nats is None
+    text_bytes = len("No separator here,\nso one document.")  # the end token is a token of no bytes
+    assert corpus.valid_bytes_per_token == pytest.approx(text_bytes / len(corpus.valid))
 
 
 def test_text_with_windows_line_ends_and_byte_order_mark(text_data: dict[str, Any]) -> None:
@@ -140,6 +142,7 @@ def test_zipf(cache: Path) -> None:
     assert (len(corpus.train), len(corpus.valid)) == (1_500_000, 3000)
     assert corpus.train.tokens.dtype == np.uint32 and corpus.train.document_starts.tolist() == [0, 1_500_000]
     assert corpus.tokenizer is None and corpus.end_token is None and corpus.vocabulary_size == 100_000
+    assert corpus.valid_bytes_per_token is None
     law = corpora.zipf_law(100_000)
     assert corpus.entropy_rate_nats == corpora.entropy_rate_nats(law)
     np.testing.assert_array_equal(corpus.train.tokens, np.concatenate(list(corpora.zipf_tokens(law, 1_500_000))))

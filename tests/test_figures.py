@@ -126,6 +126,15 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             for seed in (0, 1)
         ],
     )
+    yield (
+        "larger_vocabulary",
+        [
+            contender_row(name, 225, seed) | {"vocabulary_size": size, "validation_bits_per_byte": 1.5 + 0.1 * seed}
+            for name in ("full_free", "linear_clustered")
+            for size in (50_257, 100_277)
+            for seed in (0, 1)
+        ],
+    )
     classes = {"rank": 6, "decile": 10}
     yield (
         "rare_tokens",
@@ -264,10 +273,11 @@ def caching_tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def draw(program: str, monkeypatch: pytest.MonkeyPatch, *scales: str) -> int:
-    path = str(REPOSITORY / "experiments" / f"{program}.py")
+    experiments = REPOSITORY / "experiments"
+    monkeypatch.syspath_prepend(str(experiments))  # as for a program that is started there
 
     def program_itself() -> None:
-        runpy.run_path(path, run_name="__main__")
+        runpy.run_path(str(experiments / f"{program}.py"), run_name="__main__")
 
     return call(program_itself, monkeypatch, *scales)
 

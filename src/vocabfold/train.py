@@ -67,6 +67,7 @@ class Trainer:
         plan = BatchPlan(settings.sequence_length, settings.batch_size, settings.seed, ranks.rank, ranks.world_size)
         self.batches = corpus.batches("train", plan)
         self.valid = corpus.batches("valid", replace(plan, batch_size=settings.evaluation_batch_size))
+        self.bytes_per_token = corpus.valid_bytes_per_token
         self.total_steps = settings.total_steps(self.batches.batches_per_epoch, self.batches.targets_per_batch)
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
@@ -158,6 +159,8 @@ class Trainer:
         result["perplexity"] = math.exp(min(result["validation_loss_nats"], 700.0))
         if self.corpus.entropy_rate_nats is not None:
             result["excess_loss_nats"] = result["validation_loss_nats"] - self.corpus.entropy_rate_nats
+        if self.bytes_per_token is not None:
+            result["validation_bits_per_byte"] = result["validation_loss_nats"] / math.log(2) / self.bytes_per_token
         return result
 
     def save(self) -> None:

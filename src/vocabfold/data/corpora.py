@@ -53,6 +53,16 @@ class Corpus:
         """The training stream."""
         return self.train.tokens
 
+    @property
+    def valid_bytes_per_token(self) -> float | None:
+        """Bytes of UTF-8 to a token of the validation text, end tokens counted as tokens of no bytes; None where the
+        tokens are no text."""
+        if self.tokenizer is None or not len(self.valid):
+            return None
+        tokens, counts = np.unique(self.valid.tokens[:], return_counts=True)
+        sizes = [0 if token == self.end_token else len(self.tokenizer.decode_bytes([token])) for token in tokens]
+        return int(counts @ np.array(sizes)) / len(self.valid)
+
     def batches(self, split: str, plan: BatchPlan) -> Batches:
         """Shuffled endless batches of ``train``, or those of ``valid`` in order."""
         tokens, is_training = (self.train, True) if split == "train" else (self.valid, False)

@@ -40,6 +40,7 @@ class Shapes:
     seed: int
     workers: int
     entropy_rate_nats: None = None
+    valid_bytes_per_token: None = None
     reports_accuracy: bool = True
 
     @property
