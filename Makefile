@@ -9,6 +9,10 @@ RUNS := results/runs/$(SCALE)
 DATA := $(if $(TRAIN),data.train=$(TRAIN)) $(if $(VALID),data.valid=$(VALID))
 TRAINING := $(PY) -m vocabfold.train --multirun scale=$(SCALE)
 
+CORPUS_laptop := stories
+CORPUS_text := text
+CORPUS_paper := tinystories
+
 # What is reproduced, a part at a time (make heads SCALE=text ...). What has finished, been measured or drawn is not done again
 # but drawn again, so that a killed make goes on where it stopped.
 AREAS := paper heads embeddings tokens pictures
@@ -69,7 +73,7 @@ heads: .venv/ready
 
 embeddings: .venv/ready
 	$(call sweep,embedding_compression)
-	@$(PY) -m vocabfold.compress_embedding $(RUNS)/embedding_compression/gpt2-grouped-[st]*-seed* \
+	@$(PY) -m vocabfold.compress_embedding $(RUNS)/embedding_compression/gpt2-grouped-$(CORPUS_$(SCALE))-seed* \
 		@conf/compression/embedding_compression_$(if $(filter laptop,$(SCALE)),laptop,text).txt
 	@$(PY) -m vocabfold.records embedding_compression $(SCALE)
 	$(call sweep,main_comparison,model=gpt2 head=full)
