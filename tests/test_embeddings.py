@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int4": {"group_size": 8},
 }
 IDS = torch.tensor([[0, 100, 3], [3, 57, 3]])
+MANY_IDS = torch.cat([IDS, torch.randint(VOCABULARY, (20, 3), generator=torch.Generator().manual_seed(0))])
 
 
 def settings_of(name: str, **changes: Any) -> EmbeddingSettings:
@@ -96,21 +97,23 @@ def test_lookups_are_the_definition(name: str) -> None:
         build_embedding(settings_of(name), VOCABULARY, HIDDEN),
         compress_table(settings_of(name), table()),
     ):
-        expected = torch.stack([reference(embedding, int(token)) for token in IDS.flatten()]).view(2, 3, HIDDEN)
-        torch.testing.assert_close(embedding(IDS).double(), expected, atol=1e-5, rtol=1e-5)
+        for ids in (IDS, MANY_IDS):  # a TT matrix multiplies in another order for many
+            expected = torch.stack([reference(embedding, int(token)) for token in ids.flatten()]).view(*ids.shape, -1)
+            torch.testing.assert_close(embedding(ids).double(), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(embedding.rows(95, 101)[5], embedding(torch.tensor(100)))
         assert embedding.rows(4, 4).shape == (0, HIDDEN)
         assert embedding(IDS[:0]).shape == (0, 3, HIDDEN)
 
 
 @pytest.mark.parametrize("name", ["tensor_train", "tt_matrix", "low_rank"])
-def test_gradients_are_those_of_the_definition(name: str) -> None:
+@pytest.mark.parametrize("ids", [IDS, MANY_IDS], ids=["few", "many"])
+def test_gradients_are_those_of_the_definition(name: str, ids: Tensor) -> None:
     torch.manual_seed(0)
     embedding = build_embedding(settings_of(name), VOCABULARY, HIDDEN).double()
-    direction = torch.randn(*IDS.shape, HIDDEN, dtype=torch.float64)
+    direction = torch.randn(*ids.shape, HIDDEN, dtype=torch.float64)
     names, parameters = zip(*embedding.named_parameters(), strict=True)
-    fast = torch.autograd.grad((embedding(IDS) * direction).sum(), parameters)
-    rows = [reference(embedding, int(token)) for token in IDS.flatten()]
+    fast = torch.autograd.grad((embedding(ids) * direction).sum(), parameters)
+    rows = [reference(embedding, int(token)) for token in ids.flatten()]
     slow = torch.autograd.grad((torch.stack(rows) * direction.flatten(0, 1)).sum(), parameters)
     for which, ours, theirs in zip(names, fast, slow, strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda text, which=which: f"{which}: {text}")

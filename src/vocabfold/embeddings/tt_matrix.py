@@ -44,9 +44,15 @@ class TTMatrixEmbedding(TokenEmbedding):
     def look_up(self, ids: Tensor) -> Tensor:
         """See TokenEmbedding."""
         digits = self.digits.index_select(0, ids.flatten()).long()
-        product = F.embedding(digits[:, 0], self.cores[0].flatten(1))
-        for k, core in enumerate(self.cores[1:], 1):
-            product = _times_slices(product, core, digits[:, k])
+        first, second, third = self.cores
+        product = F.embedding(digits[:, 0], first.flatten(1))
+        if len(digits) < len(second) * len(third):
+            product = _times_slices(product, second, digits[:, 1])
+            product = _times_slices(product, third, digits[:, 2])
+        else:  # tokens share their last two digits: one product a pair of digits, not one a token
+            pairs = torch.matmul(second.reshape(-1, second.shape[3]), third.squeeze(3))  # [V_3, V_2 r_1 d_2, d_3]
+            pairs = pairs.view(len(third) * len(second), second.shape[1], -1, 1)
+            product = _times_slices(product, pairs, digits[:, 2] * len(second) + digits[:, 1])
         return product.reshape(*ids.shape, self.embedding_dim)
 
     @classmethod
@@ -76,9 +82,10 @@ def _times_slices(product: Tensor, core: Tensor, digit: Tensor) -> Tensor:
     count, before, size, after = core.shape
     order = digit.argsort()
     parts = product[order].split(digit.bincount(minlength=count).tolist())
+    slices = core.flatten(2).unbind()
     products = [
-        (part.reshape(-1, before) @ core[value].flatten(1)).view(len(part), -1)
-        for value, part in enumerate(parts)
+        (part.reshape(-1, before) @ matrix).view(len(part), -1)
+        for part, matrix in zip(parts, slices, strict=True)
         if len(part)
     ]
     if not products:
