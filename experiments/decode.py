@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
 from vocabfold.files import write_text
-from vocabfold.heads import FoldedHead, Head
+from vocabfold.heads import Head
 from vocabfold.heads.base import draw_from_sorted
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
@@ -58,33 +58,6 @@ class Run:
     name: str
     row: dict[str, Any]
     model: ModelWithHead
-
-
-@dataclass
-class Visits:
-    """Counts the groups whose tokens a folded head looks at, while it stands in for the scorer's methods."""
-
-    head: FoldedHead
-    num_groups: int = 0
-    methods: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
-
-    def __enter__(self) -> Visits:
-        scorer = self.head.scorer
-        self.methods = {"group_log_prob": scorer.group_log_prob, "position_log_prob": scorer.position_log_prob}
-
-        def some(hidden: Tensor, groups: Tensor) -> Tensor:
-            self.num_groups += groups.numel()
-            return self.methods["group_log_prob"](hidden, groups)
-
-        def every(hidden: Tensor) -> Tensor:
-            self.num_groups += len(hidden) * len(self.head.partition.multi_groups)
-            return self.methods["position_log_prob"](hidden)
-
-        scorer.group_log_prob, scorer.position_log_prob = some, every  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self.head.scorer.group_log_prob, self.head.scorer.position_log_prob
 
 
 def load_runs(folders: list[Path], device: torch.device) -> list[Run]:
@@ -157,9 +130,9 @@ def mean_entropy_nats(model: ModelWithHead, prompts: Tensor) -> float:
 
 def groups_visited(head: Head, work: Callable[[], Tensor]) -> float | None:
     """How many groups a token of ``work`` needs; None for a head without groups."""
-    if not isinstance(head, FoldedHead):
+    if (visits := head.visits()) is None:
         return None
-    with Visits(head) as visits:
+    with visits:
         tokens = work().numel()
     return visits.num_groups / tokens
 
