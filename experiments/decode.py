@@ -11,7 +11,6 @@ same backbone with a head that costs nothing: no head can be faster.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,15 @@ import torch
 from matplotlib.artist import Artist
 from torch import Tensor
 
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
 from vocabfold.files import write_text
 from vocabfold.heads import Head
 from vocabfold.heads.base import draw_from_sorted
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.machine import origin
+from vocabfold.measure.program import measuring_device, measuring_parser
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.models.build import ModelWithHead
 from vocabfold.records import IDENTITY_COLUMNS, RESULTS, finished_row
@@ -277,10 +276,8 @@ def write_from(path: Path) -> None:
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
+    parser = measuring_parser(__doc__, rounds=5)
     parser.add_argument("runs", nargs="*", type=Path, help="default: the finished runs in results/runs/SCALE/decode")
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
@@ -300,17 +297,12 @@ def main() -> None:
                 f"{folder} holds no finished run: run python -m vocabfold.train --multirun experiment=decode "
                 f"scale={arguments.scale} first"
             )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
-            keep_freed_memory()
+        device = measuring_device()
         runs = load_runs(folders, device)
         prompts = {size: prompts_of(folders[0], size, arguments.prompt_tokens) for size in arguments.batch_sizes}
         prompts = {size: prompt.to(device) for size, prompt in prompts.items()}
         table = measure(runs, prompts, arguments.new_tokens, arguments.rounds).assign(
-            hardware=hardware(),
-            torch=torch_version(),
-            commit=code_commit(),
-            command=" ".join(["python experiments/decode.py", *sys.argv[1:]]),
+            **origin("experiments/decode.py"),
         )
         write_text(path, table.to_csv(index=False))
     write_from(path)
