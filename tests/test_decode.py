@@ -120,14 +120,16 @@ def test_decoding_in_a_batch_is_decoding_one_by_one(here: Path) -> None:
         ([*QUICK, "--prompt-tokens", "100000"], "choose a --prompt-tokens up to that"),
         ([*QUICK, "--new-tokens", "10"], "positions do not fit"),
         (["GROUPED", "--rounds", "1"], "none of the runs has the full softmax"),
-        (["GROUPED", "GROUPED"], "two of the runs are both scale_shift, bpe"),
+        (["GROUPED", "GROUPED"], "two of the runs are both scale_shift_sorted, bpe"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     (grouped,) = [
-        path for path in here.glob("results/runs/smoke/decode/*") if '"scale_shift"' in (path / "row.json").read_text()
+        path
+        for path in here.glob("results/runs/smoke/decode/*")
+        if '"scale_shift_sorted"' in (path / "row.json").read_text()
     ]
     before = sorted(here.rglob("*"))
     assert benchmark(monkeypatch, *[str(grouped) if word == "GROUPED" else word for word in arguments]) == 2
