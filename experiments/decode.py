@@ -25,7 +25,7 @@ from torch import Tensor
 from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, report, save
 from vocabfold.files import write_text
 from vocabfold.heads import Head
 from vocabfold.heads.base import draw_from_sorted
@@ -261,18 +261,6 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     save(figure, path)
 
 
-def write_from(path: Path) -> None:
-    """decode.csv -> decode.md and decode.png beside it. Raises UserError where there is none or it is another's."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run python experiments/decode.py --scale {path.parent.name} first")
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    if "groups_visited" not in table.columns:
-        raise UserError(f"{path} has no column groups_visited: another version wrote it; measure again")
-    write_text(path.with_suffix(".md"), markdown(table))
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        draw(table, path.with_suffix(".png"))
-
-
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
@@ -305,8 +293,7 @@ def main() -> None:
             **origin("experiments/decode.py"),
         )
         write_text(path, table.to_csv(index=False))
-    write_from(path)
-    print(path.with_suffix(".md").read_text(encoding="utf-8") + f"wrote {path}")
+    report(path, markdown, draw, ["groups_visited"])
 
 
 if __name__ == "__main__":
