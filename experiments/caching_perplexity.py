@@ -8,7 +8,6 @@ run and kind of keys and values; caching.py shows it.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.data.batches import Batches
+from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.figures import mean_and_interval
 from vocabfold.files import write_text
 from vocabfold.inference import LAYER_CACHES, bytes_a_position
 from vocabfold.inference.quality import losses_through_cache
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.machine import origin
 from vocabfold.records import RESULTS, finished_row
 from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
@@ -45,9 +44,8 @@ def perplexities(run: Path) -> list[dict[str, Any]]:
     model = load_run(run, torch.device("cpu"))
     corpus = load_corpus(settings.data)
     length = settings.sequence_length
-    shared: dict[str, Any] = {"seed": 0, "end_token": corpus.end_token, "shuffle": False}
-    batches = Batches(corpus.valid, sequence_length=length, batch_size=4, **shared)
-    short = Batches(corpus.valid, sequence_length=SHORT_CONTEXT, batch_size=4 * length // SHORT_CONTEXT, **shared)
+    batches = corpus.batches("valid", BatchPlan(length, batch_size=4, seed=0))
+    short = corpus.batches("valid", BatchPlan(SHORT_CONTEXT, batch_size=4 * length // SHORT_CONTEXT, seed=0))
     trained = finished_row(run) or {}
     rows, exact = [], None
     for kind, layer_cache in tqdm(LAYER_CACHES.items(), desc=run.name):
@@ -93,10 +91,7 @@ def main() -> None:
     table.insert(0, "experiment", "caching_perplexity")
     table.insert(1, "scale", arguments.scale)
     table = table.assign(
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/caching_perplexity.py", *sys.argv[1:]]),
+        **origin("experiments/caching_perplexity.py"),
     )
     path = RESULTS / arguments.scale / "caching_perplexity.csv"
     write_text(path, table.to_csv(index=False))

@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from caching_perplexity import finished_runs
 from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.generate import generate
 from vocabfold.inference import PrefixCache, ResponseCache, fingerprint
-from vocabfold.measure.machine import BYTES_PER_MIB, code_commit, hardware, torch_version
+from vocabfold.measure.machine import BYTES_PER_MIB, origin
+from vocabfold.measure.program import measuring_parser
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelWithHead
 from vocabfold.records import RESULTS, finished_row
@@ -240,10 +241,7 @@ def write(rows: pd.DataFrame, run: Path, scale: str, name: str) -> None:
     first = {"experiment": "caching", "scale": scale} | {name: trained.get(name) for name in names}
     table = pd.DataFrame([first | row for row in rows.to_dict("records")]).assign(
         threads=torch.get_num_threads(),
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join([f"python experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        **origin(f"experiments/{Path(sys.argv[0]).name}"),
     )
     path = RESULTS / scale / f"{name}.csv"
     write_text(path, table.to_csv(index=False))
@@ -253,9 +251,7 @@ def write(rows: pd.DataFrame, run: Path, scale: str, name: str) -> None:
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = measuring_parser(__doc__, rounds=5)
     parser.add_argument("--run", type=Path, help="folder of the trained run; default: the newest of experiment=caching")
     arguments = parser.parse_args()
     keep_freed_memory()

@@ -10,7 +10,6 @@ ratio to the full softmax.
 from __future__ import annotations
 
 import os
-import sys
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -18,12 +17,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.files import write_text
 from vocabfold.heads import ChunkedHead, FullHead, Head
-from vocabfold.measure.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
+from vocabfold.measure.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import peak_memory_of
+from vocabfold.measure.program import measuring_device, measuring_parser
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.records import RESULTS
 
@@ -34,14 +33,10 @@ CHUNK_ROWS = (32, 64, 128, 256, 512, 1024)
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
+    parser = measuring_parser(__doc__, rounds=3)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
+    device = measuring_device()
     hidden_size = arguments.hidden_size
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(VOCABULARY_SIZE, hidden_size, device=device) * 0.02)
@@ -76,10 +71,7 @@ def main() -> None:
     table = pd.DataFrame(rows).assign(
         hidden_size=hidden_size,
         tokens=NUM_TOKENS,
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/chunk_rows.py", *sys.argv[1:]]),
+        **origin("experiments/chunk_rows.py"),
     )
     path = RESULTS / arguments.scale / "chunk_rows.csv"
     if path.is_file():

@@ -11,9 +11,8 @@ same backbone with a head that costs nothing: no head can be faster.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,15 @@ import torch
 from matplotlib.artist import Artist
 from torch import Tensor
 
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, report, save
 from vocabfold.files import write_text
-from vocabfold.heads import FoldedHead, Head
+from vocabfold.heads import Head
 from vocabfold.heads.base import draw_from_sorted
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.machine import origin
+from vocabfold.measure.program import measuring_device, measuring_parser
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.models.build import ModelWithHead
 from vocabfold.records import IDENTITY_COLUMNS, RESULTS, finished_row
@@ -58,33 +57,6 @@ class Run:
     name: str
     row: dict[str, Any]
     model: ModelWithHead
-
-
-@dataclass
-class Visits:
-    """Counts the groups whose tokens a folded head looks at, while it stands in for the scorer's methods."""
-
-    head: FoldedHead
-    num_groups: int = 0
-    methods: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
-
-    def __enter__(self) -> Visits:
-        scorer = self.head.scorer
-        self.methods = {"group_log_prob": scorer.group_log_prob, "position_log_prob": scorer.position_log_prob}
-
-        def some(hidden: Tensor, groups: Tensor) -> Tensor:
-            self.num_groups += groups.numel()
-            return self.methods["group_log_prob"](hidden, groups)
-
-        def every(hidden: Tensor) -> Tensor:
-            self.num_groups += len(hidden) * len(self.head.partition.multi_groups)
-            return self.methods["position_log_prob"](hidden)
-
-        scorer.group_log_prob, scorer.position_log_prob = some, every  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self.head.scorer.group_log_prob, self.head.scorer.position_log_prob
 
 
 def load_runs(folders: list[Path], device: torch.device) -> list[Run]:
@@ -157,9 +129,9 @@ def mean_entropy_nats(model: ModelWithHead, prompts: Tensor) -> float:
 
 def groups_visited(head: Head, work: Callable[[], Tensor]) -> float | None:
     """How many groups a token of ``work`` needs; None for a head without groups."""
-    if not isinstance(head, FoldedHead):
+    if (visits := head.visits()) is None:
         return None
-    with Visits(head) as visits:
+    with visits:
         tokens = work().numel()
     return visits.num_groups / tokens
 
@@ -289,25 +261,11 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     save(figure, path)
 
 
-def write_from(path: Path) -> None:
-    """decode.csv -> decode.md and decode.png beside it. Raises UserError where there is none or it is another's."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run python experiments/decode.py --scale {path.parent.name} first")
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    if "groups_visited" not in table.columns:
-        raise UserError(f"{path} has no column groups_visited: another version wrote it; measure again")
-    write_text(path.with_suffix(".md"), markdown(table))
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        draw(table, path.with_suffix(".png"))
-
-
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
+    parser = measuring_parser(__doc__, rounds=5)
     parser.add_argument("runs", nargs="*", type=Path, help="default: the finished runs in results/runs/SCALE/decode")
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
@@ -327,21 +285,15 @@ def main() -> None:
                 f"{folder} holds no finished run: run python -m vocabfold.train --multirun experiment=decode "
                 f"scale={arguments.scale} first"
             )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
-            keep_freed_memory()
+        device = measuring_device()
         runs = load_runs(folders, device)
         prompts = {size: prompts_of(folders[0], size, arguments.prompt_tokens) for size in arguments.batch_sizes}
         prompts = {size: prompt.to(device) for size, prompt in prompts.items()}
         table = measure(runs, prompts, arguments.new_tokens, arguments.rounds).assign(
-            hardware=hardware(),
-            torch=torch_version(),
-            commit=code_commit(),
-            command=" ".join(["python experiments/decode.py", *sys.argv[1:]]),
+            **origin("experiments/decode.py"),
         )
         write_text(path, table.to_csv(index=False))
-    write_from(path)
-    print(path.with_suffix(".md").read_text(encoding="utf-8") + f"wrote {path}")
+    report(path, markdown, draw, ["groups_visited"])
 
 
 if __name__ == "__main__":

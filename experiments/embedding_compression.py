@@ -14,21 +14,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy import stats
 
+from vocabfold.embeddings.methods import LOOKS, PUBLISHED
 from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
 
 STAGES = {"compressed": "Compressed after training", "recovered": "and trained on", "scratch": "From scratch"}
-LOOKS = {
-    "tensor_train": ("blue", "o"),
-    "tt_matrix": ("purple", "^"),
-    "low_rank": ("green", "s"),
-    "int8": ("orange", "D"),
-    "int4": ("red", "v"),
-}
 ARM = ["stage", "embedding", "embedding_setting"]
-PUBLISHED = (3.31, 38.40)
 ONE_PERCENT = math.log(1.01)
 
 

@@ -11,7 +11,6 @@ published, has the compressed rows too. Writes results/paper/embedding_published
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,19 +19,19 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
-from tqdm import tqdm
 
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.batches import Batches, BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device
-from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, compress_table, relative_error
-from vocabfold.embeddings.build import describe_embedding, resolve_settings
+from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, relative_error
+from vocabfold.embeddings.build import describe_embedding
+from vocabfold.embeddings.methods import compressed_tables
 from vocabfold.embeddings.tt_svd import factorisations
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.heads.full import FullHead
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.machine import origin
 from vocabfold.models.gpt import GPT
 from vocabfold.models.published import load_published
 from vocabfold.records import RESULTS
@@ -82,15 +81,8 @@ def measure(folder: Path, overrides: list[str], sequence_length: int, batch_size
     table = model.token_embedding.rows(0, model.config.vocabulary_size).detach().clone()
     dense = FullHead(table.shape[1], len(table), nn.Parameter(table))
     rows = []
-    for settings in tqdm(list(settings_for(table.shape[1])), desc="embeddings"):
-        try:
-            resolved = resolve_settings(settings, table)
-            embedding = compress_table(resolved, table)
-        except UserError as error:
-            if "out of reach" not in str(error):
-                raise
-            continue
-        embedding.settle()
+    for made in compressed_tables(table, settings_for(table.shape[1]), "embeddings"):
+        embedding = made.embedding
         model.token_embedding = embedding.to(device)
         own = FullHead(table.shape[1], len(table), nn.Parameter(embedding.rows(0, len(table))))
         heads = {"input": dense} if isinstance(embedding, DenseEmbedding) else {"input": dense, "both": own}
@@ -100,7 +92,7 @@ def measure(folder: Path, overrides: list[str], sequence_length: int, batch_size
                 "model": folder.name,
                 "corpus": corpus.name,
                 "place": place,
-                **describe_embedding(resolved, embedding),
+                **describe_embedding(made.settings, embedding),
                 "relative_error": relative_error(embedding, table),
                 "validation_loss_nats": loss,
                 "perplexity": math.exp(min(loss, 700.0)),
@@ -130,10 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = measure(arguments.folder, arguments.data, arguments.sequence_length, arguments.batch_size)
     table = table.assign(
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/embedding_published.py", *sys.argv[1:]]),
+        **origin("experiments/embedding_published.py"),
     )
     path = RESULTS / "paper" / "embedding_published.csv"
     write_text(path, table.to_csv(index=False))

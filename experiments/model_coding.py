@@ -12,7 +12,6 @@ from __future__ import annotations
 import bz2
 import lzma
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,13 +27,14 @@ from vocabfold.checkpoint import WEIGHTS_NAME
 from vocabfold.coding.container import decode, encode
 from vocabfold.coding.model_coder import Rows, decode_tokens, encode_tokens, one_thread
 from vocabfold.coding.text_file import TextModel, load_text_model
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.data.stories import stories
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, STYLE, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, report, save
 from vocabfold.files import write_text
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.machine import origin
+from vocabfold.measure.program import measuring_parser
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.records import RESULTS, RUN_COLUMNS, finished_row
 from vocabfold.settings import load_settings
@@ -231,9 +231,7 @@ def named_paths(pairs: list[str]) -> dict[str, Path]:
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = measuring_parser(__doc__, rounds=3)
     parser.add_argument("--text", type=Path, help="a local file that no model saw")
     parser.add_argument("--corpus", default="text", help="what tables call --text (default %(default)s)")
     parser.add_argument("--run", action="append", default=[], metavar="NAME=RUN_FOLDER")
@@ -250,17 +248,12 @@ def main() -> None:
             corpus, text = arguments.corpus, arguments.text.read_bytes()
         rows = measure(text, runs, arguments.excerpt_bytes, arguments.rounds)
         lead = {"experiment": NAME, "scale": arguments.scale, "corpus": corpus}
-        origin = {"hardware": hardware(), "torch": torch_version(), "commit": code_commit()}
         named = "" if arguments.text is None else " --text FILE"
-        origin["command"] = f"python experiments/model_coding.py --scale {arguments.scale}{named}"
-        write_text(path, pd.DataFrame([lead | row | origin for row in rows]).to_csv(index=False))
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run this program without --draw first")
-    table = pd.read_csv(path)
-    write_text(path.with_suffix(".md"), markdown(table))
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        draw(table, path.with_suffix(".png"))
-    print(markdown(table), file=sys.stdout)
+        command = f"python experiments/model_coding.py --scale {arguments.scale}{named}"
+        write_text(
+            path, pd.DataFrame([lead | row | origin(NAME) | {"command": command} for row in rows]).to_csv(index=False)
+        )
+    report(path, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ redraws from the table.
 
 from __future__ import annotations
 
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -29,13 +28,14 @@ import torch
 from vocabfold.coding.coders import CODERS
 from vocabfold.coding.container import Container, decode, encode
 from vocabfold.coding.frequencies import count_frequencies, index_of
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.data.stories import stories
 from vocabfold.data.tokenizer import END_OF_TEXT, load_tokenizer
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, STYLE, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, report, save
 from vocabfold.files import write_text
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.measure.machine import origin
+from vocabfold.measure.program import measuring_parser
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.records import RESULTS
 
@@ -276,9 +276,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = measuring_parser(__doc__, rounds=3)
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="a local UTF-8 text")
     parser.add_argument("--stories", type=int, default=1000, help="embedded stories, where there is no --text")
     parser.add_argument("--speed-tokens", type=int, default=SPEED_TOKENS, help="timed (default %(default)s)")
@@ -297,22 +295,15 @@ def main() -> None:
         if not texts:
             texts["stories"] = list(stories(0, 0, arguments.stories))
         rows = [row for stream in streams(texts) for row in measure(*stream, arguments.rounds, arguments.speed_tokens)]
-        origin = {"hardware": hardware(), "torch": torch_version(), "commit": code_commit()}
         names = " ".join(f"--text {named.partition('=')[0]}=FILE" for named in arguments.text)
-        origin["command"] = f"python experiments/token_coding.py --scale {arguments.scale} {names}".strip()
+        command = f"python experiments/token_coding.py --scale {arguments.scale} {names}".strip()
         lead = {"experiment": NAME, "scale": arguments.scale}
-        table = pd.DataFrame([lead | row | origin for row in rows])
+        table = pd.DataFrame([lead | row | origin(NAME) | {"command": command} for row in rows])
         if arguments.add and path.is_file():
             kept = pd.read_csv(path)
             table = pd.concat([kept[~kept["corpus"].isin(table["corpus"])], table])
         write_text(path, table.to_csv(index=False))
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run this program without --draw first")
-    table = pd.read_csv(path)
-    write_text(path.with_suffix(".md"), markdown(table))
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        draw(table, path.with_suffix(".png"))
-    print(markdown(table), file=sys.stdout)
+    report(path, markdown, draw)
 
 
 if __name__ == "__main__":

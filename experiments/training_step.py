@@ -10,7 +10,6 @@ allocator gives freed memory back to the system, as every program's does that do
 from __future__ import annotations
 
 import os
-import sys
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -26,8 +25,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from step_report import AS_USUAL, BESIDE_FULL, CHUNKED, FREE, FULL, SCALE_SHIFT, describe, goals
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings, token_order
@@ -35,14 +33,15 @@ from vocabfold.heads.build import PartitionSettings
 from vocabfold.measure.floor import least_bytes, products_of
 from vocabfold.measure.machine import (
     BYTES_PER_GIB,
-    code_commit,
     hardware,
     matrix_rate_flops_per_second,
     memory_bandwidth_bytes_per_second,
+    origin,
     torch_version,
 )
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.other_process import OtherProcess
+from vocabfold.measure.program import add_sizes, measuring_device, measuring_parser, model_of
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 from vocabfold.records import RESULTS
@@ -199,40 +198,23 @@ def build_case(model: ModelSettings, corpus: Corpus, tokens: Tensor, batch_size:
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = measuring_parser(__doc__, rounds=5)
     parser.add_argument(
         "--train", help="a local text, documents between <|endoftext|> lines (default: embedded stories)"
     )
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--num-layers", type=int, default=8)
-    parser.add_argument("--num-heads", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=512)
+    add_sizes(parser, ModelSettings(), batch_size=8)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
-    model = ModelSettings(
-        hidden_size=arguments.hidden_size,
-        num_layers=arguments.num_layers,
-        num_heads=arguments.num_heads,
-        max_positions=arguments.sequence_length,
-    )
+    device = measuring_device()
     corpus = load_tokens(arguments.train)
     most = arguments.batch_size * (arguments.sequence_length + 1)
     tokens = torch.from_numpy(corpus.train.tokens[:most].astype("int64"))
-    case = build_case(model, corpus, tokens, arguments.batch_size, device)
+    case = build_case(model_of(arguments), corpus, tokens, arguments.batch_size, device)
     table = measure(case, arguments.rounds)
     table = table.assign(
         corpus=corpus.name,
         hidden_size=arguments.hidden_size,
         num_layers=arguments.num_layers,
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/training_step.py", *sys.argv[1:]]),
+        **origin("experiments/training_step.py"),
     )
     path = RESULTS / arguments.scale / "training_step.csv"
     write_text(path, table.to_csv(index=False))

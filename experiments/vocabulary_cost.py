@@ -10,7 +10,6 @@ slots. A side whose training step, simulated, takes more than the budget is not 
 from __future__ import annotations
 
 import os
-import sys
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -25,14 +24,14 @@ from scipy import stats
 
 from step_report import CHUNKED, FREE, FULL, SCALE_SHIFT, optional
 from training_step import FULL_SETTINGS, HEADS, Case, Side, loss_of
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.command_line import one_line_errors
 from vocabfold.data.zipf import zipf_law, zipf_tokens
 from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
 from vocabfold.files import write_text
-from vocabfold.measure.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
+from vocabfold.measure.machine import BYTES_PER_GIB, hardware, origin, torch_version
 from vocabfold.measure.memory import live_tensors, peak_memory_of
+from vocabfold.measure.program import add_sizes, measuring_device, measuring_parser, model_of
 from vocabfold.measure.simulate import TrainingParts, simulated_peak_memory
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelSettings, build_model
@@ -166,43 +165,27 @@ def draw(table: pd.DataFrame, scale: str) -> None:
 @one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--sequence-length", type=int, default=512)
+    parser = measuring_parser(__doc__, rounds=3)
+    sizes = ModelSettings(hidden_size=64, num_layers=4, num_heads=4)
+    add_sizes(parser, sizes, batch_size=4)
     parser.add_argument("--chunk-rows", type=int, default=128, help="of torch's linear_cross_entropy")
     parser.add_argument("--budget-gib", type=float, default=4.0, help="most memory of a step, default %(default)s GiB")
     parser.add_argument("--sizes", type=int, nargs="+", default=VOCABULARY_SIZES, help="vocabulary sizes")
     arguments = parser.parse_args()
     if len(set(arguments.sizes)) < 2 or min(arguments.sizes) < 2:
         raise UserError("--sizes needs at least two different vocabulary sizes, each of at least two tokens")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
-    model = ModelSettings(
-        hidden_size=arguments.hidden_size,
-        num_layers=arguments.num_layers,
-        num_heads=arguments.num_heads,
-        max_positions=arguments.sequence_length,
-    )
+    device = measuring_device()
     rows: list[dict[str, object]] = []
     too_slow: set[str] = set()
     for vocabulary_size in sorted(set(arguments.sizes)):
-        case = build_case(model, vocabulary_size, arguments.batch_size, device)
+        case = build_case(model_of(arguments), vocabulary_size, arguments.batch_size, device)
         rows += measure(case, arguments.rounds, arguments.chunk_rows, arguments.budget_gib, too_slow)
     table = pd.DataFrame(rows).assign(
         tokens=arguments.batch_size * arguments.sequence_length,
         hidden_size=arguments.hidden_size,
         num_layers=arguments.num_layers,
         budget_gib=arguments.budget_gib,
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join(["python experiments/vocabulary_cost.py", *sys.argv[1:]]),
+        **origin("experiments/vocabulary_cost.py"),
     )
     path = RESULTS / arguments.scale / "vocabulary_cost.csv"
     write_text(path, table.to_csv(index=False))

@@ -16,7 +16,7 @@ from vocabfold import train
 from vocabfold.generate import generate, load_run
 
 PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "decode.py"
-HEADS = ("full", "grouped", "shortlist")
+CONTENDERS = ("full_tied", "scale_shift_bpe", "shortlist_frequency")
 QUICK = ["--scale", "smoke", "--rounds", "2", "--prompt-tokens", "8", "--new-tokens", "3", "--batch-sizes", "1", "2"]
 
 
@@ -32,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
-        for head in HEADS:
-            assert call(train.main, patch, *TINY, "experiment=decode", f"head={head}") == 0
+        for contender in CONTENDERS:
+            assert call(train.main, patch, *TINY, "experiment=decode", f"contender={contender}") == 0
     return folder
 
 
@@ -50,7 +50,7 @@ def test_the_benchmark_writes_its_table_and_draws_it_again(
     assert benchmark(monkeypatch, *QUICK) == 0, capfd.readouterr().err
     results = here / "results" / "smoke"
     table = pd.read_csv(results / "decode.csv")
-    sides = {"full", "full, sorted", "scale_shift, bpe", "linear_sorted, frequency, shortlist 2,048", "free"}
+    sides = {"full", "full, sorted", "scale_shift_sorted, bpe", "linear_sorted, frequency, shortlist 2,048", "free"}
     assert set(table["side"]) == sides
     # 4 strategies of 3 heads, the sort and the free head, at 2 batch sizes, 2 rounds each
     assert len(table) == (4 * 3 + 1 + 1) * 2 * 2
@@ -120,14 +120,16 @@ def test_decoding_in_a_batch_is_decoding_one_by_one(here: Path) -> None:
         ([*QUICK, "--prompt-tokens", "100000"], "choose a --prompt-tokens up to that"),
         ([*QUICK, "--new-tokens", "10"], "positions do not fit"),
         (["GROUPED", "--rounds", "1"], "none of the runs has the full softmax"),
-        (["GROUPED", "GROUPED"], "two of the runs are both scale_shift, bpe"),
+        (["GROUPED", "GROUPED"], "two of the runs are both scale_shift_sorted, bpe"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     (grouped,) = [
-        path for path in here.glob("results/runs/smoke/decode/*") if '"scale_shift"' in (path / "row.json").read_text()
+        path
+        for path in here.glob("results/runs/smoke/decode/*")
+        if '"scale_shift_sorted"' in (path / "row.json").read_text()
     ]
     before = sorted(here.rglob("*"))
     assert benchmark(monkeypatch, *[str(grouped) if word == "GROUPED" else word for word in arguments]) == 2

@@ -58,10 +58,7 @@ def test_every_option_composes_to_checked_settings(group: str, option: str) -> N
     del config.hydra
     settings = settings_from(config)
     named = {"scale": settings.scale, "data": settings.data["name"], "model": settings.model.name}
-    names = {"shortlist": "grouped"}  # settings of another head
-    assert {**named, "head": settings.head.name, "embedding": settings.embedding.name}[group] == names.get(
-        option, option
-    )
+    assert {**named, "head": settings.head.name, "embedding": settings.embedding.name}[group] == option
 
 
 @pytest.mark.parametrize("name", options("sweep"))

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from vocabfold.data import token_file as module
+from vocabfold.data import tokenise
 from vocabfold.data.token_file import (
     DamagedTokenFile,
     TokenFile,
-    build_token_file,
     cached_token_file,
     open_token_file,
     write_token_file,
 )
+from vocabfold.data.tokenise import build_token_file
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.errors import UserError
 
@@ -48,7 +49,7 @@ def check(built: TokenFile, texts: list[str], name: str) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), [("gpt2", np.uint16), ("cl100k", np.uint32)])
 def test_equals_a_plain_loop(tmp_path: Path, name: str, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHARACTERS_PER_CHUNK", 1000)
+    monkeypatch.setattr(tokenise, "CHARACTERS_PER_CHUNK", 1000)
     texts = documents(300)
     built = build_token_file(tmp_path / "c", iter(texts), load_tokenizer(name), 1, "test", {"a": 1})
     assert isinstance(built.tokens, np.memmap) and built.tokens.dtype == dtype
@@ -58,8 +59,8 @@ def test_equals_a_plain_loop(tmp_path: Path, name: str, dtype: type, monkeypatch
 
 
 def test_worker_processes_give_the_same_and_hold_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHARACTERS_PER_CHUNK", 1000)
-    monkeypatch.setattr(module, "CHARACTERS_WITHOUT_WORKERS", 5000)
+    monkeypatch.setattr(tokenise, "CHARACTERS_PER_CHUNK", 1000)
+    monkeypatch.setattr(tokenise, "CHARACTERS_WITHOUT_WORKERS", 5000)
     taken = 0
 
     def source() -> Iterator[str]:
@@ -69,7 +70,7 @@ def test_worker_processes_give_the_same_and_hold_few_chunks(tmp_path: Path, monk
             yield text
 
     texts = documents(400)
-    chunks = module._encoded_chunks(source(), load_tokenizer("gpt2"), 2, "test")
+    chunks = tokenise._encoded_chunks(source(), load_tokenizer("gpt2"), 2, "test")
     first = next(chunks)
     assert taken < 5000 + 1000 * 8 < sum(map(len, texts)) / 2
     rest = list(chunks)
@@ -78,7 +79,7 @@ def test_worker_processes_give_the_same_and_hold_few_chunks(tmp_path: Path, monk
 
 
 def test_little_text_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(tokenise, "ProcessPoolExecutor", None)
     texts = documents(20)
     check(build_token_file(tmp_path / "c", texts, load_tokenizer("gpt2"), 8, "test", {}), texts, "gpt2")
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from vocabfold.command_line import one_line_errors
 from vocabfold.errors import UserError
-from vocabfold.files import replacing
+from vocabfold.files import replacing, write_text
 from vocabfold.records import RESULTS
 
 # Okabe and Ito's palette: told apart by colour-blind readers too. Every series also has a marker or dash of its own.
@@ -66,6 +66,28 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(beside, format="png", metadata={"Software": None})
     plt.close(figure)
     print(f"wrote {path}")
+
+
+def report(
+    path: Path,
+    markdown: Callable[[pd.DataFrame], str],
+    draw: Callable[[pd.DataFrame, Path], None],
+    columns: Sequence[str] = (),
+) -> None:
+    """A table that a program measured, in words (.md, and on stdout) and as a figure (.png) beside it.
+
+    Raises UserError where there is no table or it lacks one of the ``columns``.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: measure it first, with the same program and no option to draw alone")
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    if missing := [name for name in columns if name not in table.columns]:
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure again")
+    words = markdown(table)
+    write_text(path.with_suffix(".md"), words)
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]
+        draw(table, path.with_suffix(".png"))
+    print(words)
 
 
 def draw_for_scales(experiment: str, draw: Callable[[str], None]) -> Callable[[], None]:

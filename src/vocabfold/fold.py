@@ -30,9 +30,9 @@ from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.distributed import MeanLosses, Ranks, choose_device
 from vocabfold.errors import UserError
-from vocabfold.heads import FoldedHead, FullHead, HeadLoss, HeadSettings, equal_partition
+from vocabfold.heads import FoldedHead, HeadLoss, HeadSettings, equal_partition
 from vocabfold.heads.build import ORDERS, PartitionSettings, describe_head, token_order
-from vocabfold.heads.fold import distillation_loss, fold, group_logits
+from vocabfold.heads.fold import distillation_loss, fold, foldable, group_logits
 from vocabfold.heads.gradients_in_forward import chunks
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.models.build import ModelWithHead
@@ -57,9 +57,7 @@ class Teacher:
         self.folder, self.settings = folder, load_settings(folder)
         self.device = choose_device(device_name, "fp32", 0)
         self.model: ModelWithHead = load_run(folder, self.device).requires_grad_(False)
-        if not isinstance(self.model.head, FullHead):
-            raise UserError(f"{folder} has no full softmax to fold: name a run that was trained with head=full")
-        self.head: FullHead = self.model.head
+        self.head = foldable(self.model.head, folder)
         self.corpus = load_corpus(self.settings.data)
         if self.corpus.vocabulary_size != self.head.vocabulary_size:
             raise UserError(f"{folder} was trained on other tokens than its config.yaml names: train it again")

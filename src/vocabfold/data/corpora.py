@@ -20,7 +20,8 @@ import numpy as np
 from vocabfold.coding.store import StoredTokens
 from vocabfold.data.batches import Batches, BatchPlan
 from vocabfold.data.shapes import Shapes, load_shapes
-from vocabfold.data.token_file import STORES, TokenFile, build_token_file, cached_token_file, write_token_file
+from vocabfold.data.token_file import STORES, TokenFile, cached_token_file, write_token_file
+from vocabfold.data.tokenise import build_token_file
 from vocabfold.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from vocabfold.data.zipf import ZipfLaw, entropy_rate_nats, zipf_law, zipf_tokens
 from vocabfold.errors import UserError

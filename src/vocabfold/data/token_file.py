@@ -1,4 +1,4 @@
-"""Documents tokenised once, in parallel, into memory-mapped files that are whole and checked, or built again.
+"""Token streams in memory-mapped files that are whole and checked, or built again.
 
 A token file is a folder: tokens.bin (uint16 where V <= 65,536, else uint32; little endian), document_starts.bin
 (uint64) and meta.json (what it was made from, counts, checksums). Where its key names a store other than raw, the
@@ -10,35 +10,25 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
 import sys
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
-from vocabfold.data.tokenizer import Tokenizer, load_tokenizer
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 
 # part of every cache key: raise it when the same documents would give other files
 TOKEN_FILE_VERSION = 1
-CHARACTERS_PER_CHUNK = 1_000_000
-# starting worker processes costs seconds, as long as this much text takes in this process
-CHARACTERS_WITHOUT_WORKERS = 50_000_000
 TOKENS_NAME, CODED_NAME, STARTS_NAME = "tokens.bin", "tokens.vftc", "document_starts.bin"
 # of the coders in vocabfold.coding the ones that give back any part of a stream fast
 STORES = ("raw", "bitpack", "huffman", "rans", "zstd")
@@ -138,23 +128,6 @@ def cached_token_file(
         return build(folder, full_key)
     finally:
         lock.release()
-
-
-def build_token_file(
-    folder: Path,
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    workers: int,
-    description: str,
-    key: Mapping[str, Any],
-) -> TokenFile:
-    """Tokenise documents in order, each followed by the end token, into a token file at ``folder``.
-
-    A few chunks of about a million characters are in memory at a time. With ``workers`` > 1 and enough text, that many
-    processes tokenise. ``description`` labels the progress bar. Raises UserError if there is no document.
-    """
-    chunks = _encoded_chunks(documents, tokenizer, workers, description)
-    return write_token_file(folder, chunks, tokenizer.vocabulary_size, key)
 
 
 def write_token_file(folder: Path, chunks: Iterable[Chunk], vocabulary_size: int, key: Mapping[str, Any]) -> TokenFile:
@@ -302,63 +275,3 @@ def _move_folder(source: Path, target: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _encoded_chunks(documents: Iterable[str], tokenizer: Tokenizer, workers: int, description: str) -> Iterator[Chunk]:
-    with tqdm(desc=description, unit=" documents", unit_scale=True, disable=None) as progress:
-        for tokens, lengths in _encoded(_text_chunks(documents), tokenizer.name, workers):
-            progress.update(len(lengths))
-            yield tokens, lengths
-
-
-def _text_chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    num_characters = 0
-    for document in documents:
-        chunk.append(document)
-        num_characters += len(document)
-        if num_characters >= CHARACTERS_PER_CHUNK:
-            yield chunk
-            chunk, num_characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encoded(chunks: Iterator[list[str]], tokenizer_name: str, workers: int) -> Iterator[Chunk]:
-    if workers > 1:
-        head: list[list[str]] = []
-        num_characters = 0
-        for chunk in chunks:
-            head.append(chunk)
-            num_characters += sum(map(len, chunk))
-            if num_characters > CHARACTERS_WITHOUT_WORKERS:
-                yield from _encoded_by_workers(itertools.chain(head, chunks), tokenizer_name, workers)
-                return
-        chunks = iter(head)
-    for chunk in chunks:
-        yield _encode_chunk(tokenizer_name, chunk)
-
-
-def _encoded_by_workers(chunks: Iterable[list[str]], tokenizer_name: str, workers: int) -> Iterator[Chunk]:
-    in_flight: deque[Future[Chunk]] = deque()
-    # spawn, not fork: this process may hold threads (torch, tokenizers) that a fork would copy in mid-step
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            for chunk in chunks:
-                in_flight.append(pool.submit(_encode_chunk, tokenizer_name, chunk))
-                if len(in_flight) > 2 * workers:
-                    yield in_flight.popleft().result()
-            while in_flight:
-                yield in_flight.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError("a tokenizer process died, perhaps for lack of memory; try data.workers=1") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _encode_chunk(tokenizer_name: str, documents: list[str]) -> Chunk:
-    tokenizer = load_tokenizer(tokenizer_name)
-    dtype = token_dtype(tokenizer.vocabulary_size)
-    end = np.array([tokenizer.end_token], dtype)
-    encoded = [np.concatenate([tokenizer.encode_array(text).astype(dtype), end]) for text in documents]
-    return np.concatenate(encoded), np.array([len(tokens) for tokens in encoded], np.int64)

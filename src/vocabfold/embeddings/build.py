@@ -16,7 +16,7 @@ from vocabfold.embeddings.quantized import QuantizedEmbedding
 from vocabfold.embeddings.tensor_train import TensorTrainEmbedding
 from vocabfold.embeddings.tt_matrix import TTMatrixEmbedding, rank_under
 from vocabfold.embeddings.tt_svd import SAMPLE_ROWS, check_mode_sizes, search_shape
-from vocabfold.errors import UserError
+from vocabfold.errors import OutOfReach, UserError
 
 
 @dataclass
@@ -129,7 +129,7 @@ def _resolve_low_rank(settings: EmbeddingSettings, weight: Tensor) -> EmbeddingS
     count, size = weight.shape
     rank = int(count * size / compression / (count + size))
     if rank < 1:
-        raise UserError(
+        raise OutOfReach(
             f"compression {compression:.4g} is out of reach of a low-rank table of {count} x {size}: "
             f"choose at most {count * size / (count + size):.1f}"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vocabfold.embeddings.base import TokenEmbedding, table_shape
 from vocabfold.embeddings.tt_svd import factorisations, largest_ranks, tt_svd
-from vocabfold.errors import UserError
+from vocabfold.errors import OutOfReach, UserError
 
 NUM_CORES = 3
 
@@ -122,7 +122,7 @@ def rank_under(num_embeddings: int, embedding_dim: int, most_numbers: float) -> 
 
     if cost(1) > most_numbers:
         dense = num_embeddings * embedding_dim
-        raise UserError(
+        raise OutOfReach(
             f"compression {dense / most_numbers:.4g} is out of reach of a TT matrix of {num_embeddings} x "
             f"{embedding_dim}: choose at most {dense / cost(1):.0f}"
         )

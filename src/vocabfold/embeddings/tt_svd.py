@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from vocabfold.errors import UserError
+from vocabfold.errors import OutOfReach, UserError
 
 CHUNK = 1024  # rows at a time: their float64 copies stay in the cache
 SAMPLE_ROWS = 512  # that a search compares shapes on
@@ -96,7 +96,7 @@ def search_shape(
     allowed = [(list(shape), ranks) for shape in shapes if (ranks := ranks_under(shape, most_numbers)) is not None]
     if not allowed:
         least = min((numbers_of(shape, [1] * (len(shape) - 1)) for shape in shapes), default=size)
-        raise UserError(
+        raise OutOfReach(
             f"compression {size / most_numbers:.4g} is out of reach: a tensor train of {size} numbers takes at least "
             f"{least}, choose at most {size / least:.2f}, or another shape"
         )

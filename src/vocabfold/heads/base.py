@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads.loss_options import LossOptions, in_row_chunks
+
+if TYPE_CHECKING:
+    from vocabfold.heads.build import HeadSettings
+    from vocabfold.heads.visiting import Visits
 
 
 @dataclass
@@ -197,6 +202,15 @@ class Head(nn.Module, ABC):
 
     def _probability(self, hidden: Tensor) -> Tensor:
         return self.log_prob(hidden).exp()
+
+    def described(self, settings: HeadSettings) -> dict[str, Any]:
+        """Which head of its kind this is, made from ``settings``, as columns of a result row. Runs that differ must
+        differ in these columns: a table keeps one row of each combination."""
+        return {}
+
+    def visits(self) -> Visits | None:
+        """A context that counts the groups whose tokens the head looks at; None for a head without groups."""
+        return None
 
     def forward(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
         """``loss``; in training mode with the ``training_options``, if there are any."""

@@ -125,31 +125,7 @@ def token_order(settings: HeadSettings, vocabulary_size: int, tokens: TokenStrea
 def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
     """The columns of a result row that say which head was trained (empty where a head has no such thing)."""
     row: dict[str, Any] = {"head": settings.name, "tied": settings.tied}
-    # Runs that differ must differ in these columns: a table keeps one row of each combination.
-    if isinstance(head, ChunkedHead):
-        row["scorer"] = f"rows{settings.chunk_rows}"
-    elif isinstance(head, FusedHead):
-        row["scorer"] = settings.kernel
-    elif isinstance(head, AdaptiveHead):
-        row |= {
-            "scorer": f"cutoffs{'-'.join(map(str, settings.cutoffs))}_div{settings.div_value:g}",
-            "partition_order": "frequency",
-            "group_size": head.partition.num_slots,
-            "num_groups": head.partition.num_groups,
-            "shortlist": len(head.partition.single_groups),
-        }
-    elif isinstance(head, FoldedHead):
-        rank = f"_rank{settings.rank}" if settings.scorer.startswith("low_rank") else ""
-        partition = settings.partition
-        seed = f"_seed{partition.seed}" if partition.order == "random" and partition.seed else ""
-        source = "_run" if partition.order == "clustered" and partition.clustered_from else ""
-        row |= {
-            "scorer": settings.scorer + rank,
-            "partition_order": partition.order + seed + source,
-            "group_size": head.partition.num_slots,
-            "num_groups": head.partition.num_groups,
-            "shortlist": partition.shortlist,
-        }
+    row |= head.described(settings)
     extras = [f"{name}{value:g}" for name in EXTRAS if (value := getattr(settings, name))]
     if extras:
         row["scorer"] = "_".join(filter(None, [row.get("scorer"), *extras]))

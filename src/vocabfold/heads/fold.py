@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vocabfold.errors import UserError
-from vocabfold.heads.base import log_softmax
+from vocabfold.heads.base import Head, log_softmax
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.gradients_in_forward import CHUNK_ELEMENTS, FEWEST_ROWS, chunks
@@ -22,6 +22,13 @@ from vocabfold.heads.partition import Partition
 
 CHUNK_TOKENS = CHUNK_ELEMENTS // FEWEST_ROWS
 PRIOR_ROWS = 1e-4  # how many hidden states of a certain group its mean row weighs against those that are fitted
+
+
+def foldable(head: Head, name: object) -> FullHead:
+    """``head``, which has to be a full softmax; ``name`` is what it belongs to. Raises UserError for any other."""
+    if not isinstance(head, FullHead):
+        raise UserError(f"{name} has no full softmax to fold: name a run that was trained with head=full")
+    return head
 
 
 def fold(head: FullHead, partition: Partition, hidden: Tensor | None = None, tied: bool = True) -> FoldedHead:

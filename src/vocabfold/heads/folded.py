@@ -6,6 +6,8 @@ likelihood of that distribution; nothing is approximated in training, and nothin
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +18,10 @@ from vocabfold.heads.gradients_in_forward import SoftmaxKernel, each_log_prob, p
 from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer
-from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus, topk_by_visits
+from vocabfold.heads.visiting import TemperedGroups, Visits, draw, draw_from_nucleus, is_in_nucleus, topk_by_visits
+
+if TYPE_CHECKING:
+    from vocabfold.heads.build import HeadSettings
 
 
 class FoldedHead(Head):
@@ -131,6 +136,24 @@ class FoldedHead(Head):
             return weights
 
         return TwoSymbols(self.group_log_prob(hidden).exp(), slots)
+
+    def described(self, settings: HeadSettings) -> dict[str, Any]:
+        """See Head.described."""
+        order = settings.partition.order
+        rank = f"_rank{settings.rank}" if settings.scorer.startswith("low_rank") else ""
+        seed = f"_seed{settings.partition.seed}" if order == "random" and settings.partition.seed else ""
+        source = "_run" if order == "clustered" and settings.partition.clustered_from else ""
+        return {
+            "scorer": settings.scorer + rank,
+            "partition_order": order + seed + source,
+            "group_size": self.partition.num_slots,
+            "num_groups": self.partition.num_groups,
+            "shortlist": settings.partition.shortlist,
+        }
+
+    def visits(self) -> Visits:
+        """See Head.visits."""
+        return Visits(self.partition, self.scorer)
 
     def symbols_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See Head.symbols_of."""

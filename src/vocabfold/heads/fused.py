@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads.full import LeanFullHead
 from vocabfold.heads.gradients_in_forward import product_dtype
+
+if TYPE_CHECKING:
+    from vocabfold.heads.build import HeadSettings
 
 KERNELS = {  # name: the package, the module and the function in it
     "cce": ("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy"),
@@ -43,6 +47,10 @@ class FusedHead(LeanFullHead):
         self.function = load_kernel(kernel)
         super().__init__(hidden_size, vocabulary_size, tied_weight, init_std, softcap)
         self.kernel = kernel
+
+    def described(self, settings: HeadSettings) -> dict[str, Any]:
+        """See Head.described."""
+        return {"scorer": settings.kernel}
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         counted = targets != IGNORE_INDEX

@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -89,6 +90,12 @@ def code_commit(directory: Path = Path(__file__).parent) -> str:
 def torch_version() -> str:
     """Version of torch with its build, as in 2.13.0+cpu."""
     return str(torch.__version__)
+
+
+def origin(program: str) -> dict[str, str]:
+    """The columns that end a table's rows: where and with which code ``program``, called as it was, measured them."""
+    command = " ".join(["python", program, *sys.argv[1:]])
+    return {"hardware": hardware(), "torch": torch_version(), "commit": code_commit(), "command": command}
 
 
 def matrix_rate_flops_per_second(

@@ -1,0 +1,48 @@
+"""The ways to keep an embedding table as the programs draw them, and a table compressed in each that can reach it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm import tqdm
+
+from vocabfold.embeddings import EmbeddingSettings, TokenEmbedding, compress_table
+from vocabfold.embeddings.build import resolve_settings
+from vocabfold.errors import OutOfReach
+
+LOOKS = {
+    "tensor_train": ("blue", "o"),
+    "tt_matrix": ("purple", "^"),
+    "low_rank": ("green", "s"),
+    "int8": ("orange", "D"),
+    "int4": ("red", "v"),
+}
+# What arXiv 2307.00526 claims: the compression at which it calls the model better than the original, and the highest.
+PUBLISHED = (3.31, 38.40)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """``settings`` with nothing left open, and what they made of a table; ``wanted`` is what was asked for."""
+
+    wanted: EmbeddingSettings
+    settings: EmbeddingSettings
+    embedding: TokenEmbedding
+    seconds: float
+
+
+def compressed_tables(table: Tensor, settings: Iterable[EmbeddingSettings], description: str) -> Iterator[Compressed]:
+    """``table`` [V, D] compressed in every way; those whose compression is out of reach are left out."""
+    for wanted in tqdm(list(settings), desc=description):
+        began = time.perf_counter()
+        try:
+            resolved = resolve_settings(wanted, table)
+            embedding = compress_table(resolved, table)
+        except OutOfReach:
+            continue
+        seconds = time.perf_counter() - began
+        embedding.settle()
+        yield Compressed(wanted, resolved, embedding, seconds)
