@@ -41,6 +41,7 @@ paper: .venv/ready
 	$(call sweep,main_comparison)
 	$(call sweep,figure3_group_size)
 	$(call once,training_step,--scale $(SCALE))
+	$(call once,figure45_loop_or_shared,--scale $(SCALE) $(if $(TRAIN),--train $(TRAIN)))
 	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) experiments/figure3_simulated_memory.py
 	@$(PY) experiments/table2_memory.py
 	@test -f results/laptop/table3_speed.csv || $(PY) experiments/table3_speed.py
@@ -96,8 +97,8 @@ pictures: .venv/ready
 figures: .venv/ready
 	@for figure in $(DRAWN); do $(PY) experiments/$$figure.py || true; done  # one without its table says so; the rest are drawn
 	@$(PY) experiments/table2_memory.py
-	@for scale in $(patsubst results/%/decode.csv,%,$(wildcard results/*/decode.csv)); do \
-		$(PY) experiments/decode.py --scale $$scale --redraw || exit; done
+	@for table in $(wildcard results/*/decode.csv results/*/figure45_loop_or_shared.csv); do \
+		$(PY) experiments/$$(basename $$table .csv).py --redraw --scale $$(basename $$(dirname $$table)) || exit; done
 	@for table in $(wildcard results/*/token_coding.csv results/*/model_coding.csv); do \
 		$(PY) experiments/$$(basename $$table .csv).py --draw --scale $$(basename $$(dirname $$table)) || exit; done
 
