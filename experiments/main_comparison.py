@@ -9,9 +9,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy import stats
 
-from vocabfold.figures import COLORS, COLUMN_INCHES, draw_for_scales, mean_and_interval, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
+from vocabfold.statistics import mean_and_interval, summarise
 
 MODELS = {"gpt2": "GPT-2", "gpt_neo": "GPT-Neo"}
 HEADS = {"full": (COLORS["orange"], "s"), "grouped": (COLORS["blue"], "o")}

@@ -27,13 +27,14 @@ from vocabfold.command_line import one_line_errors
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.heads.orders import token_counts
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.records import RESULTS, read_table, write_table
 from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
+from vocabfold.statistics import summarise
 
 NUM_DECILES = 10
 RANK_LIMITS = (0, 10, 100, 1_000, 10_000)  # of classes of tokens by rank in the training text; the last has no end

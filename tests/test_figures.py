@@ -16,8 +16,8 @@ import pytest
 from scipy import stats
 
 from run_cases import call
-from vocabfold.figures import mean_and_interval, summarise
 from vocabfold.records import write_table
+from vocabfold.statistics import mean_and_interval, summarise
 
 ORDERS = ("bpe", "frequency", "random", "clustered")
 REPOSITORY = Path(__file__).resolve().parents[1]
