@@ -44,7 +44,7 @@ def test_the_verdict_is_where_the_interval_lies(shift: float, spread: float, ver
     result = equivalence(values.tolist(), reference.tolist(), 0.05)
     assert result.verdict == verdict
     # the two descriptions of a TOST agree: p below 5% exactly where the 90% interval lies within the margin
-    assert (result.p_value < LEVEL) == (-0.05 < result.low and result.high < 0.05)
+    assert (result.p_value < LEVEL) == (result.low > -0.05 and result.high < 0.05)
     mirrored = equivalence(reference.tolist(), values.tolist(), 0.05)
     assert mirrored.p_value == pytest.approx(result.p_value)
 
