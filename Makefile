@@ -39,6 +39,7 @@ reproduce: $(AREAS)
 
 paper: .venv/ready
 	$(call sweep,main_comparison)
+	$(call once,document_losses,--measure $(SCALE))
 	$(call sweep,figure3_group_size)
 	$(call once,training_step,--scale $(SCALE))
 	$(call once,figure45_loop_or_shared,--scale $(SCALE) $(if $(TRAIN),--train $(TRAIN)))
@@ -56,7 +57,7 @@ heads: .venv/ready
 	$(call once,heads_cost,--scale $(SCALE) $(DATA))
 	$(call once,vocabulary_cost,--scale $(SCALE))
 	$(call once,rare_tokens,--measure $(SCALE))
-	$(call draw,heads_pareto order_matters group_accuracy rare_tokens vocabulary_scaling)
+	$(call draw,heads_pareto order_matters group_accuracy rare_tokens vocabulary_scaling main_comparison)
 	$(call sweep,decode)
 	$(call once,decode,--scale $(SCALE))
 	$(call sweep,main_comparison,model=gpt2 head=full)
