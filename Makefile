@@ -45,8 +45,10 @@ reproduce: $(AREAS)
 
 paper: .venv/ready
 	$(call sweep,main_comparison)
+	$(call once,document_losses,--measure $(SCALE))
 	$(call sweep,figure3_group_size)
 	$(call once,training_step,--scale $(SCALE))
+	$(call once,figure45_loop_or_shared,--scale $(SCALE) $(if $(TRAIN),--train $(TRAIN)))
 	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) experiments/figure3_simulated_memory.py
 	@$(PY) experiments/table2_memory.py
 	@test -f results/laptop/table3_speed.csv || $(PY) experiments/table3_speed.py
@@ -62,7 +64,7 @@ heads: .venv/ready
 	$(call once,heads_cost,--scale $(SCALE) $(DATA))
 	$(call once,vocabulary_cost,--scale $(SCALE))
 	$(call once,rare_tokens,--measure $(SCALE))
-	$(call draw,heads_pareto order_matters group_accuracy rare_tokens vocabulary_scaling $(if $(filter-out laptop,$(SCALE)),larger_vocabulary))
+	$(call draw,heads_pareto order_matters group_accuracy rare_tokens vocabulary_scaling main_comparison $(if $(filter-out laptop,$(SCALE)),larger_vocabulary))
 	$(call sweep,decode)
 	$(call once,decode,--scale $(SCALE))
 	$(call sweep,main_comparison,model=gpt2 head=full)
@@ -102,8 +104,8 @@ pictures: .venv/ready
 figures: .venv/ready
 	@for figure in $(DRAWN); do $(PY) experiments/$$figure.py || true; done  # one without its table says so; the rest are drawn
 	@$(PY) experiments/table2_memory.py
-	@for scale in $(patsubst results/%/decode.csv,%,$(wildcard results/*/decode.csv)); do \
-		$(PY) experiments/decode.py --scale $$scale --redraw || exit; done
+	@for table in $(wildcard results/*/decode.csv results/*/figure45_loop_or_shared.csv); do \
+		$(PY) experiments/$$(basename $$table .csv).py --redraw --scale $$(basename $$(dirname $$table)) || exit; done
 	@for table in $(wildcard results/*/token_coding.csv results/*/model_coding.csv); do \
 		$(PY) experiments/$$(basename $$table .csv).py --draw --scale $$(basename $$(dirname $$table)) || exit; done
 

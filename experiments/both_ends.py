@@ -18,12 +18,13 @@ from scipy import stats
 
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
 from vocabfold.heads.build import PartitionSettings
 from vocabfold.models.build import ModelSettings, build_model
 from vocabfold.records import RESULTS, read_table
+from vocabfold.statistics import mean_and_interval
 
 VOCABULARY_SIZE = 50_257
 BYTES_PER_NUMBER = 4

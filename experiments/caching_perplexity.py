@@ -20,7 +20,6 @@ from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
-from vocabfold.figures import mean_and_interval
 from vocabfold.files import write_text
 from vocabfold.inference import LAYER_CACHES, bytes_a_position
 from vocabfold.inference.quality import losses_through_cache
@@ -28,6 +27,7 @@ from vocabfold.measure.machine import origin
 from vocabfold.records import RESULTS, finished_row
 from vocabfold.runs import load_run
 from vocabfold.settings import load_settings
+from vocabfold.statistics import mean_and_interval
 
 CHUNK = 64  # tokens that are read at a time
 SHORT_CONTEXT = 16  # tokens: the control, which tells how much the past that is rounded matters at all

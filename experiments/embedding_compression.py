@@ -16,9 +16,10 @@ from scipy import stats
 
 from vocabfold.embeddings.methods import LOOKS, PUBLISHED
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
+from vocabfold.statistics import mean_and_interval
 
 STAGES = {"compressed": "Compressed after training", "recovered": "and trained on", "scratch": "From scratch"}
 ARM = ["stage", "embedding", "embedding_setting"]

@@ -11,9 +11,10 @@ import pandas as pd
 from scipy import stats
 
 from vocabfold.curves import draw_curve, read_curves
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS
+from vocabfold.statistics import mean_and_interval, summarise
 
 PUBLISHED_LEARNING_RATE = 1e-3
 HEADS = {"full": (COLORS["orange"], "s"), "grouped": (COLORS["blue"], "o")}

@@ -17,9 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
+from vocabfold.statistics import summarise
 
 VOCABULARY_SIZE = 50_257
 BASELINES = {

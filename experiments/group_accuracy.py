@@ -8,8 +8,9 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 
 from vocabfold.curves import read_curves
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.records import RESULTS, read_table
+from vocabfold.statistics import summarise
 
 ORDERS = {"bpe": COLORS["orange"], "random": GREY, "frequency": COLORS["blue"], "clustered": COLORS["green"]}
 SCORERS = {"scale_shift": ("scale and shift", "s", "--"), "linear": ("linear", "o", "-")}

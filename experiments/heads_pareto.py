@@ -19,10 +19,11 @@ from scipy import stats
 
 from vocabfold.curves import read_curves
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
 from vocabfold.records import RESULTS, read_table
+from vocabfold.statistics import mean_and_interval
 
 CONTENDERS = {
     "full_tied": ("full softmax, tied", COLORS["orange"], "s"),

@@ -13,9 +13,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
+from vocabfold.statistics import mean_and_interval, summarise
 
 ORDERS = {
     "bpe": (COLORS["orange"], "s", "-"),

@@ -24,16 +24,15 @@ import torch
 from tqdm import tqdm
 
 from vocabfold.command_line import one_line_errors
-from vocabfold.constants import IGNORE_INDEX
-from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.heads.orders import token_counts
 from vocabfold.measure.machine import code_commit, hardware, torch_version
 from vocabfold.records import RESULTS, read_table, write_table
-from vocabfold.runs import load_run
+from vocabfold.runs import validation_losses
 from vocabfold.settings import load_settings
+from vocabfold.statistics import summarise
 
 NUM_DECILES = 10
 RANK_LIMITS = (0, 10, 100, 1_000, 10_000)  # of classes of tokens by rank in the training text; the last has no end
@@ -61,20 +60,11 @@ def classes_of(counts: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.T
     return {"decile": place * NUM_DECILES // len(targets), "rank": by_rank}
 
 
-@torch.inference_mode()
 def loss_of_targets(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(negative log likelihood in nats, token) of every validation target of a run, and the training counts [V]."""
-    settings = load_settings(folder)
-    corpus = load_corpus(settings.data)
-    model = load_run(folder, torch.device("cpu"))
-    batches = corpus.batches("valid", BatchPlan(settings.sequence_length, settings.evaluation_batch_size, seed=0))
-    losses, tokens = [], []
-    for inputs, targets in batches.evaluation_batches():
-        hidden = model.backbone(inputs).flatten(0, 1)
-        counted = targets.flatten() != IGNORE_INDEX
-        tokens.append(targets.flatten()[counted])
-        losses.append(-model.head.target_log_prob(hidden[counted], tokens[-1]))
-    return torch.cat(losses).double(), torch.cat(tokens), token_counts(corpus.train.tokens, corpus.vocabulary_size)
+    corpus = load_corpus(load_settings(folder).data)
+    losses, tokens = validation_losses(folder, corpus, torch.device("cpu"))
+    return losses, tokens, token_counts(corpus.train.tokens, corpus.vocabulary_size)
 
 
 def measure(scale: str) -> None:

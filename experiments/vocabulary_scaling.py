@@ -9,9 +9,10 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
+from vocabfold.statistics import mean_and_interval, summarise
 
 CONTENDERS = {
     "full_free": ("full softmax, free rows", COLORS["orange"], "D", "-"),

@@ -17,8 +17,8 @@ from scipy import stats
 
 from figure_cases import caching_tables, embedding_columns, run_row
 from run_cases import call
-from vocabfold.figures import mean_and_interval, summarise
 from vocabfold.records import write_table
+from vocabfold.statistics import mean_and_interval, summarise
 
 ORDERS = ("bpe", "frequency", "random", "clustered")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -249,6 +249,60 @@ def test_the_table_beside_the_figure_holds_means_and_intervals(results: Path, mo
     (full,) = [line for line in lines if line.startswith("| GPT-2, full")]
     mean, half_width = mean_and_interval([4.0, 4.1, 4.2])
     assert f"| {mean:.3f} ± {half_width:.3f} |" in full and full.endswith("| 3 |")
+
+
+def write_documents(results: Path, shift: float = 0.0) -> None:
+    """Three documents for each run of the smoke scale's main_comparison, which add up to its loss plus ``shift``."""
+    table = pd.read_csv(results / "smoke" / "main_comparison.csv")
+    parts = pd.DataFrame({"document": [0, 1, 2], "tokens": [100, 300, 600], "of_mean": [0.5, 1.5, 5 / 6]})
+    rows = table.merge(parts, how="cross")
+    rows["loss_nats"] = (rows["validation_loss_nats"] + shift) * rows["tokens"] * rows["of_mean"]
+    rows.drop(columns="of_mean").to_csv(results / "smoke" / "document_losses.csv", index=False)
+
+
+def test_grouped_minus_full_over_seeds_and_documents(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(results)
+    assert draw("main_comparison", monkeypatch, "smoke") == 0
+    lines = (results / "smoke" / "main_comparison.md").read_text().splitlines()
+    # GPT-2 has seeds 0 and 1 of both heads, GPT-Neo only seed 0
+    told = [index for index, line in enumerate(lines) if line.startswith("* GPT-")]
+    assert "+0.225 ± 0.000 nats over 2 seeds" in lines[told[0]] and "3 documents" in lines[told[0]]
+    # per document the difference is 0.225 nats times 0.5, 1.5 and 5 / 6: the interval lies around the mean
+    low, high = (float(number) for number in lines[told[0]].split("; ")[1].split(" over ")[0].split(" to "))
+    assert 0.11 <= low < 0.225 < high <= 0.34
+    assert "worse by more than the margin" in lines[told[0] + 1]
+    assert not any("GPT-Neo: grouped minus" in line for line in lines)
+
+
+def test_document_losses_of_other_runs_are_refused(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_documents(results, shift=0.01)
+    assert draw("main_comparison", monkeypatch, "smoke") == 2
+    written = capfd.readouterr().err
+    assert written.count("\n") == 1 and "of other runs" in written
+    assert not (results / "smoke" / "main_comparison.png").exists()
+
+
+def test_at_equal_time_the_first_evaluation_after_it_is_compared(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = []
+    for contender, losses in (("full_tied", {50: 6.0, 100: 4.0}), ("scale_shift_bpe", {50: 6.0, 100: 5.0})):
+        for seed in (0, 1):
+            line = {"experiment": "heads_pareto", "contender": contender, "seed": seed, "train_loss": 1.0}
+            for step, loss in losses.items():
+                line |= {"step": step, "tokens": 2000 * step, "validation_loss_nats": loss + 0.01 * seed}
+                lines.append(line | {"validation_group_accuracy": 0.5})
+    smoke = results / "smoke"
+    pd.DataFrame(lines).to_csv(smoke / "heads_pareto_curves.csv", index=False)
+    costs = pd.read_csv(smoke / "heads_cost.csv")
+    fast = costs[costs["side"] == "linear_clustered"].assign(side="scale_shift_bpe")  # 4.5 times as fast as full
+    pd.concat([costs, fast]).to_csv(smoke / "heads_cost.csv", index=False)
+    assert draw("main_comparison", monkeypatch, "smoke") == 0
+    (told,) = [line for line in (smoke / "main_comparison.md").read_text().splitlines() if "whole budget" in line]
+    # 200,000 tokens at 4,096 / 0.2 a second: 10 s; the full softmax is first evaluated after 100,000 at 4,096 / 0.9
+    assert "(10 s)" in told and "(22 s, 2.2 times" in told and "-1.000 ± 0.000 nats over 2 seeds" in told
 
 
 def test_foldings_are_counted_from_their_own_teacher(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

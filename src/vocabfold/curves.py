@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from vocabfold.errors import UserError
-from vocabfold.figures import summarise
 from vocabfold.records import RESULTS
+from vocabfold.statistics import summarise
 
 
 def read_curves(experiment: str, scale: str, results: Path = RESULTS) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""How every figure looks, and the statistics drawn in them."""
+"""How every figure looks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
 
 from vocabfold.command_line import one_line_errors
 from vocabfold.errors import UserError
@@ -41,23 +39,6 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 200,
     "figure.constrained_layout.use": True,
 }
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the half width of its 95% interval by Student's t; the half width of one value is NaN."""
-    count = len(values)
-    if count < 2:
-        return float(np.mean(values)), float("nan")
-    return float(np.mean(values)), float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
-
-
-def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
-    """Columns ``by``, mean, half_width (95%, Student's t) and seeds of ``value`` over the rows of each group."""
-    rows = []
-    for key, group in table.groupby(by, dropna=False):
-        mean, half_width = mean_and_interval(group[value].dropna().tolist())
-        rows.append([*key, mean, half_width, len(group)])
-    return pd.DataFrame(rows, columns=[*by, "mean", "half_width", "seeds"])
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -139,17 +139,27 @@ def finished_row(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def collect(experiment: str, scale: str, results: Path = RESULTS) -> Path:
-    """Gather the finished runs of an experiment into its table; return the table's path.
-
-    Raises UserError where no run has finished.
-    """
+def finished_runs(experiment: str, scale: str, results: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, result row) of each finished run of an experiment, the last finished of those that are the same
+    measurement, oldest first. Raises UserError where no run has finished."""
     folder = results / "runs" / scale / experiment
     paths = sorted(folder.glob("*/row.json"), key=lambda path: path.stat().st_mtime)
     if not paths:
         raise UserError(f"{folder} holds no finished run: run `make reproduce SCALE={scale}` first")
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    metrics = [read_metrics(path.parent) for path in paths]
+    names = IDENTITY_COLUMNS + [name for name in OWN_IDENTITY_COLUMNS if any(name in row for row in rows)]
+    last = {tuple(row.get(name) for name in names): index for index, row in enumerate(rows)}
+    return [(paths[index].parent, rows[index]) for index in sorted(last.values())]
+
+
+def collect(experiment: str, scale: str, results: Path = RESULTS) -> Path:
+    """Gather the finished runs of an experiment into its table; return the table's path.
+
+    Raises UserError where no run has finished.
+    """
+    runs = finished_runs(experiment, scale, results)
+    rows = [row for _, row in runs]
+    metrics = [read_metrics(folder) for folder, _ in runs]
     if any(sum("validation_loss_nats" in line for line in lines) > 1 for lines in metrics):
         write_curves(rows, metrics, results / scale / f"{experiment}_curves.csv")
     return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv")

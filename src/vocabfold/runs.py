@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from vocabfold.checkpoint import load_weights, weights_metadata
+from vocabfold.constants import IGNORE_INDEX
+from vocabfold.data.batches import BatchPlan
+from vocabfold.data.corpora import Corpus
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.settings import load_settings
+
+AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """What a run of that precision computes its model and head in; fp32: nothing changes."""
+    return torch.autocast(device.type, AUTOCAST_TYPES[precision], enabled=precision != "fp32")
 
 
 def load_run(folder: Path, device: torch.device) -> ModelWithHead:
@@ -23,6 +36,24 @@ def load_run(folder: Path, device: torch.device) -> ModelWithHead:
     model.settle()
     load_weights(folder, model)
     return model.to(device).eval()
+
+
+@torch.inference_mode()
+def validation_losses(folder: Path, corpus: Corpus, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(negative log likelihood in nats [targets] float64, token [targets]) of every validation target of a finished
+    run, in the order and at the positions of its own evaluation, in its precision; on the CPU. Raises UserError for a
+    folder that is not a run."""
+    settings = load_settings(folder)
+    model = load_run(folder, device)
+    plan = BatchPlan(settings.sequence_length, settings.evaluation_batch_size, seed=0)
+    losses, tokens = [], []
+    for inputs, targets in corpus.batches("valid", plan).evaluation_batches():
+        counted = targets.flatten() != IGNORE_INDEX
+        tokens.append(targets.flatten()[counted])
+        with autocast(device, settings.precision):
+            hidden = model.backbone(inputs.to(device)).flatten(0, 1)[counted.to(device)]
+            losses.append(-model.head.target_log_prob(hidden, tokens[-1].to(device)).double().cpu())
+    return torch.cat(losses), torch.cat(tokens)
 
 
 def begin_compressed(model: ModelWithHead, settings: EmbeddingSettings) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
@@ -165,7 +166,11 @@ def load_settings(run_folder: Path) -> Settings:
         config = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: delete the run folder and train again") from error
-    return settings_from(config)
+    try:
+        return settings_from(config)
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is of another version ({reason}): delete the run folder and train again") from error
 
 
 def run_name(_root_: DictConfig) -> str:

@@ -44,12 +44,11 @@ from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.optimizer import build_optimizer, learning_rate_at
 from vocabfold.records import RunRecord, finished_row
-from vocabfold.runs import begin_compressed
+from vocabfold.runs import autocast, begin_compressed
 from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3
-AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -87,8 +86,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the settings ask for."""
-        dtype = AUTOCAST_TYPES[self.settings.precision]
-        return torch.autocast(self.device.type, dtype, enabled=self.settings.precision != "fp32")
+        return autocast(self.device, self.settings.precision)
 
     def flops_per_token(self) -> float:
         """FLOPs of one forward and backward pass, a target. The model and the random state stay as they were."""

@@ -141,6 +141,13 @@ class Batches:
             for own, (inputs, targets) in zip(rows, batches, strict=True):
                 yield inputs, targets if len(own) else torch.full_like(targets, IGNORE_INDEX)
 
+    def target_positions(self) -> np.ndarray:
+        """Where in the token file each target lies that ``evaluation_batches`` counts, in its order, int64: of all
+        ranks together."""
+        counts = self._lengths - 1
+        first = np.repeat(self._starts + 1 - (counts.cumsum() - counts), counts)
+        return first + np.arange(counts.sum())
+
     def _evaluation_rows(self, start: int) -> np.ndarray:
         return np.arange(start + self.rank, min(start + self.batch_size, len(self._starts)), self.world_size)
 

@@ -47,6 +47,12 @@ class LoopedLinearScorer(TokenScorer):
         self.weight = tied_weight
         self.bias = nn.Parameter(torch.zeros(num_tokens))
 
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        """(W_g, b_g) of each of the M groups, cut once: the gradient of each slice would be as large as all rows."""
+        sizes = self.partition.sizes[self.partition.multi_groups].tolist()
+        rows = self.weight[self.partition.multi_tokens] if self.tied else self.weight
+        return list(zip(rows.split(sizes), self.bias.split(sizes), strict=True))
+
     def _log_prob_of_group(self, hidden: Tensor, index: int) -> Tensor:
         start, stop = self.partition.multi_bounds[index : index + 2]
         rows = self.weight[self.partition.multi_tokens[start:stop]] if self.tied else self.weight[start:stop]
@@ -55,10 +61,10 @@ class LoopedLinearScorer(TokenScorer):
     def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
         """See TokenScorer.target_log_prob."""
         result = hidden.new_zeros(len(hidden), dtype=sum_dtype(self.bias.dtype))
-        indices = self.partition.multi_index[groups]
+        indices, layers = self.partition.multi_index[groups], self._layers()
         for index in indices[indices >= 0].unique().tolist():
             members = (indices == index).nonzero().squeeze(-1)
-            log_prob = self._log_prob_of_group(hidden[members], index)
+            log_prob = self._log_softmax(F.linear(hidden[members], *layers[index]))
             chosen = log_prob.gather(-1, slots[members].unsqueeze(-1)).squeeze(-1)
             result = result.index_put((members,), chosen)
         return result
@@ -73,11 +79,7 @@ class LoopedLinearScorer(TokenScorer):
         return result
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
-        # Cut once: the gradient of each slice of the rows would be as large as all of them.
-        sizes = self.partition.sizes[self.partition.multi_groups].tolist()
-        rows = (self.weight[self.partition.multi_tokens] if self.tied else self.weight).split(sizes)
-        layers = zip(rows, self.bias.split(sizes), strict=True)
-        return torch.cat([self._log_softmax(F.linear(hidden, row, bias)) for row, bias in layers], dim=-1)
+        return torch.cat([self._log_softmax(F.linear(hidden, *layer)) for layer in self._layers()], dim=-1)
 
     def _target_logit(self, hidden: Tensor, index: Tensor, slots: Tensor) -> Tensor:
         places = self.partition.multi_starts[index] + slots
