@@ -255,7 +255,7 @@ def write_documents(results: Path, shift: float = 0.0) -> None:
     """Three documents for each run of the smoke scale's main_comparison, which add up to its loss plus ``shift``."""
     table = pd.read_csv(results / "smoke" / "main_comparison.csv")
     parts = pd.DataFrame({"document": [0, 1, 2], "tokens": [100, 300, 600], "of_mean": [0.5, 1.5, 5 / 6]})
-    rows = table.merge(parts, how="cross")
+    rows = table.drop(columns="tokens").merge(parts, how="cross")
     rows["loss_nats"] = (rows["validation_loss_nats"] + shift) * rows["tokens"] * rows["of_mean"]
     rows.drop(columns="of_mean").to_csv(results / "smoke" / "document_losses.csv", index=False)
 
