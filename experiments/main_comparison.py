@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from scipy import stats
 
-from vocabfold.figures import COLORS, COLUMN_INCHES, draw_for_scales, mean_and_interval, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, draw_for_scales, paired_difference, save, summarise
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
 
@@ -82,15 +81,13 @@ def differences(table: pd.DataFrame) -> list[str]:
     """Grouped minus full in validation loss, for each model: the mean over seeds, its 95% interval, a paired t-test."""
     lines = []
     for _, rows in table.groupby(["hidden_size", "model"]):
-        loss = rows.pivot(index="seed", columns="head", values="validation_loss_nats").dropna()
-        if not {"full", "grouped"} <= set(loss.columns) or len(loss) < 2:
+        found = paired_difference(rows, "head", "grouped", "full")
+        if found.seeds < 2:
             continue
-        mean, half_width = mean_and_interval((loss["grouped"] - loss["full"]).tolist())
-        p_value = stats.ttest_rel(loss["grouped"], loss["full"]).pvalue
         name = name_of(rows.iloc[0], table).removesuffix(f", {rows.iloc[0]['head']}")
         lines.append(
-            f"* {name}: grouped minus full {mean:+.3f} ± {half_width:.3f} nats (paired t-test over {len(loss)} seeds, "
-            f"p = {p_value:.2g})"
+            f"* {name}: grouped minus full {found.mean:+.3f} ± {found.half_width:.3f} nats (paired t-test over "
+            f"{found.seeds} seeds, p = {found.p_value:.2g})"
         )
     return lines
 
