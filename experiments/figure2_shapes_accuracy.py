@@ -16,12 +16,12 @@ from vocabfold.figures import (
     GREY,
     draw_for_scales,
     mean_and_interval,
-    paired_difference,
     save,
     summarise,
 )
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS
+from vocabfold.seeds import difference_over_seeds
 
 PUBLISHED_LEARNING_RATE = 1e-3
 HEADS = {"full": (COLORS["orange"], "s"), "grouped": (COLORS["blue"], "o")}
@@ -94,11 +94,11 @@ def difference(ends: pd.DataFrame) -> list[str]:
     """Grouped minus full in accuracy at each learning rate, seed by seed."""
     lines = []
     for learning_rate, rows in ends.groupby("learning_rate"):
-        found = paired_difference(rows, "head", "grouped", "full", "validation_accuracy")
-        if found.seeds > 1:
+        found = difference_over_seeds(rows, "head", "grouped", "full", "validation_accuracy")
+        if found.count > 1:
             lines.append(
                 f"Learning rate {learning_rate:g}: grouped minus full {found.mean:+.4f} ± {found.half_width:.4f} in "
-                f"accuracy (paired t-test over {found.seeds} seeds, p = {found.p_value:.2g})."
+                f"accuracy (paired t-test over {found.count} seeds, p = {found.p_value:.2g})."
             )
     return lines
 

@@ -18,10 +18,11 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from vocabfold.curves import read_curves
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, paired_difference, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, mean_and_interval, save
 from vocabfold.files import write_text
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
 from vocabfold.records import RESULTS, read_table
+from vocabfold.seeds import difference_over_seeds
 
 CONTENDERS = {
     "full_tied": ("full softmax, tied", COLORS["orange"], "s"),
@@ -162,7 +163,7 @@ def caption(scale: str) -> str:
 def perplexity_ratio(table: pd.DataFrame, contender: str, reference: str) -> tuple[float, float, float, float]:
     """Perplexity of ``contender`` over that of ``reference``, paired by seed: (ratio, low, high of the 95% interval, p
     of a paired t-test)."""
-    found = paired_difference(table, "contender", contender, reference)
+    found = difference_over_seeds(table, "contender", contender, reference)
     return math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.p_value
 
 

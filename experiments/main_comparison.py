@@ -8,9 +8,10 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from vocabfold.figures import COLORS, COLUMN_INCHES, draw_for_scales, paired_difference, save, summarise
+from vocabfold.figures import COLORS, COLUMN_INCHES, draw_for_scales, save, summarise
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
+from vocabfold.seeds import difference_over_seeds
 
 MODELS = {"gpt2": "GPT-2", "gpt_neo": "GPT-Neo"}
 HEADS = {"full": (COLORS["orange"], "s"), "grouped": (COLORS["blue"], "o")}
@@ -81,13 +82,13 @@ def differences(table: pd.DataFrame) -> list[str]:
     """Grouped minus full in validation loss, for each model: the mean over seeds, its 95% interval, a paired t-test."""
     lines = []
     for _, rows in table.groupby(["hidden_size", "model"]):
-        found = paired_difference(rows, "head", "grouped", "full")
-        if found.seeds < 2:
+        found = difference_over_seeds(rows, "head", "grouped", "full")
+        if found.count < 2:
             continue
         name = name_of(rows.iloc[0], table).removesuffix(f", {rows.iloc[0]['head']}")
         lines.append(
             f"* {name}: grouped minus full {found.mean:+.3f} ± {found.half_width:.3f} nats (paired t-test over "
-            f"{found.seeds} seeds, p = {found.p_value:.2g})"
+            f"{found.count} seeds, p = {found.p_value:.2g})"
         )
     return lines
 

@@ -18,12 +18,12 @@ from vocabfold.figures import (
     GREY,
     draw_for_scales,
     mean_and_interval,
-    paired_difference,
     save,
     summarise,
 )
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
+from vocabfold.seeds import difference_over_seeds
 
 ORDERS = {
     "bpe": (COLORS["orange"], "s", "-"),
@@ -106,7 +106,7 @@ def line_of(scorer: str, size: int, order: str, of_size: pd.DataFrame) -> str:
     loss, loss_width = mean_and_interval(rows["validation_loss_nats"].tolist())
     accuracy, _ = mean_and_interval(rows["group_accuracy"].tolist())
     difference = "| | "
-    if order != "bpe" and (found := paired_difference(of_size, "partition_order", order, "bpe")).seeds > 1:
+    if order != "bpe" and (found := difference_over_seeds(of_size, "partition_order", order, "bpe")).count > 1:
         difference = f"| {found.mean:+.3f} ± {found.half_width:.3f} | {found.p_value:.2g} "
     rate = rows["learning_rate"].iloc[0]
     return (

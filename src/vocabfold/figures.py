@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,42 +49,6 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     if count < 2:
         return float(np.mean(values)), float("nan")
     return float(np.mean(values)), float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One arm minus another over the ``seeds`` that both have: the mean, the half width of its 95% interval and p of a
-    paired t-test (both NaN below two seeds)."""
-
-    mean: float
-    half_width: float
-    p_value: float
-    seeds: int
-
-    @property
-    def high(self) -> float:
-        """The upper end of the interval."""
-        return self.mean + self.half_width
-
-    @property
-    def low(self) -> float:
-        """The lower end of the interval."""
-        return self.mean - self.half_width
-
-
-def paired_difference(
-    table: pd.DataFrame, arm: str, first: str, second: str, value: str = "validation_loss_nats"
-) -> Difference:
-    """``value`` of the rows whose column ``arm`` is ``first`` minus ``second``, seed by seed.
-
-    An arm without rows leaves no seeds and a mean of NaN.
-    """
-    by_seed = table.pivot(index="seed", columns=arm, values=value).reindex(columns=[first, second]).dropna()
-    if by_seed.empty:
-        return Difference(float("nan"), float("nan"), float("nan"), 0)
-    mean, half_width = mean_and_interval((by_seed[first] - by_seed[second]).tolist())
-    p_value = stats.ttest_rel(by_seed[first], by_seed[second]).pvalue if len(by_seed) > 1 else float("nan")
-    return Difference(mean, half_width, float(p_value), len(by_seed))
 
 
 def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
