@@ -108,8 +108,8 @@ def efficiency() -> list[str]:
         neo, gpt2 = (known[model][0] / known["grouped"][0] for model in ("gpt_neo", "gpt2"))
         rows.append([f"{millions:g} M, {size}", f"{neo:.2f}", f"{gpt2:.2f}"])
     return [
-        "The efficiency column of Table 2 is GPT-Neo's memory over the grouped model's, not GPT-2's. The headline is the "
-        "first line; the larger model saves less.",
+        "The efficiency column of Table 2 is GPT-Neo's memory over the grouped model's, not GPT-2's. The headline is "
+        "the first line; the larger model saves less.",
         "",
         *table(["model", "GPT-Neo over grouped", "GPT-2 over grouped"], rows),
     ]
@@ -216,8 +216,8 @@ def another_model() -> list[str]:
 def unread_size() -> list[str]:
     """Point 8."""
     return [
-        "The shell script behind Figure 3 passes the group size as an option that the training program never reads: run "
-        "as it stands it changes nothing from point to point. This is a fact of files that are not part of "
+        "The shell script behind Figure 3 passes the group size as an option that the training program never reads: "
+        "run as it stands it changes nothing from point to point. This is a fact of files that are not part of "
         "this repository; nothing can be computed for it. Our sweep (`conf/experiment/figure3_group_size.yaml`) sets "
         "`head.partition.group_size`, which stands in every row of its table beside the number of groups that came of "
         "it.",
@@ -243,8 +243,8 @@ def choices() -> list[str]:
         rows.append([change, f"{found.mean:+.3f} ± {found.half_width:.3f}", f"{found.p_value:.2g}", str(found.count)])
     return [
         "The paper compares one grouped head with full softmaxes at one learning rate. What it leaves fixed, order, "
-        "token scorer and sharing of rows, moves the loss as much as the head itself (each at its own best learning rate, "
-        "TinyStories, results/text/heads_pareto.csv):",
+        "token scorer and sharing of rows, moves the loss as much as the head itself (each at its own best learning "
+        "rate, TinyStories, results/text/heads_pareto.csv):",
         "",
         *table(["change", "loss (nats), 95%", "p", "seeds"], rows),
     ]

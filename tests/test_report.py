@@ -124,9 +124,9 @@ def test_missing_and_foreign_tables_are_a_line_each_and_the_rest_is_written(
     assert run("report", monkeypatch, "text") == 0
     lines = capfd.readouterr().err.splitlines()
     text = (copy / "text" / "report.md").read_text()
-    assert len(lines) == text.count("**not run**") - 1 > 15  # the rule says the words once
+    assert len(lines) == text.count("| **not run** |") > 15
     assert all(line.startswith("report.py text: ") and ("missing" in line or "has no" in line) for line in lines)
-    assert "**partly**: what" not in text and text.count("| **partly** |") >= 3  # Tables 2 and 3 have their own folders
+    assert text.count("| **partly** |") >= 3  # Tables 2 and 3 have folders of their own
 
 
 def test_a_scale_without_results_is_refused_in_one_line(
@@ -145,7 +145,10 @@ def every_table(copy: Path) -> Path:
         if experiment == "embedding_compression":
             rows = [row | seen for row in rows for seen in compressions(row)]
         if experiment == "vocabulary_scaling":
-            rows += [row | {"contender": "scale_shift_bpe"} for row in rows if row["contender"] == "full_free"]
+            changes = {"contender": "scale_shift_bpe", "scorer": "scale_shift", "partition_order": "bpe"}
+            rows += [row | changes for row in rows if row["contender"] == "full_free"]
+        if experiment == "main_comparison":
+            rows.append(run_row("gpt_neo", "grouped", 225, 1))
         write_table(pd.DataFrame([{**row, "experiment": experiment} for row in rows]), folder / f"{experiment}.csv")
     write_side_tables(folder)
     for name, rows in caching_tables():
@@ -181,6 +184,7 @@ def compressions(row: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")  # the made tables differ by the same number at each seed
 def test_every_claim_has_a_verdict_once_its_table_is_there(claims: Any, every_table: Path) -> None:
     text, problems = claims.report("smoke")
     assert problems == []

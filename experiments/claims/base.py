@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from figure3_group_size import read_reference
 from vocabfold.errors import UserError
 from vocabfold.records import RESULTS
 from vocabfold.seeds import Difference
@@ -110,8 +111,8 @@ def fixed(words: str) -> Callable[[], str]:
 
 
 def reference(name: str) -> pd.DataFrame:
-    """results/paper/NAME.csv: published values."""
-    return pd.read_csv(RESULTS / "paper" / f"{name}.csv")
+    """results/paper/NAME.csv: published values. Raises UserError where it is missing."""
+    return read_reference(RESULTS / "paper" / f"{name}.csv", "restore it from the repository")
 
 
 def published_extreme(name: str, column: str, highest: bool, unit: str) -> str:
