@@ -1,4 +1,4 @@
-# make reproduce | test | test-all | figures | lint. Each sets up .venv by itself, from constraints.txt.
+# make reproduce | test | test-all | figures | report | lint. Each sets up .venv by itself, from constraints.txt.
 PYTHON ?= python3
 SCALE ?= laptop
 EXTRAS ?= dev
@@ -20,16 +20,18 @@ comma := ,
 trained = @$(TRAINING) $(DATA) experiment=$(1) $(2)
 sweep = $(trained) && $(PY) -m vocabfold.records $(1) $(SCALE)
 once = @test -f $(RUNS)/$(1).done || { $(PY) experiments/$(1).py $(2) && touch $(RUNS)/$(1).done; }
+write_report = @$(PY) experiments/audit.py > /dev/null && $(PY) experiments/report.py $(SCALE)
 draw = @for figure in $(1); do $(PY) experiments/$$figure.py $(SCALE) || exit; done
 
 DRAWN := main_comparison figure3_group_size heads_pareto order_matters rare_tokens group_accuracy vocabulary_scaling larger_vocabulary fold \
 	embedding_compression both_ends caching figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
 
-.PHONY: help setup reproduce $(AREAS) figures test test-all lint
+.PHONY: help setup reproduce $(AREAS) report figures test test-all lint
 help:
 	@echo "make reproduce [SCALE=laptop|text|paper] [TRAIN=file VALID=file]   train, measure, draw into results/: all of"
 	@echo "make $(AREAS)   a part of it each, with the same settings"
-	@echo "make figures   redraw every figure from the committed tables"
+	@echo "make figures   redraw every figure from the committed tables, and write every report again"
+	@echo "make report    each claim of the papers beside our tables, with its verdict: results/SCALE/report.md"
 	@echo "make test      quick tests;  make test-all  the slow ones too;  make lint  style and types"
 
 setup: .venv/ready
@@ -42,6 +44,10 @@ setup: .venv/ready
 	touch $@
 
 reproduce: $(AREAS)
+	$(write_report)
+
+report: .venv/ready
+	$(write_report)
 
 paper: .venv/ready
 	$(call sweep,main_comparison)
@@ -108,6 +114,8 @@ figures: .venv/ready
 		$(PY) experiments/$$(basename $$table .csv).py --redraw --scale $$(basename $$(dirname $$table)) || exit; done
 	@for table in $(wildcard results/*/token_coding.csv results/*/model_coding.csv); do \
 		$(PY) experiments/$$(basename $$table .csv).py --draw --scale $$(basename $$(dirname $$table)) || exit; done
+	@$(PY) experiments/audit.py > /dev/null
+	@$(PY) experiments/report.py
 
 test: .venv/ready
 	$(PY) -m pytest -q -m "not slow"

@@ -10,7 +10,9 @@ The sizes at hidden 128 and 8 layers, the paper's 8.1 M model, are those of mode
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -35,6 +37,15 @@ GOAL = 4  # times fewer bytes than GPT-2
 
 def draw(scale: str) -> None:
     """Write one scale's picture and table."""
+    table = with_plain(scale)
+    draw_sizes(table, RESULTS / scale / "both_ends.png")
+    path = RESULTS / scale / "both_ends.md"
+    write_text(path, markdown(table) + "\n" + published_sizes())
+    print(f"wrote {path}")
+
+
+def with_plain(scale: str) -> pd.DataFrame:
+    """The runs of both ends after those of the plain GPT-2 of their size. Raises UserError where there is none."""
     runs, plain = read_table("both_ends", scale), read_table("main_comparison", scale)
     plain = plain[(plain["model"] == "gpt2") & (plain["head"] == "full")]
     size = runs["hidden_size"].iloc[0]
@@ -45,22 +56,25 @@ def draw(scale: str) -> None:
     plain = plain.assign(model_bytes=BYTES_PER_NUMBER * plain["num_parameters"], embedding="dense")
     table = pd.concat([plain, runs], ignore_index=True)
     table[ARM] = table[ARM].astype(object).where(table[ARM].notna(), "")
-    draw_sizes(table, RESULTS / scale / "both_ends.png")
-    path = RESULTS / scale / "both_ends.md"
-    write_text(path, markdown(table) + "\n" + published_sizes())
-    print(f"wrote {path}")
+    return table
+
+
+def arms_of(table: pd.DataFrame) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame, list[float]]]:
+    """(key, rows, their losses minus that of the plain GPT-2 of the same seed) of each arm."""
+    plain = table[table["head"] == "full"].set_index("seed")
+    for key, rows in table.groupby(ARM, sort=False):
+        rows = rows[rows["seed"].isin(plain.index)]
+        if len(rows):
+            differences = rows["validation_loss_nats"].to_numpy() - plain.loc[rows["seed"], "validation_loss_nats"]
+            yield key, rows, differences.tolist()
 
 
 def draw_sizes(table: pd.DataFrame, path: Path) -> None:
     """Loss above the plain GPT-2 against bytes, one point an arm."""
     plain = table[table["head"] == "full"].set_index("seed")
     figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 2.6))
-    for position, (key, rows) in enumerate(table.groupby(ARM, sort=False)):
-        rows = rows[rows["seed"].isin(plain.index)]
-        if rows.empty:
-            continue
-        difference = rows["validation_loss_nats"].to_numpy() - plain.loc[rows["seed"], "validation_loss_nats"]
-        mean, half_width = mean_and_interval(difference.tolist())
+    for position, (key, rows, differences) in enumerate(arms_of(table)):
+        mean, half_width = mean_and_interval(differences)
         color, marker = list(COLORS.values())[position % len(COLORS)], "os^Dv"[position % 5]
         label = "GPT-2, full softmax" if key[0] == "full" else f"folded, {key[3]} {key[4]}"
         megabytes = rows["model_bytes"].iloc[0] / MEGABYTE
@@ -82,13 +96,9 @@ def markdown(table: pd.DataFrame) -> str:
         "| above GPT-2 (nats) | perplexity | seeds |",
         "|---" * 10 + "|",
     ]
-    for key, rows in table.groupby(ARM, sort=False):
-        rows = rows[rows["seed"].isin(plain.index)]
-        if rows.empty:
-            continue
+    for key, rows, differences in arms_of(table):
         loss = rows["validation_loss_nats"]
-        differences = loss.to_numpy() - plain.loc[rows["seed"], "validation_loss_nats"].to_numpy()
-        mean, half_width = mean_and_interval(differences.tolist())
+        mean, half_width = mean_and_interval(differences)
         p_value = stats.ttest_1samp(differences, 0).pvalue if len(rows) > 1 and key[0] != "full" else math.nan
         words = (
             "0"

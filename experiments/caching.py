@@ -196,8 +196,7 @@ def faster(table: pd.DataFrame, library: str) -> list[str]:
         return []
     parts = []
     for key in (SHORT, LONG):
-        seconds = seconds_of(rows_of(table, key), library)
-        against_none = {cache: ratio_summary(seconds, "none", cache).median for cache in seconds if cache != "none"}
+        against_none = speed_ups(table, library, key)
         slow = [f"{cache} {ratio:.2f}" for cache, ratio in against_none.items() if ratio < FASTER_CLAIM]
         lowest, highest = min(against_none.values()), max(against_none.values())
         missing = f"; below 1.25: {', '.join(slow)}" if slow else ", each more than the claim"
@@ -213,14 +212,12 @@ def faster(table: pd.DataFrame, library: str) -> list[str]:
 
 def leaner(memory: pd.DataFrame, library: str) -> list[str]:
     """ "Up to 30% less memory", for the caches of one library."""
-    rows = memory[(memory["library"] == library) & (memory["workload"] == "distinct")].set_index("cache")
+    rows = unseen(memory, library)
     if rows.empty:
         return []
     lines = []
     for base in ("none", "key/value"):
-        whole = rows["peak_memory_mib"] / rows["peak_memory_mib"][base]
-        above = rows["peak_memory_mib"] - rows["weights_mib"]
-        above = above / above[base]
+        whole, above = memory_shares(rows, base)
         parts = [f"{cache} {whole[cache]:.3f} ({above[cache]:.2f})" for cache in rows.index if cache != base]
         leanest = [str(cache) for cache in rows.index if whole[cache] <= LEANER_CLAIM]
         reached = f"30% less is reached by {', '.join(leanest)}" if leanest else "none needs 30% less"
@@ -230,6 +227,23 @@ def leaner(memory: pd.DataFrame, library: str) -> list[str]:
             f" {', '.join(parts)}; {reached}."
         )
     return lines
+
+
+def speed_ups(table: pd.DataFrame, library: str, key: tuple[str, int, int]) -> dict[str, float]:
+    """Median speed of each cache of one library on one workload, that without a cache being 1."""
+    seconds = seconds_of(rows_of(table, key), library)
+    return {cache: ratio_summary(seconds, "none", cache).median for cache in seconds if cache != "none"}
+
+
+def unseen(memory: pd.DataFrame, library: str) -> pd.DataFrame:
+    """The memory of each cache of one library, by cache, on prompts not seen before."""
+    return memory[(memory["library"] == library) & (memory["workload"] == "distinct")].set_index("cache")
+
+
+def memory_shares(rows: pd.DataFrame, base: str) -> tuple[pd.Series, pd.Series]:
+    """(whole peak, peak above the weights) of each cache, those of the cache ``base`` being 1."""
+    above = rows["peak_memory_mib"] - rows["weights_mib"]
+    return rows["peak_memory_mib"] / rows["peak_memory_mib"][base], above / above[base]
 
 
 def combined(table: pd.DataFrame) -> str:

@@ -145,12 +145,17 @@ def verdicts(arms: pd.DataFrame) -> list[str]:
         lines.append("* No method at 4x or more stays within 1% of the dense perplexity after recovery.")
     trains = arms[(arms["embedding"] == "tensor_train") & (arms["stage"] == "compressed")]
     for _, arm in trains.iterrows():
-        better = arm["mean"] + (0 if math.isnan(arm["half_width"]) else arm["half_width"]) < 0
         lines.append(
             f"* Per-token tensor train at {arm['compression']:.2f}x, as decomposed: perplexity times "
-            f"{math.exp(arm['mean']):.3f}; {'better' if better else 'not better'} than the model it was made from."
+            f"{math.exp(arm['mean']):.3f}; {'better' if is_better(arm) else 'not better'} than the model it was made "
+            "from."
         )
     return lines
+
+
+def is_better(arm: pd.Series) -> bool:
+    """Whether the loss is below that of the dense embedding, with the upper end of the interval where there is one."""
+    return bool(arm["mean"] + (0 if math.isnan(arm["half_width"]) else arm["half_width"]) < 0)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from scipy import stats
 
 from vocabfold.curves import draw_curve, read_curves
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS
-from vocabfold.statistics import mean_and_interval, summarise
+from vocabfold.statistics import difference_over_seeds, mean_and_interval, summarise
 
 PUBLISHED_LEARNING_RATE = 1e-3
 HEADS = {"full": (COLORS["orange"], "s"), "grouped": (COLORS["blue"], "o")}
@@ -29,7 +28,7 @@ QUANTITIES = {
 def draw(scale: str) -> None:
     """Write one scale's picture and table."""
     curves = read_curves("shapes", scale)
-    ends = curves.sort_values("step").groupby(["head", "learning_rate", "seed"], as_index=False).last()
+    ends = ends_of(curves)
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.3), sharey=True)
     published = curves[curves["learning_rate"] == PUBLISHED_LEARNING_RATE]
     for head, (color, marker) in HEADS.items():
@@ -54,6 +53,11 @@ def draw(scale: str) -> None:
     path = RESULTS / scale / "figure2_shapes_accuracy.md"
     write_text(path, markdown(ends, scale))
     print(f"wrote {path}")
+
+
+def ends_of(curves: pd.DataFrame) -> pd.DataFrame:
+    """Where each run's curve ends."""
+    return curves.sort_values("step").groupby(["head", "learning_rate", "seed"], as_index=False).last()
 
 
 def ceiling(scale: str) -> float:
@@ -82,13 +86,11 @@ def difference(ends: pd.DataFrame) -> list[str]:
     """Grouped minus full in accuracy at each learning rate, seed by seed."""
     lines = []
     for learning_rate, rows in ends.groupby("learning_rate"):
-        accuracy = rows.pivot(index="seed", columns="head", values="validation_accuracy").dropna()
-        if set(HEADS) <= set(accuracy.columns) and len(accuracy) > 1:
-            mean, half_width = mean_and_interval((accuracy["grouped"] - accuracy["full"]).tolist())
-            p_value = stats.ttest_rel(accuracy["grouped"], accuracy["full"]).pvalue
+        found = difference_over_seeds(rows, "head", "grouped", "full", "validation_accuracy")
+        if found.count > 1:
             lines.append(
-                f"Learning rate {learning_rate:g}: grouped minus full {mean:+.4f} ± {half_width:.4f} in accuracy "
-                f"(paired t-test over {len(accuracy)} seeds, p = {p_value:.2g})."
+                f"Learning rate {learning_rate:g}: grouped minus full {found.mean:+.4f} ± {found.half_width:.4f} in "
+                f"accuracy (paired t-test over {found.count} seeds, p = {found.p_value:.2g})."
             )
     return lines
 

@@ -7,6 +7,7 @@ results/SCALE/figure3_group_size.md
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,26 +147,47 @@ def markdown(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
         peak_gib = full.loc[full["model"] == baseline["model"], "peak_memory_gib"].mean()
         interval = f"{baseline['mean']:.3f} ± {baseline['half_width']:.3f}"
         lines.append(f"| {BASELINES[baseline['model']][0]} | {interval} | | {peak_gib:.4f} | {baseline['seeds']} |")
-    published = {column: read_published(name, column) for _, _, name, column in PANELS}
-    simulated = read_simulated().rename(columns={"peak_gib": "mean"})
-    worst, least = loss.sort_values("mean").iloc[-1], simulated.sort_values("mean").iloc[0]
-    published_worst = published["val_loss_nats"].sort_values("mean").iloc[-1]
-    published_least = published["memory_gb"].sort_values("mean").iloc[0]
+    hump, basin = compare_loss(grouped), compare_memory()
     return "\n".join(
         [
             *lines,
             "",
-            f"* Worst loss: S = {worst['group_size']:,.0f}, {worst['mean']:.3f} nats; published: "
-            f"S = {published_worst['group_size']:,.0f}, {published_worst['mean']:.3f} nats.",
-            f"* Least memory at the published batch, simulated: S = {least['group_size']:,.0f}, "
-            f"{least['mean']:.3f} GiB; published: S = {published_least['group_size']:,.0f}, "
-            f"{published_least['mean']:.2f} GB.",
+            f"* Worst loss: S = {hump.ours['group_size']:,.0f}, {hump.ours['mean']:.3f} nats; published: "
+            f"S = {hump.published['group_size']:,.0f}, {hump.published['mean']:.3f} nats.",
+            f"* Least memory at the published batch, simulated: S = {basin.ours['group_size']:,.0f}, "
+            f"{basin.ours['mean']:.3f} GiB; published: S = {basin.published['group_size']:,.0f}, "
+            f"{basin.published['mean']:.2f} GB.",
             "* Correlation with the published curve over our group sizes: simulated memory "
-            f"{correlation(simulated, published['memory_gb']):.3f}, validation loss "
-            f"{correlation(loss, published['val_loss_nats']):.3f}.",
+            f"{basin.correlation:.3f}, validation loss {hump.correlation:.3f}.",
             "",
         ]
     )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A curve (columns group_size and mean) beside the published one: both extremes, and the correlation."""
+
+    curve: pd.DataFrame
+    ours: pd.Series
+    published: pd.Series
+    correlation: float
+
+
+def compare_loss(grouped: pd.DataFrame) -> Compared:
+    """The mean validation loss, and where it is worst."""
+    ours = summarise(grouped, ["group_size"], "validation_loss_nats")
+    published = read_published("figure3_val_loss", "val_loss_nats")
+    worst, published_worst = (curve.sort_values("mean").iloc[-1] for curve in (ours, published))
+    return Compared(ours, worst, published_worst, correlation(ours, published))
+
+
+def compare_memory() -> Compared:
+    """The simulated memory at the published batch, and where it is least."""
+    ours = read_simulated().rename(columns={"peak_gib": "mean"})
+    published = read_published("figure3_memory", "memory_gb")
+    least, published_least = (curve.sort_values("mean").iloc[0] for curve in (ours, published))
+    return Compared(ours, least, published_least, correlation(ours, published))
 
 
 def correlation(ours: pd.DataFrame, published: pd.DataFrame) -> float:

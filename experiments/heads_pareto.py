@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-from scipy import stats
 
 from vocabfold.curves import read_curves
 from vocabfold.errors import UserError
@@ -23,7 +22,7 @@ from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
 from vocabfold.records import RESULTS, read_table
-from vocabfold.statistics import mean_and_interval
+from vocabfold.statistics import difference_over_seeds, mean_and_interval
 
 CONTENDERS = {
     "full_tied": ("full softmax, tied", COLORS["orange"], "s"),
@@ -164,13 +163,8 @@ def caption(scale: str) -> str:
 def perplexity_ratio(table: pd.DataFrame, contender: str, reference: str) -> tuple[float, float, float, float]:
     """Perplexity of ``contender`` over that of ``reference``, paired by seed: (ratio, low, high of the 95% interval, p
     of a paired t-test)."""
-    loss = table.pivot(index="seed", columns="contender", values="validation_loss_nats")[
-        [contender, reference]
-    ].dropna()
-    difference = (loss[contender] - loss[reference]).tolist()
-    mean, half_width = mean_and_interval(difference)
-    p_value = stats.ttest_1samp(difference, 0.0).pvalue if len(difference) > 1 else float("nan")
-    return math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width), float(p_value)
+    found = difference_over_seeds(table, "contender", contender, reference)
+    return math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.p_value
 
 
 def time_to_reach(curves: pd.DataFrame, contender: str, loss: float) -> float:

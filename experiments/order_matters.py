@@ -11,12 +11,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from scipy import stats
 
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS, read_table
-from vocabfold.statistics import mean_and_interval, summarise
+from vocabfold.statistics import difference_over_seeds, mean_and_interval, summarise
 
 ORDERS = {
     "bpe": (COLORS["orange"], "s", "-"),
@@ -99,11 +98,8 @@ def line_of(scorer: str, size: int, order: str, of_size: pd.DataFrame) -> str:
     loss, loss_width = mean_and_interval(rows["validation_loss_nats"].tolist())
     accuracy, _ = mean_and_interval(rows["group_accuracy"].tolist())
     difference = "| | "
-    by_seed = of_size.pivot(index="seed", columns="partition_order", values="validation_loss_nats").dropna()
-    if order != "bpe" and "bpe" in by_seed and len(by_seed) > 1:
-        mean, half_width = mean_and_interval((by_seed[order] - by_seed["bpe"]).tolist())
-        p_value = stats.ttest_rel(by_seed[order], by_seed["bpe"]).pvalue
-        difference = f"| {mean:+.3f} ± {half_width:.3f} | {p_value:.2g} "
+    if order != "bpe" and (found := difference_over_seeds(of_size, "partition_order", order, "bpe")).count > 1:
+        difference = f"| {found.mean:+.3f} ± {found.half_width:.3f} | {found.p_value:.2g} "
     rate = rows["learning_rate"].iloc[0]
     return (
         f"| {scorer} | {size} | {order} | {rate:g} | {loss:.3f} ± {loss_width:.3f} | {accuracy:.3f} "

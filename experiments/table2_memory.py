@@ -112,8 +112,8 @@ def fits(peak_gib: float, card: str) -> bool:
 def markdown(table: pd.DataFrame) -> str:
     """For every card and size: the published cell, then ours in each setting."""
     published = pd.read_csv(RESULTS / "paper" / "table2_memory.csv")
-    rows = table[(table["batch_size"] == 32) & (table["sequence_length"] == 512)]
-    peak = rows.set_index(["setting", "model", "hidden_size"])["peak_memory_gib"]
+    rows = at_published_batch(table)
+    peak = peaks(table)
     lines = ["| card, hidden size | model | published (GB) | " + " | ".join(SETTINGS.values()) + " (GiB) |"]
     lines.append("|---" * (3 + len(SETTINGS)) + "|")
     for _, cell in published.iterrows():
@@ -152,20 +152,41 @@ def agreement(published: pd.DataFrame, peak: pd.Series) -> list[str]:
     """How many cells are `oom` where the published ones are, and GPT-Neo's memory over the grouped model's."""
     lines = []
     for setting, title in SETTINGS.items():
-        agree = total = 0
-        for _, cell in published.iterrows():
-            for model in MODELS:
-                value = peak.get((setting, model, cell["hidden_size"]))
-                if value is not None:
-                    total += 1
-                    agree += fits(value, cell["gpu"]) == (cell[f"{model}_gb"] != "oom")
-        neo = "lean" if setting == "lean" else "paper_code"
-        ratios = [f"{peak[neo, 'gpt_neo', size] / peak[setting, 'grouped', size]:.1f}" for size in HIDDEN_SIZES]
+        agree, total = agreeing_cells(published, peak, setting)
+        ratios = [f"{saving(peak, setting, size):.1f}" for size in HIDDEN_SIZES]
         lines.append(
             f"* {title}: {agree} of {total} cells fit or fail as published; GPT-Neo over grouped at hidden "
             f"{', '.join(map(str, HIDDEN_SIZES))}: {', '.join(ratios)} (published 3.4, 3.5, 1.8, not known)."
         )
     return lines
+
+
+def agreeing_cells(published: pd.DataFrame, peak: pd.Series, setting: str) -> tuple[int, int]:
+    """(cells that fit or fail as published, cells that were simulated)."""
+    agree = total = 0
+    for _, cell in published.iterrows():
+        for model in MODELS:
+            value = peak.get((setting, model, cell["hidden_size"]))
+            if value is not None:
+                total += 1
+                agree += fits(value, cell["gpu"]) == (cell[f"{model}_gb"] != "oom")
+    return agree, total
+
+
+def saving(peak: pd.Series, setting: str, hidden_size: int) -> float:
+    """GPT-Neo's memory over the grouped model's; GPT-Neo has no setting with unfused attention of its own."""
+    neo = "lean" if setting == "lean" else "paper_code"
+    return float(peak[neo, "gpt_neo", hidden_size] / peak[setting, "grouped", hidden_size])
+
+
+def at_published_batch(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a batch of 32 x 512."""
+    return table[(table["batch_size"] == 32) & (table["sequence_length"] == 512)]
+
+
+def peaks(table: pd.DataFrame) -> pd.Series:
+    """GiB at the published batch, by setting, model and hidden size."""
+    return at_published_batch(table).set_index(["setting", "model", "hidden_size"])["peak_memory_gib"]
 
 
 def draw(table: pd.DataFrame) -> None:

@@ -122,6 +122,12 @@ def flops_table(counts: pd.DataFrame, published: pd.DataFrame) -> list[str]:
     return lines
 
 
+def seconds_of(rows: pd.DataFrame, part: str) -> dict[str, list[float]]:
+    """Seconds of every round of each model in one pass, from the rows of one hidden size and setting."""
+    own = rows[rows["pass"] == part]
+    return {str(model): values["seconds"].tolist() for model, values in own.groupby("model")}
+
+
 def speed_table(table: pd.DataFrame, published: pd.DataFrame) -> list[str]:
     """Tokens per second of both passes, and the grouped model's ratio to each, beside the published ones."""
     lines = [
@@ -130,16 +136,15 @@ def speed_table(table: pd.DataFrame, published: pd.DataFrame) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for (hidden_size, setting), rows in table.groupby(["hidden_size", "setting"]):
-        seconds = {key: values["seconds"].tolist() for key, values in rows.groupby(["model", "pass"])}
         printed = published[published["hidden_size"] == hidden_size].iloc[0]
         tokens = int(rows["tokens"].iloc[0])
         for model, title in MODELS.items():
             ratio = printed["grouped_tokens_per_s"] / printed[f"{model}_tokens_per_s"]
             cells = [f"{printed[f'{model}_tokens_per_s']:,.0f} ({ratio:.2f})"]
             for part in PASSES:
-                named = {name: seconds[name, part] for name in MODELS}
-                faster = ratio_summary(named, model, "grouped")
-                cells.append(f"{tokens_per_second(named[model], tokens):,.0f}")
+                seconds = seconds_of(rows, part)
+                faster = ratio_summary(seconds, model, "grouped")
+                cells.append(f"{tokens_per_second(seconds[model], tokens):,.0f}")
                 cells.append(f"{faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f})")
             lines.append(f"| {title}, {hidden_size}, {SETTINGS[str(setting)]} | " + " | ".join(cells) + " |")
     return lines

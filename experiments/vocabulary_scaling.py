@@ -26,7 +26,7 @@ CONTENDERS = {
 def draw(scale: str) -> None:
     """Write one scale's picture and table."""
     table = read_table("vocabulary_scaling", scale)
-    quantity = "excess_loss_nats" if "excess_loss_nats" in table else "validation_loss_nats"
+    quantity = quantity_of(table)
     label = "Loss above the entropy rate" if quantity == "excess_loss_nats" else "Validation loss"
     figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 2.4))
     rows = summarise(table, ["contender", "vocabulary_size"], quantity)
@@ -48,6 +48,11 @@ def draw(scale: str) -> None:
     path = RESULTS / scale / "vocabulary_scaling.md"
     write_text(path, markdown(table, quantity, label))
     print(f"wrote {path}")
+
+
+def quantity_of(table: pd.DataFrame) -> str:
+    """The loss above the entropy rate where that is known, else the loss."""
+    return "excess_loss_nats" if "excess_loss_nats" in table else "validation_loss_nats"
 
 
 def caption(table: pd.DataFrame) -> str:

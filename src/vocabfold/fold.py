@@ -139,7 +139,8 @@ def fold_run(teacher: Teacher, options: Options, folder: Path, command: str) -> 
     order = token_order(settings.head, teacher.corpus.vocabulary_size, teacher.corpus.train.tokens)
     chosen, vocabulary_size = options.partition, teacher.corpus.vocabulary_size
     partition = equal_partition(vocabulary_size, chosen.group_size, order, chosen.shortlist).to(teacher.device)
-    record = RunRecord(folder, settings, resume_step=0)
+    tagged = {"head": settings.head.name, "scorer": settings.head.scorer, "partition_order": chosen.order}
+    record = RunRecord(folder, settings, 0, tagged | {"corpus": teacher.corpus.name}, job_type="fold")
     try:
         hidden, num_batches = teacher.start()
         folded = fold(teacher.head, partition, hidden, tied=settings.head.tied)

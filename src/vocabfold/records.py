@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,38 @@ IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
 OWN_IDENTITY_COLUMNS = ["vocabulary_size", "distillation_tokens", "sorted_by", "class"]
 OWN_IDENTITY_COLUMNS += ["embedding", "embedding_setting", "recovery_tokens"]
 
+# Columns by which runs are told apart in Weights & Biases, each a tag such as head:grouped.
+TAG_COLUMNS = ("scale", "corpus", "model", "contender", "head", "scorer", "partition_order", "embedding")
+MOST_TAG_LETTERS = 64  # that its server takes
+# What its summary keeps of a logged metric beside the last value: validation_loss_nats.min and so on.
+SUMMARIES = {
+    "train_loss": "min",
+    "validation_loss_nats": "min",
+    "excess_loss_nats": "min",
+    "perplexity": "min",
+    "validation_accuracy": "max",
+    "validation_group_accuracy": "max",
+    "validation_token_accuracy": "max",
+    "peak_memory_gib": "max",
+}
+RESULT = "result"  # the summary's key for the whole result row: result.validation_loss_nats is the table's value
+
 
 class RunRecord:
-    """The record of one run that is under way, from ``resume_step`` on: later metrics of a killed run are dropped."""
+    """The record of one run that is under way, from ``resume_step`` on: later metrics of a killed run are dropped.
 
-    def __init__(self, folder: Path, settings: Settings, resume_step: int) -> None:
+    ``tagged``: columns of its result row that are known before it ends, for the mirror's tags. ``job_type``: what kind
+    of run the mirror shows; None finds it in the settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        resume_step: int,
+        tagged: Mapping[str, Any] | None = None,
+        job_type: str | None = None,
+    ) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -71,24 +100,25 @@ class RunRecord:
         kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
-        self.wandb_run = self._start_mirror(folder, settings, config)
+        tags = tags_of({"scale": settings.scale, "model": settings.model.name, **(tagged or {})})
+        self.wandb_run = self._start_mirror(folder, settings, tags, job_type or job_type_of(settings))
 
     @staticmethod
-    def _start_mirror(folder: Path, settings: Settings, config: dict[str, Any]) -> Any:
+    def _start_mirror(folder: Path, settings: Settings, tags: list[str], job_type: str) -> Any:
         if settings.wandb.mode == "disabled":
             return None
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # a second of import time that runs without a mirror need not pay
 
         try:
-            return wandb.init(
+            run = wandb.init(
                 project=settings.wandb.project,
                 entity=settings.wandb.entity,
                 group=f"{settings.scale}/{settings.experiment}",
-                job_type="train",
-                tags=[settings.scale, settings.model.name, settings.head.name],
+                job_type=job_type,
+                tags=tags,
                 name=folder.name,
-                config=config,
+                config=dataclasses.asdict(settings),
                 dir=str(folder),
                 mode="online" if settings.wandb.mode == "online" else "offline",
                 settings=wandb.Settings(console="off", x_disable_stats=True, disable_git=True),
@@ -97,6 +127,9 @@ class RunRecord:
             raise UserError(
                 f"Weights & Biases cannot start ({error}): use wandb.mode=offline or wandb.mode=disabled"
             ) from error
+        for metric, best in SUMMARIES.items():
+            run.define_metric(metric, summary=best)
+        return run
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line for ``step``; it is on disk, for a reader, when this returns."""
@@ -110,7 +143,7 @@ class RunRecord:
         self.close()
         write_text(self.path.with_name("row.json"), json.dumps(row, indent=1) + "\n")
         if self.wandb_run is not None:
-            self.wandb_run.summary.update(row)
+            self.wandb_run.summary.update({RESULT: row})
             self.wandb_run.finish()
 
     def fail(self) -> None:
@@ -122,6 +155,19 @@ class RunRecord:
     def close(self) -> None:
         """Close metrics.jsonl."""
         self.file.close()
+
+
+def job_type_of(settings: Settings) -> str:
+    """``train``; with the compressed embedding of a finished run ``recover`` if it is trained on, else ``measure``."""
+    if settings.embedding.compressed_from is None:
+        return "train"
+    return "measure" if settings.budget.tokens == 0 else "recover"
+
+
+def tags_of(row: Mapping[str, Any]) -> list[str]:
+    """A tag for each of TAG_COLUMNS that has a value, without the seed of a random order."""
+    values = {name: re.sub(r"_seed\d+$", "", str(row[name])) for name in TAG_COLUMNS if row.get(name)}
+    return [f"{name}:{value}"[:MOST_TAG_LETTERS] for name, value in values.items()]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

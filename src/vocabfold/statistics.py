@@ -30,6 +30,16 @@ class Difference:
     p_value: float
     count: int
 
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return self.mean + self.half_width
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -92,6 +102,19 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
     if len(difference) > 1:
         p_value = float(stats.ttest_rel(values, reference).pvalue)
     return Difference(mean, half_width, p_value, len(difference))
+
+
+def difference_over_seeds(
+    table: pd.DataFrame, arm: str, first: str, second: str, value: str = "validation_loss_nats"
+) -> Difference:
+    """``value`` of the rows whose column ``arm`` is ``first`` minus ``second``, over the seeds that have both.
+
+    No such seed: a mean of NaN and a count of 0.
+    """
+    by_seed = table.pivot(index="seed", columns=arm, values=value).reindex(columns=[first, second]).dropna()
+    if by_seed.empty:
+        return Difference(float("nan"), float("nan"), float("nan"), 0)
+    return paired_difference(by_seed[first].tolist(), by_seed[second].tolist())
 
 
 def equivalence(values: Sequence[float], reference: Sequence[float], margin: float) -> Equivalence:

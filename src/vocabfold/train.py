@@ -61,6 +61,7 @@ class Trainer:
         built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding)
         self.measured: dict[str, float] = begin_compressed(built, settings.embedding)
         self.model: ModelWithHead = built.to(device)
+        self.kinds = describe_head(settings.head, built.head) | describe_embedding(settings.embedding, built.embedding)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         plan = BatchPlan(settings.sequence_length, settings.batch_size, settings.seed, ranks.rank, ranks.world_size)
@@ -227,7 +228,8 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     ranks = join_ranks(device.type)
     corpus = load_data(settings.data).with_development(settings.development_share)
     trainer = Trainer(settings, corpus, ranks, device)
-    record = RunRecord(folder, settings, trainer.step) if ranks.is_first else None
+    tagged = {"corpus": corpus.name, "contender": settings.contender, **trainer.kinds}
+    record = RunRecord(folder, settings, trainer.step, tagged) if ranks.is_first else None
     try:
         final = run(trainer, record)
     except BaseException:

@@ -1,0 +1,267 @@
+"""What the heads of arXiv 2411.06371 cost: Tables 2 and 3, the left half of Figure 3, growth with the vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from claims.base import (
+    Check,
+    Claim,
+    Finding,
+    at_least,
+    at_most,
+    fixed,
+    measured,
+    published_extreme,
+    reference,
+    rows_where,
+)
+from figure3_group_size import VOCABULARY_SIZE, compare_memory
+from table2_memory import SETTINGS, agreeing_cells, peaks, saving
+from table3_speed import PASSES, seconds_of
+from vocabfold.measure.machine import BYTES_PER_GIB
+from vocabfold.measure.speed import ratio_summary, tokens_per_second
+from vocabfold.models.paper_tables import MODELS
+from vocabfold.records import read_table
+from vocabfold.statistics import summarise
+from vocabulary_cost import FULL, SCALE_SHIFT, growth, medians
+
+SMALLEST = 128  # the hidden size of the headline numbers
+SPEED_UP = 3.0  # the headline
+BYTES_PER_NUMBER = 4
+ROUNDING = 0.015  # of a printed number with two or three figures
+NEAR_FACTOR = 2.0  # group sizes are on a log axis
+SAME_SHAPE = 0.9  # correlation of two curves
+NEAR_LEAST = 1.05  # times the least memory
+SQUARE_ROOT, LINEAR = 0.5, 1.0  # published growth with V: of S + G, and of V
+EXPONENT = 0.15  # how far a fitted exponent may lie from it
+PAPER_HEAD, FULL_TIED = "scale_shift_bpe", "full_tied"
+
+
+def published_saving(hidden_size: int) -> float:
+    """GPT-Neo's memory over the grouped model's where both fit."""
+    rows = reference("table2_memory")
+    rows = rows[(rows["hidden_size"] == hidden_size) & (rows["gpt_neo_gb"] != "oom") & (rows["grouped_gb"] != "oom")]
+    row = rows.iloc[0]
+    return float(row["gpt_neo_gb"]) / float(row["grouped_gb"])
+
+
+def simulated_peaks() -> tuple[pd.Series, pd.DataFrame]:
+    """(GiB by setting, model and hidden size; the whole table)."""
+    columns = ("setting", "model", "hidden_size", "batch_size", "sequence_length", "peak_memory_gib", "parameters_gib")
+    table = measured("simulated", "table2_memory", "python experiments/table2_memory.py", columns)
+    return peaks(table), table
+
+
+def memory_saving(_: str) -> Finding:
+    """The headline of Table 2."""
+    peak, _table = simulated_peaks()
+    bound = round(published_saving(SMALLEST), 1)
+    return Finding(
+        tuple(
+            at_least(f"hidden {SMALLEST}, {title}", saving(peak, setting, SMALLEST), bound, "{:.1f}x", f"{title} {{}}")
+            for setting, title in SETTINGS.items()
+        )
+    )
+
+
+def measured_memory(scale: str) -> Finding:
+    """The saving of this scale's own training runs, GPT-Neo's backbone under both heads."""
+    table = read_table("main_comparison", scale)
+    rows = rows_where(table, f"results/{scale}/main_comparison.csv", model="gpt_neo")
+    means = summarise(rows, ["head"], "peak_memory_gib").set_index("head")["mean"]
+    for head in ("full", "grouped"):
+        rows_where(rows, f"results/{scale}/main_comparison.csv", head=head)
+    ratio = means["full"] / means["grouped"]
+    sizes = ", ".join(str(size) for size in sorted(rows["hidden_size"].unique()))
+    found = f"hidden {sizes}: {means['full']:.3f} over {means['grouped']:.3f} GiB, {{}}"
+    return Finding((at_least("full over grouped", ratio, round(published_saving(SMALLEST), 1), "{:.1f}x", found),))
+
+
+def cells(_: str) -> Finding:
+    """All of Table 2: which model fits on which card."""
+    peak, _table = simulated_peaks()
+    checks = []
+    for setting, title in SETTINGS.items():
+        agree, total = agreeing_cells(reference("table2_memory"), peak, setting)
+        checks.append(
+            Check(f"{title}: every cell fits or fails as published", f"{title} {agree} of {total}", agree == total)
+        )
+    return Finding(tuple(checks))
+
+
+def parameter_counts(_: str) -> Finding:
+    """The model sizes of Table 2, from the bytes of the parameters of GPT-2."""
+    millions = parameter_millions("lean", "gpt2")
+    printed = reference("table2_memory").drop_duplicates("hidden_size").set_index("hidden_size")["model_size_m"]
+    sizes = [int(size) for size in printed.index]
+    return Finding(tuple(as_printed(f"hidden {size}", millions[size], printed[size], "M") for size in sizes))
+
+
+def parameter_millions(setting: str, model: str) -> pd.Series:
+    """Parameters in millions by hidden size."""
+    _peak, table = simulated_peaks()
+    rows = rows_where(table, "table2_memory.csv", setting=setting, model=model, batch_size=32, sequence_length=512)
+    return rows.set_index("hidden_size")["parameters_gib"] * BYTES_PER_GIB / BYTES_PER_NUMBER / 1e6
+
+
+def is_printed(ours: float, printed: float) -> bool:
+    """Whether they differ by rounding alone."""
+    return abs(ours / printed - 1) <= ROUNDING
+
+
+def as_printed(name: str, ours: float, printed: float, unit: str) -> Check:
+    """Whether a recomputed number is the printed one but for rounding."""
+    asked = f"{name}: {printed:g} {unit}, within {ROUNDING:.1%}"
+    return Check(asked, f"{name}: {ours:.4g} {unit}", is_printed(ours, printed))
+
+
+def speed_columns() -> pd.DataFrame:
+    """Table 3's measured rounds."""
+    columns = ("setting", "model", "hidden_size", "pass", "round", "seconds", "tokens")
+    return measured("laptop", "table3_speed", "python experiments/table3_speed.py", columns)
+
+
+def speed_up(_: str) -> Finding:
+    """The headline of Table 3: the grouped model against GPT-2."""
+    table = speed_columns()
+    checks = []
+    for setting in table["setting"].unique():
+        rows = rows_where(table, "table3_speed.csv", setting=setting, hidden_size=SMALLEST)
+        for part, words in PASSES.items():
+            ratio = ratio_summary(seconds_of(rows, part), "gpt2", "grouped")
+            name = f"{SETTINGS[setting]}, {words}"
+            found = f"{name} {{}} ({ratio.low:.2f} to {ratio.high:.2f})"
+            checks.append(at_least(f"{name}, hidden {SMALLEST}", ratio.median, SPEED_UP, "{:.2f}x", found))
+    return Finding(tuple(checks))
+
+
+def speed_at_scale(scale: str) -> Finding:
+    """The paper's head against the full softmax in one interleaved run at this scale's size."""
+    command = f"python experiments/heads_cost.py --scale {scale}"
+    table = measured(scale, "heads_cost", command, ("side", "seconds", "hidden_size"))
+    seconds = {str(side): rows["seconds"].tolist() for side, rows in table.groupby("side")}
+    ratio = ratio_summary(seconds, FULL_TIED, PAPER_HEAD)
+    found = f"hidden {table['hidden_size'].iloc[0]}: {{}} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return Finding((at_least("grouped over full softmax, whole steps", ratio.median, SPEED_UP, "{:.2f}x", found),))
+
+
+def absolute_speed(_: str) -> Finding:
+    """The tokens a second of Table 3, which are those of a card."""
+    table = speed_columns()
+    if table["torch"].str.contains("+cpu", regex=False).all():
+        return Finding(untestable=f"no GPU was measured ({table['hardware'].iloc[0]}); ratios are compared instead")
+    rows = table[table["setting"] == "paper_code"]
+    checks = []
+    for _row, printed in reference("table3_speed").iterrows():
+        of_size = rows[rows["hidden_size"] == printed["hidden_size"]]
+        for model, values in seconds_of(of_size, "training step").items():
+            speed = tokens_per_second(values, int(of_size["tokens"].iloc[0]))
+            name = f"{MODELS[model]}, {printed['hidden_size']:.0f}"
+            checks.append(at_least(f"{name}, tokens/s", speed, printed[f"{model}_tokens_per_s"], "{:,.0f}"))
+    return Finding(tuple(checks))
+
+
+def flops(_: str) -> Finding:
+    """Table 3's counts, under the rule that gives most of them."""
+    columns = ("model", "hidden_size", "published_convention_gmacs")
+    table = measured("laptop", "table3_flops", "python experiments/table3_speed.py", columns)
+    printed = reference("table3_speed").set_index("hidden_size")
+    return Finding(
+        tuple(
+            as_printed(
+                f"{MODELS[row['model']]}, {row['hidden_size']}",
+                row["published_convention_gmacs"],
+                printed.loc[row["hidden_size"], f"{row['model']}_gflops"],
+                "G",
+            )
+            for _, row in table.iterrows()
+        )
+    )
+
+
+def basin(_: str) -> Finding:
+    """Figure 3, left, at the published batch."""
+    found = compare_memory()
+    least, printed = float(found.ours["group_size"]), float(found.published["group_size"])
+    root = math.sqrt(VOCABULARY_SIZE)
+    at_root = found.curve.iloc[(found.curve["group_size"] / root).map(math.log).abs().argmin()]
+    return Finding((
+        at_most("place of the least memory, as a factor from the published", max(least / printed, printed / least),
+                NEAR_FACTOR, "{:.2f}", f"least at S = {least:,.0f}, {found.ours['mean']:.3f} GiB, factor {{}}"),
+        at_least("correlation with the published points", found.correlation, SAME_SHAPE, "{:.3f}", "correlation {}"),
+        at_most(f"memory at S = sqrt V over the least (S = {at_root['group_size']:,.0f})",
+                at_root["mean"] / found.ours["mean"], NEAR_LEAST, "{:.3f}", "at sqrt V over the least {}"),
+    ))  # fmt: skip
+
+
+def cost_grows_slowly(scale: str) -> Finding:
+    """What the head costs as the vocabulary grows."""
+    columns = ("head", "vocabulary_size", "fits", "head_seconds")
+    table = measured(scale, "vocabulary_cost", f"python experiments/vocabulary_cost.py --scale {scale}", columns)
+    for head in (SCALE_SHIFT, FULL):
+        rows_where(table, f"results/{scale}/vocabulary_cost.csv", head=head)
+    grouped, full = (growth(medians(table, head, "head_seconds")) for head in (SCALE_SHIFT, FULL))
+    return Finding((
+        at_most("exponent of the grouped head's time", grouped[0], SQUARE_ROOT + EXPONENT, "{:.2f}",
+                f"grouped V^{{}} ± {grouped[1]:.2f}"),
+        at_least("exponent of the full softmax's time", full[0], LINEAR - EXPONENT, "{:.2f}",
+                 f"full V^{{}} ± {full[1]:.2f}"),
+    ))  # fmt: skip
+
+
+def published_speeds() -> str:
+    """The ratios of Table 3 at the smallest size."""
+    row = reference("table3_speed").set_index("hidden_size").loc[SMALLEST]
+    ratios = [row["grouped_tokens_per_s"] / row[f"{model}_tokens_per_s"] for model in ("gpt2", "gpt_neo")]
+    return f"{SPEED_UP:g}x; Table 3 has {ratios[0]:.2f}x of GPT-2 and {ratios[1]:.2f}x of GPT-Neo"
+
+
+def printed_values(table: str, columns: list[str]) -> str:
+    """A column of a published table, once a size."""
+    rows = reference(table).drop_duplicates("hidden_size")
+    return "; ".join(", ".join(f"{value:g}" for value in rows[column]) for column in columns)
+
+
+TABLE2, GROUP_SIZES, COMPARISON, GROWTH = (
+    tuple(f"{name}{suffix}" for suffix in (".png", ".md", ".csv"))
+    for name in (
+        "simulated/table2_memory",
+        "{scale}/figure3_group_size",
+        "{scale}/main_comparison",
+        "{scale}/vocabulary_cost",
+    )
+)
+TABLE3 = ("laptop/table3_speed.md", "laptop/table3_speed.csv", "laptop/table3_flops.csv", "paper/audit.md")
+SIMULATE, TIME = "`python experiments/table2_memory.py`", "`python experiments/table3_speed.py`"
+CLAIMS = (
+    Claim("abstract, Table 2", "The grouped head needs 3.4 times less training memory than GPT-Neo (simulated)",
+          lambda: f"{published_saving(SMALLEST):.1f}x at hidden {SMALLEST}", memory_saving, TABLE2, SIMULATE),
+    Claim("abstract, Table 2", "The same, measured in this scale's own training runs",
+          lambda: f"{published_saving(SMALLEST):.1f}x at hidden {SMALLEST}", measured_memory, COMPARISON,
+          "`make paper SCALE={scale}`"),
+    Claim("Table 2", "Which of the models fits on which card",
+          lambda: f"{len(MODELS) * len(reference('table2_memory'))} cells", cells, TABLE2, SIMULATE),
+    Claim("Table 2", "Parameters (millions) at hidden 128, 256, 1024, 2048",
+          lambda: printed_values("table2_memory", ["model_size_m"]), parameter_counts,
+          (*TABLE2, "paper/audit.md"), SIMULATE),
+    Claim("abstract, Table 3", "The grouped head trains 3 times as many tokens a second as GPT-2",
+          published_speeds, speed_up, TABLE3, TIME),
+    Claim("abstract, Table 3", "The same at this scale's size, the paper's head against the full softmax",
+          published_speeds, speed_at_scale, ("{scale}/heads_pareto.md", "{scale}/heads_cost.csv"),
+          "`python experiments/heads_cost.py --scale {scale}`"),
+    Claim("Table 3", "Tokens a second of GPT-2, GPT-Neo and grouped at hidden 128, 256, 1024",
+          lambda: printed_values("table3_speed", [f"{model}_tokens_per_s" for model in MODELS]),
+          absolute_speed, TABLE3, TIME),
+    Claim("Table 3", "GFLOPs of GPT-2, GPT-Neo and grouped at hidden 128, 256, 1024",
+          lambda: printed_values("table3_speed", [f"{model}_gflops" for model in MODELS]), flops, TABLE3, TIME),
+    Claim("Figure 3, left", "Training memory is least near S = G = sqrt V (simulated at the published batch)",
+          lambda: published_extreme("figure3_memory", "memory_gb", False, "GB"), basin,
+          (*GROUP_SIZES[:2], "simulated/figure3_simulated_memory.csv"),
+          "`python experiments/figure3_simulated_memory.py`"),
+    Claim("method", "The head's cost grows as sqrt V, that of the full softmax as V",
+          fixed("S + G = 2 sqrt V against V"), cost_grows_slowly, GROWTH,
+          "`python experiments/vocabulary_cost.py --scale {scale}`"),
+)  # fmt: skip

@@ -1,0 +1,120 @@
+"""How well the language models of arXiv 2411.06371 predict: on par or not, the right half of Figure 3, the order."""
+
+from __future__ import annotations
+
+from claims.base import (
+    ON_PAR_NATS,
+    Check,
+    Claim,
+    Finding,
+    at_least,
+    at_most,
+    fixed,
+    on_par,
+    published_extreme,
+    rows_where,
+    with_columns,
+)
+from claims.cost import NEAR_FACTOR, PAPER_HEAD, SAME_SHAPE
+from figure3_group_size import compare_loss
+from order_matters import with_plain_orders
+from vocabfold.records import read_table
+from vocabfold.statistics import difference_over_seeds
+from vocabulary_scaling import quantity_of
+
+FULL_TIED, FULL_FREE = "full_tied", "full_free"
+
+
+def quality(model: str, scale: str) -> Finding:
+    """Grouped minus full in validation loss."""
+    table = read_table("main_comparison", scale)
+    rows = rows_where(table, f"results/{scale}/main_comparison.csv", model=model)
+    checks = []
+    for size, of_size in rows.groupby("hidden_size"):
+        difference = difference_over_seeds(of_size, "head", "grouped", "full")
+        checks.append(on_par(f"grouped minus full, hidden {size}", difference, f"hidden {size}: "))
+    return Finding(tuple(checks))
+
+
+def tuned_quality(scale: str) -> Finding:
+    """The paper's head against the full softmax, tied as GPT-2's and with rows of its own, each at its best learning
+    rate."""
+    path = f"results/{scale}/heads_pareto.csv"
+    table = with_columns(read_table("heads_pareto", scale), path, ("contender",))
+    checks = []
+    for reference_head in (FULL_TIED, FULL_FREE):
+        for head in (PAPER_HEAD, reference_head):
+            rows_where(table, path, contender=head)
+        difference = difference_over_seeds(table, "contender", PAPER_HEAD, reference_head)
+        checks.append(on_par(f"{PAPER_HEAD} minus {reference_head}", difference, f"minus {reference_head}: "))
+    return Finding(tuple(checks))
+
+
+def hump(scale: str) -> Finding:
+    """Figure 3, right."""
+    found = compare_loss(read_table("figure3_group_size", scale))
+    sizes, worst = found.curve["group_size"], float(found.ours["group_size"])
+    printed = float(found.published["group_size"])
+    ratio = max(worst / printed, printed / worst)
+    return Finding((
+        Check("the loss is worst inside the range of group sizes", f"worst at S = {worst:,.0f}, "
+              f"{found.ours['mean']:.3f} nats", bool(sizes.min() < worst < sizes.max())),
+        at_most("place of the top, as a factor from the published", ratio, NEAR_FACTOR, "{:.2f}", "factor {}"),
+        at_least("correlation with the published points", found.correlation, SAME_SHAPE, "{:.3f}", "correlation {}"),
+    ))  # fmt: skip
+
+
+def order(scale: str) -> Finding:
+    """Token-id order against frequency order and against chance, the paper's scorer."""
+    table = with_plain_orders(read_table("order_matters", scale))
+    checks = []
+    for other in ("frequency", "random"):
+        differences = {
+            int(size): difference_over_seeds(table[table["group_size"] == size], "partition_order", "bpe", other)
+            for size in sorted(table["group_size"].unique())
+        }
+        for size in differences:
+            for name in ("bpe", other):
+                path = f"results/{scale}/order_matters.csv"
+                rows_where(table, path, partition_order=name, group_size=size)
+        worse = [size for size, difference in differences.items() if difference.low > ON_PAR_NATS]
+        found = ", ".join(
+            f"S = {size}: {found.mean:+.3f} ± {found.half_width:.3f}" for size, found in differences.items()
+        )
+        asked = f"at no group size is token-id order worse than {other} order by more than {ON_PAR_NATS} nats (95%)"
+        checks.append(Check(asked, f"token ids minus {other}: {found}", not worse))
+    return Finding(tuple(checks))
+
+
+def quality_grows_along(scale: str) -> Finding:
+    """The loss at every vocabulary size."""
+    path = f"results/{scale}/vocabulary_scaling.csv"
+    table = with_columns(read_table("vocabulary_scaling", scale), path, ("contender", "vocabulary_size"))
+    for head in (PAPER_HEAD, FULL_FREE):
+        rows_where(table, path, contender=head)
+    checks = []
+    for size, rows in table.groupby("vocabulary_size"):
+        difference = difference_over_seeds(rows, "contender", PAPER_HEAD, FULL_FREE, quantity_of(table))
+        checks.append(on_par(f"grouped minus full, V = {size:,.0f}", difference, f"V = {size:,.0f}: "))
+    return Finding(tuple(checks))
+
+
+COMPARISON, TUNED, GROUP_SIZES, ORDER, SCALING = (
+    tuple(f"{{scale}}/{name}{suffix}" for suffix in (".png", ".md", ".csv"))
+    for name in ("main_comparison", "heads_pareto", "figure3_group_size", "order_matters", "vocabulary_scaling")
+)
+MAKE_PAPER, MAKE_HEADS = "`make paper SCALE={scale}`", "`make heads SCALE={scale}`"
+CLAIMS = (
+    Claim("abstract", "The grouped head is on par with GPT-2", fixed("on par"), lambda scale: quality("gpt2", scale),
+          COMPARISON, MAKE_PAPER),
+    Claim("abstract", "The grouped head is on par with GPT-Neo", fixed("on par"),
+          lambda scale: quality("gpt_neo", scale), COMPARISON, MAKE_PAPER),
+    Claim("abstract", "On par with a full softmax, tied or with rows of its own, each at its best learning rate",
+          fixed("on par, one learning rate for all"), tuned_quality, TUNED, MAKE_HEADS),
+    Claim("Figure 3, right", "Validation loss has a hump: worst at middle group sizes, better at both ends",
+          lambda: published_extreme("figure3_val_loss", "val_loss_nats", True, "nats"), hump, GROUP_SIZES, MAKE_PAPER),
+    Claim("method", "The order of BPE's merges stands in for the order by frequency", fixed("assumed, not measured"),
+          order, ORDER, MAKE_HEADS),
+    Claim("method", "The grouped head stays on par as the vocabulary grows", fixed("on par, at one vocabulary"),
+          quality_grows_along, SCALING, MAKE_HEADS),
+)  # fmt: skip

@@ -1,0 +1,117 @@
+"""What the mirror in Weights & Biases is told of a run, and the workspace that shows it; no network is needed here."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from run_cases import call
+from test_figures import REPOSITORY, tables
+from test_records import settings_of
+from vocabfold.records import RUN_COLUMNS, SUMMARIES, RunRecord, tags_of
+
+PROGRAM = REPOSITORY / "experiments" / "dashboard.py"
+COMPRESSED = ("embedding=int8", "embedding.compressed_from=run")
+
+
+def program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    def program_itself() -> None:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+
+    return call(program_itself, monkeypatch, *arguments)
+
+
+class Mirror:
+    """In the place of a run of wandb: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Any] = {}
+        self.metrics: dict[str, str] = {}
+        self.summary: dict[str, Any] = {}
+
+    def init(self, **told: Any) -> Mirror:
+        self.told = told
+        return self
+
+    def define_metric(self, name: str, summary: str) -> None:
+        self.metrics[name] = summary
+
+    def finish(self) -> None:
+        self.told["finished"] = True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fixed", "job_type"),
+    [
+        ((), None, "train"),
+        ((*COMPRESSED, "budget.steps=null", "budget.tokens=100"), None, "recover"),
+        ((*COMPRESSED, "budget.steps=null", "budget.tokens=0"), None, "measure"),
+        ((), "fold", "fold"),
+    ],
+)
+def test_the_mirror_is_told_group_kind_tags_and_what_is_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], fixed: str | None, job_type: str
+) -> None:
+    mirror = Mirror()
+    monkeypatch.setattr("wandb.init", mirror.init)
+    settings = settings_of("wandb.mode=offline", "experiment=heads_pareto", *overrides)
+    tagged = {"corpus": "stories", "head": "grouped", "partition_order": "random_seed2", "contender": None}
+    record = RunRecord(tmp_path / "run", settings, 0, tagged, fixed)
+    record.finish({"validation_loss_nats": 3.0, "head": "grouped"})
+    assert mirror.told["group"] == f"{settings.scale}/heads_pareto" and mirror.told["job_type"] == job_type
+    assert mirror.told["tags"] == [
+        f"scale:{settings.scale}",
+        "corpus:stories",
+        f"model:{settings.model.name}",
+        "head:grouped",
+        "partition_order:random",
+    ]
+    assert mirror.metrics == SUMMARIES and mirror.metrics["validation_loss_nats"] == "min"
+    # under a key of its own, or the final value would replace the best one
+    assert mirror.summary == {"result": {"validation_loss_nats": 3.0, "head": "grouped"}}
+    assert mirror.told["finished"]
+
+
+def test_a_tag_is_never_longer_than_the_server_takes() -> None:
+    (tag,) = tags_of({"corpus": "x" * 100, "head": None})
+    assert len(tag) == 64 and tag.startswith("corpus:xxx")
+
+
+def test_the_workspace_has_the_report_s_panels(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    pytest.importorskip("wandb_workspaces")
+    assert program(monkeypatch, "--print", "--scale", "text", "--entity", "someone", "--project", "p") == 0
+    sent = json.loads(capfd.readouterr().out)
+    sections = runpy.run_path(str(PROGRAM))["SECTIONS"]
+    assert (sent["entity"], sent["project"], sent["displayName"]) == ("someone", "p", "vocabfold: the report, text")
+    built = sent["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [section["name"] for section in built] == list(sections)
+    kinds = {"curve": "Run History Line Plot", "bar": "Bar Chart", "point": "Scatter Plot"}
+    for section, panels in zip(built, sections.values(), strict=True):
+        assert [panel["viewType"] for panel in section["panels"]] == [kinds[kind] for kind, _, _ in panels]
+        for panel, (kind, column, _) in zip(section["panels"], panels, strict=True):
+            shown = json.dumps(panel["config"])
+            assert (column if kind == "curve" else f"result.{column}") in shown
+    assert "scale:text" in json.dumps(sent["spec"]["section"]["runSets"])
+
+
+def test_every_panel_shows_what_runs_write() -> None:
+    known = {*RUN_COLUMNS, *SUMMARIES, "step", "train_loss", *(key for _, rows in tables() for key in rows[0])}
+    settings = {"head.name", "embedding.name"}
+    for panels in runpy.run_path(str(PROGRAM))["SECTIONS"].values():
+        for _, column, against in panels:
+            assert column in known and against in known | settings, (column, against)
+
+
+@pytest.mark.parametrize(("obstacle", "words"), [("package", "pip install"), ("login", "wandb login")])
+def test_an_obstacle_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: Any, obstacle: str, words: str) -> None:
+    monkeypatch.setattr("wandb.login", lambda **_: False)
+    if obstacle == "package":
+        monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    assert program(monkeypatch, *(["--print"] if obstacle == "package" else [])) == 2
+    written = capfd.readouterr()
+    assert written.err.count("\n") == 1 and words in written.err and written.out == ""
