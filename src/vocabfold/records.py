@@ -54,7 +54,7 @@ ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
 IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
 # The same of an experiment's own columns, where its rows have them.
 OWN_IDENTITY_COLUMNS = ["vocabulary_size", "distillation_tokens", "sorted_by", "class"]
-OWN_IDENTITY_COLUMNS += ["embedding", "embedding_setting", "recovery_tokens"]
+OWN_IDENTITY_COLUMNS += ["embedding", "embedding_setting", "recovery_tokens", "writer", "judge"]
 
 
 class RunRecord:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 
@@ -38,7 +39,8 @@ class Story:
     def sentences(self) -> tuple[list[str], list[str]]:
         """(whole sentences of the beginning, those of the continuation). A sentence across the cut belongs to the
         continuation; one at whose middle the writer was stopped to neither."""
-        before, after = [], []
+        before: list[str] = []
+        after: list[str] = []
         for start, stop in sentence_spans(self.text):
             sentence = self.text[start:stop]
             (before if stop <= len(self.beginning.rstrip()) else after).append(sentence)
@@ -60,13 +62,14 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-class Judge(Protocol):
+class Judge(ABC):
     """Gives every story its scores: a number for each of ``quantities`` (column of a table -> its title), NaN where it
     cannot be measured. ``name`` says in tables who judged."""
 
     name: str
-    quantities: Mapping[str, str]
+    quantities: ClassVar[Mapping[str, str]]
 
+    @abstractmethod
     def scores(self, stories: Sequence[Story]) -> list[dict[str, float]]:
         """One dictionary of ``quantities`` for each story."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 from vocabfold.data.stories import ALL_PLOTS, HELPERS, NAMES
-from vocabfold.judging.base import Story
+from vocabfold.judging.base import Judge, Story
 from vocabfold.judging.story_grammar import StoryGrammar, Telling, places_to_happy
 from vocabfold.judging.text_judge import TextJudge, share
 
@@ -17,7 +18,7 @@ ROLES = {"name": 2, "object": 1, "place": 1, "helper": 1}
 HAPPY = {plot.name: places_to_happy(plot) for plot in ALL_PLOTS}
 
 
-class GrammarJudge:
+class GrammarJudge(Judge):
     """Shares from 0 to 1 of an embedded story's continuation, by the grammar that wrote its beginning, and what
     TextJudge says of it.
 
@@ -29,7 +30,7 @@ class GrammarJudge:
     """
 
     name = "grammar"
-    quantities = {
+    quantities: ClassVar[Mapping[str, str]] = {
         "grammar_share": "Sentences in the grammar",
         "consistency_share": "Mentions that are consistent",
         "plot_share": "Sentences that carry on the plot",
@@ -115,5 +116,5 @@ def phrases_of_roles(grammar: StoryGrammar) -> dict[tuple[str, ...], tuple[str, 
     for helper, pronoun in itertools.product(HELPERS, ("his", "her")):
         for words in (helper.introduction, helper.later):
             phrase = words.replace("{his}", pronoun)
-            phrases |= {form: ("helper", helper.introduction) for form in (phrase, phrase[0].upper() + phrase[1:])}
+            phrases |= dict.fromkeys((phrase, phrase[0].upper() + phrase[1:]), ("helper", helper.introduction))
     return {tuple(WORD.findall(phrase)): identity for phrase, identity in phrases.items()}

@@ -32,9 +32,7 @@ def mix_sentences(stories: Sequence[Story], random: np.random.Generator) -> list
         cut = len(story.beginning)
         inside = [span for span in sentence_spans(story.text) if span[0] >= cut]
         spans.append([(start - cut, stop - cut) for start, stop in inside])
-    pool = [
-        story.continuation[start:stop] for story, own in zip(stories, spans, strict=True) for start, stop in own
-    ]
+    pool = [story.continuation[start:stop] for story, own in zip(stories, spans, strict=True) for start, stop in own]
     dealt = (pool[index] for index in random.permutation(len(pool)))
     mixed = []
     for story, own in zip(stories, spans, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from vocabfold.data.stories import ALL_PLOTS, BANK, HELPERS, LISTS, NAMES, SHARED, Plot, fields, fixed_slots, paragraphs
@@ -60,8 +60,8 @@ class StoryGrammar:
             for slot in rows[0]:
                 self.values.setdefault(slot, set()).update(row[slot] for row in rows)
         self.lengths = {slot: lengths_of(values) for slot, values in self.values.items()}
-        self.tellings = lru_cache(maxsize=None)(self._tellings)  # models write the same sentence again and again
-        self._combinations = lru_cache(maxsize=None)(self._combinations_of)
+        self.tellings = cache(self._tellings)  # models write the same sentence again and again
+        self._combinations = cache(self._combinations_of)
 
     @cached_property
     def patterns(self) -> dict[tuple[str, str | None], list[tuple[Plot, int]]]:
@@ -83,7 +83,7 @@ class StoryGrammar:
 
     def _tellings(self, sentence: str) -> frozenset[Telling]:
         """Every place of every story where the generator can tell ``sentence``; empty if it never does."""
-        found = set()
+        found: set[Telling] = set()
         for (template, own), homes in self.patterns.items():
             if longest_literal(template) not in sentence:  # saves nearly all of the reading
                 continue
@@ -160,13 +160,13 @@ def lengths_of(values: set[str]) -> list[int]:
     return sorted({len(value) for value in values})
 
 
-@lru_cache(maxsize=None)
+@cache
 def pieces_of(template: str) -> Pieces:
     """Literal text and slots of a template."""
     return tuple((literal, slot) for literal, slot, _, _ in string.Formatter().parse(template))
 
 
-@lru_cache(maxsize=None)
+@cache
 def longest_literal(template: str) -> str:
     """The longest text of a template between its slots."""
     return max((literal for literal, _ in pieces_of(template)), key=len)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
-from vocabfold.judging.base import Story, sentence_spans
+from vocabfold.judging.base import Judge, Story, sentence_spans
 
 NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+\b")  # within a sentence, so that no mere beginning is taken for a name
 TIMES_IN_A_ROW = 3
 
 
-class TextJudge:
+class TextJudge(Judge):
     """Shares from 0 to 1, of the continuation alone. None of them needs to understand the text, and none proves that it
     makes sense: words shuffled within a story are all new and hardly repeat themselves.
 
@@ -25,7 +26,7 @@ class TextJudge:
     """
 
     name = "text"
-    quantities = {
+    quantities: ClassVar[Mapping[str, str]] = {
         "well_formed_share": "Sentences well formed",
         "known_trigrams_share": "Word trigrams known from training",
         "names_kept_share": "Names from the beginning",

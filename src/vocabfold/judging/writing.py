@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,10 +33,10 @@ class Beginning:
     ended: bool
 
 
-def documents_of(file: TokenFile, end_token: int) -> list[list[int]]:
-    """The tokens of each document, without its end token."""
-    starts = np.asarray(file.document_starts).astype(np.int64)
-    documents = [file.tokens[start:stop].tolist() for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+def documents_of(file: TokenFile, end_token: int, limit: int | None = None) -> list[list[int]]:
+    """The tokens of each document, without its end token, or of the first ``limit`` documents."""
+    starts = np.asarray(file.document_starts).astype(np.int64)[: None if limit is None else limit + 1]
+    documents = [file.tokens[start:stop].tolist() for start, stop in itertools.pairwise(starts)]
     return [document[:-1] if document[-1:] == [end_token] else document for document in documents]
 
 
@@ -140,6 +141,8 @@ def continue_texts(
                 ended.add(place)
         kept = [place for place in range(len(growing)) if place not in ended]
         growing = [growing[place] for place in kept]
+        if not growing:
+            break
         if length - begin > positions:
             begin, cache = length - max(1, positions // 2), model.gpt.new_cache(len(growing))
             piece = [texts[row][begin:length] for row in growing]
