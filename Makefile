@@ -17,7 +17,7 @@ once = @test -f $(RUNS)/$(1).done || { $(PY) experiments/$(1).py $(2) && touch $
 draw = @for figure in $(1); do $(PY) experiments/$$figure.py $(SCALE) || exit; done
 
 DRAWN := main_comparison figure3_group_size heads_pareto order_matters rare_tokens group_accuracy vocabulary_scaling fold \
-	embedding_compression both_ends caching figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
+	embedding_compression both_ends caching table1_story_quality figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
 
 .PHONY: help setup reproduce $(AREAS) figures test test-all lint
 help:
@@ -44,7 +44,9 @@ paper: .venv/ready
 	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) experiments/figure3_simulated_memory.py
 	@$(PY) experiments/table2_memory.py
 	@test -f results/laptop/table3_speed.csv || $(PY) experiments/table3_speed.py
-	$(call draw,main_comparison figure3_group_size)
+	$(if $(filter laptop,$(SCALE)),@$(TRAINING) experiment=table1_story_quality)
+	$(call once,table1_story_quality,--measure $(SCALE))
+	$(call draw,main_comparison figure3_group_size table1_story_quality)
 
 heads: .venv/ready
 	$(call sweep,learning_rates)

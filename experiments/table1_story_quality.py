@@ -71,7 +71,7 @@ NUM_COLUMNS = 3  # of panels
 QUANTITIES = {**GrammarJudge.quantities, **LanguageModelJudge.quantities}
 # The column of the published table that a quantity comes nearest to.
 COUNTERPARTS = {
-    "grammar": ("grammar_share", "new_sentences_share", "consistency_share", "plot_share", None),
+    "grammar": ("words_told_share", "new_sentences_share", "consistency_share", "plot_words_share", None),
     "text": ("well_formed_share", "new_sentences_share", "names_kept_share", None, None),
 }
 MARKS = tuple(LanguageModelJudge.quantities)
@@ -79,12 +79,13 @@ BY_RULES = (GrammarJudge.name, TextJudge.name)
 NOTES = {
     "text": "No grammar of this text is known, so nothing here measures its plot. The first table shows well formed "
     "sentences as grammar (capital, stop, no word three times running), sentences not in the training text as "
-    "creativity, capitalised words that stand in the beginning as consistency. All of them are shares; words shuffled "
+    "creativity, capitalised words that stand in the beginning as consistency. All of them are shares; words mixed "
     "are 'creative' too, so read new sentences and distinct bigrams only beside the others.",
-    "grammar": "The first table shows sentences that the stories' own generator can tell as grammar, sentences not in "
-    "the training text as creativity (words shuffled are 'creative' too), mentions of the story's own names, object, "
-    "place and helper as consistency, and sentences of the plot that was begun, told in order, as plot. These are "
-    "shares, the published marks a language model's opinions: compare orders, not numbers.",
+    "grammar": "The first table shows as grammar how much of a sentence the stories' own generator can tell, as "
+    "creativity the sentences that are not in the training text (random words are 'creative' too), as consistency the "
+    "mentions of the story's own names, object, place and helper (of few mentions nothing follows), as plot the words "
+    "of the plot that was begun among all that only one plot uses. These are shares, the published marks a language "
+    "model's opinions: compare orders, not numbers.",
 }
 ANSWERS = Path(os.environ.get("VOCABFOLD_CACHE", "~/.cache/vocabfold")) / "judge"
 PUBLISHED_COLUMNS = ("grammar", "creativity", "consistency", "plot", "age")
@@ -284,14 +285,16 @@ def differences(table: pd.DataFrame, judge: str) -> list[str]:
     for model in rows[["model", "hidden_size"]].drop_duplicates().to_dict("records"):
         of_model = rows[(rows["model"] == model["model"]) & (rows["hidden_size"] == model["hidden_size"])]
         for quantity in measured(table, judge):
-            values = of_model.pivot(index="seed", columns="head", values=quantity).dropna()
+            values = of_model.pivot_table(index="seed", columns="head", values=quantity).dropna()
             if not {"full", "grouped"} <= set(values.columns) or len(values) < 2:
                 continue
             change = values["grouped"] - values["full"]
             mean, half_width = mean_and_interval(change.tolist())
-            p_value = stats.ttest_rel(values["grouped"], values["full"]).pvalue if change.std() > 0 else math.nan
+            if change.std() == 0:  # both always at the end of their scale
+                continue
+            p_value = stats.ttest_rel(values["grouped"], values["full"]).pvalue
             lines.append(
-                f"* {MODELS[model['model']]} {model['hidden_size']}, {QUANTITIES[quantity]}: grouped minus full "
+                f"* {MODELS[model['model']]} {int(model['hidden_size'])}, {QUANTITIES[quantity]}: grouped minus full "
                 f"{mean:+.3f} ± {half_width:.3f} (paired t-test over {len(values)} seeds, p = {p_value:.2g})"
             )
     return lines

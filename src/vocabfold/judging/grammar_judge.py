@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from vocabfold.data.stories import ALL_PLOTS, HELPERS, NAMES
 from vocabfold.judging.base import Judge, Story
-from vocabfold.judging.story_grammar import StoryGrammar, Telling, places_to_happy
+from vocabfold.judging.story_grammar import StoryGrammar, Telling, places_to_happy, words_of, words_of_one_plot
 from vocabfold.judging.text_judge import TextJudge, share
 
 WORD = re.compile(r"[A-Za-z-]+")
@@ -19,20 +20,27 @@ HAPPY = {plot.name: places_to_happy(plot) for plot in ALL_PLOTS}
 
 
 class GrammarJudge(Judge):
-    """Shares from 0 to 1 of an embedded story's continuation, by the grammar that wrote its beginning, and what
-    TextJudge says of it.
+    """Of an embedded story's continuation, by the grammar behind its beginning; all but ``mentions`` are shares.
 
-    ``grammar_share``: of its sentences, those that the generator can tell with some choice of words, pronouns in
-    agreement. ``consistency_share``: of its mentions of names, objects, places and helpers, those of the two names, the
-    one object, the one place and the one helper that the story mentioned first. ``plot_share``: of its sentences, those
-    that carry on the story: of the plot and the case of it that the story has begun, and not of an earlier beat than it
-    has reached. ``ending_share``: 1 if it so comes to the happy turn of the plot that was begun, else 0.
+    * ``grammar_share``: of its sentences, those that the generator can tell with some choice of words, pronouns in
+      agreement; ``words_told_share``: of the words of a sentence, those before it leaves every template of the
+      generator, the mean over sentences: tells weak models apart, whose whole sentences are never right
+    * ``consistency_share``: of its mentions of names, objects, places and helpers, those of the two names, the one
+      object, place and helper that the story mentioned first; of few ``mentions`` (how many there are) nothing follows
+    * ``plot_share``: of its sentences, those that carry on the story: of the plot and the case of it that were begun,
+      and not of an earlier beat than it has reached; ``plot_words_share``: of the words that only one plot uses, those
+      of the plot that the beginning tells, NaN where it tells none; ``ending_share``: 1 if the story comes to the happy
+      turn of the plot that was begun, else 0
+    * and what TextJudge says of it
     """
 
     name = "grammar"
     quantities: ClassVar[Mapping[str, str]] = {
         "grammar_share": "Sentences in the grammar",
+        "words_told_share": "Words before leaving the grammar",
         "consistency_share": "Mentions that are consistent",
+        "mentions": "Mentions (a story)",
+        "plot_words_share": "Plot words of the right plot",
         "plot_share": "Sentences that carry on the plot",
         "ending_share": "Stories that end as begun",
         **TextJudge.quantities,
@@ -42,6 +50,7 @@ class GrammarJudge(Judge):
         self.text_judge = TextJudge(training_documents)
         self.grammar = StoryGrammar()
         self.mentions = phrases_of_roles(self.grammar)
+        self.plot_of_word = words_of_one_plot()
         self.longest = max(len(phrase) for phrase in self.mentions)
 
     def scores(self, stories: Sequence[Story]) -> list[dict[str, float]]:
@@ -52,9 +61,14 @@ class GrammarJudge(Judge):
         """The quantities that the grammar gives for one story."""
         before, after = story.sentences()
         carried, is_happy = self.follow(before, after)
+        mentions = self.mentions_kept(story)
+        told = [self.grammar.words_told(sentence) for sentence in after]
         return {
             "grammar_share": share(bool(self.grammar.tellings(sentence)) for sentence in after),
-            "consistency_share": self.consistency(story),
+            "words_told_share": sum(told) / len(told) if told else math.nan,
+            "consistency_share": share(mentions),
+            "mentions": len(mentions),
+            "plot_words_share": self.plot_words(before, story.continuation),
             "plot_share": share(carried),
             "ending_share": float(is_happy),
         }
@@ -76,8 +90,18 @@ class GrammarJudge(Judge):
                 is_happy |= len(carried) > len(before) and all(is_at_happy(telling) for telling in fitting)
         return carried[len(before) :], is_happy
 
-    def consistency(self, story: Story) -> float:
-        """See the class; NaN where nothing is mentioned."""
+    def plot_words(self, before: Sequence[str], continuation: str) -> float:
+        """See the class."""
+        plots = {telling.plot for sentence in before for telling in self.grammar.tellings(sentence)}
+        for sentence in before:
+            plots &= {telling.plot for telling in self.grammar.tellings(sentence)}
+        if len(plots) != 1:
+            return math.nan
+        told = [self.plot_of_word[word] for word in words_of(continuation) if word in self.plot_of_word]
+        return share(plot in plots for plot in told)
+
+    def mentions_kept(self, story: Story) -> list[bool]:
+        """Whether each mention in the continuation is one of the story's own."""
         first: dict[str, list[str]] = {role: [] for role in ROLES}
         kept = []
         for place, role, who in self.mentioned(story.text):
@@ -86,7 +110,7 @@ class GrammarJudge(Judge):
                 known.append(who)
             if place >= len(story.beginning.rstrip()):
                 kept.append(who in known)
-        return share(kept)
+        return kept
 
     def mentioned(self, text: str) -> list[tuple[int, str, str]]:
         """(where it stops, role, who or what) of each mention in ``text``; of several from one word on the longest."""

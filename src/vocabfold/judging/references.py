@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from vocabfold.judging.base import Story, sentence_spans
 
 OWN_ENDINGS = "the stories' own endings"
 MIXED_SENTENCES = "sentences mixed between stories"
-SHUFFLED_WORDS = "words shuffled"
+SHUFFLED_WORDS = "words mixed between stories"
 
 
 def references(stories: Sequence[Story], seed: int) -> dict[str, list[Story]]:
@@ -20,7 +21,7 @@ def references(stories: Sequence[Story], seed: int) -> dict[str, list[Story]]:
     return {
         OWN_ENDINGS: list(stories),
         MIXED_SENTENCES: mix_sentences(stories, random),
-        SHUFFLED_WORDS: shuffle_words(stories, random),
+        SHUFFLED_WORDS: mix_words(stories, random),
     }
 
 
@@ -44,9 +45,12 @@ def mix_sentences(stories: Sequence[Story], random: np.random.Generator) -> list
     return mixed
 
 
-def shuffle_words(stories: Sequence[Story], random: np.random.Generator) -> list[Story]:
-    """The words of each continuation in any order."""
+def mix_words(stories: Sequence[Story], random: np.random.Generator) -> list[Story]:
+    """The words of all continuations dealt out again, as many to each story as it had."""
+    counts = [len(story.continuation.split()) for story in stories]
+    pool = random.permutation([word for story in stories for word in story.continuation.split()]).tolist()
+    starts = np.cumsum([0, *counts]).tolist()
     return [
-        replace(story, continuation=" " + " ".join(random.permutation(story.continuation.split()).tolist()))
-        for story in stories
+        replace(story, continuation=" " + " ".join(pool[start:stop]))
+        for story, (start, stop) in zip(stories, itertools.pairwise(starts), strict=True)
     ]

@@ -7,8 +7,9 @@ story's fields, and the order in which it tells its beats.
 from __future__ import annotations
 
 import itertools
+import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -50,6 +51,28 @@ def places_to_happy(plot: Plot) -> int:
     return beat_places(plot)["happy"]
 
 
+def words_of_one_plot() -> dict[str, str]:
+    """Word -> plot, of the words that the generator uses in the templates or cases of one plot and nowhere else."""
+    everywhere = words_in(itertools.chain(*SHARED.values(), *BANK.values(), *LISTS.values()))
+    everywhere |= words_in(helper.introduction for helper in HELPERS)
+    users: dict[str, set[str]] = {}
+    for plot in ALL_PLOTS:
+        told = itertools.chain(*plot.beats.values(), *(case.values() for case in plot.cases))
+        for word in words_in(told) - everywhere:
+            users.setdefault(word, set()).add(plot.name)
+    return {word: plots.pop() for word, plots in users.items() if len(plots) == 1}
+
+
+def words_in(templates: Iterable[str]) -> set[str]:
+    """The words of templates, in small letters, without their slots."""
+    return {word for template in templates for word in words_of(re.sub(r"{\w+}", " ", template))}
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in small letters."""
+    return re.findall(r"[a-z]+(?:['-][a-z]+)*", text.lower())
+
+
 class StoryGrammar:
     """Which sentences the generator can tell, and where."""
 
@@ -61,6 +84,7 @@ class StoryGrammar:
                 self.values.setdefault(slot, set()).update(row[slot] for row in rows)
         self.lengths = {slot: lengths_of(values) for slot, values in self.values.items()}
         self.tellings = cache(self._tellings)  # models write the same sentence again and again
+        self.words_told = cache(self._words_told)
         self._combinations = cache(self._combinations_of)
 
     @cached_property
@@ -87,43 +111,60 @@ class StoryGrammar:
         for (template, own), homes in self.patterns.items():
             if longest_literal(template) not in sentence:  # saves nearly all of the reading
                 continue
-            cases = homes[0][0].cases if own else ()
-            for bound in self.readings(pieces_of(template), sentence, cases):
+            for _, bound in self.readings(template, sentence, homes[0][0].cases if own else ()):
                 found.update(
                     Telling(plot.name, number, place)
-                    for plot, place in (homes if self.agrees(bound) else ())
+                    for plot, place in (homes if bound is not None and self.agrees(bound) else ())
                     for number, case in enumerate(plot.cases)
-                    if not own or all(case.get(slot, phrase) == phrase for slot, phrase in bound.items())
+                    if not own or all(case.get(slot, phrase) == phrase for slot, phrase in (bound or {}).items())
                 )
         return frozenset(found)
 
-    def readings(self, pieces: Pieces, text: str, cases: Sequence[Mapping[str, str]]) -> Iterator[dict[str, str]]:
-        """Every way to fill the slots so that ``text`` comes out: slot -> phrase, of the slots that a story keeps.
-        ``cases`` of a plot fill some of them."""
+    def _words_told(self, sentence: str) -> float:
+        """The share of the sentence's words that stand before it leaves every template; 1 for one that the generator
+        can tell. A slot counts as a whole."""
+        if self.tellings(sentence):
+            return 1.0
+        stop = max(
+            stop
+            for (template, own), homes in self.patterns.items()
+            for stop, _ in self.readings(template, sentence, homes[0][0].cases if own else ())
+        )
+        ends = [word.end() for word in re.finditer(r"\S+", sentence)]
+        # one that agrees with a template in every word but not in its pronouns leaves it at its last word
+        return min(sum(end <= stop for end in ends), len(ends) - 1) / len(ends)
 
-        def read(index: int, at: int, bound: dict[str, str]) -> Iterator[dict[str, str]]:
+    def readings(
+        self, template: str, text: str, cases: Sequence[Mapping[str, str]]
+    ) -> Iterator[tuple[int, dict[str, str] | None]]:
+        """Every way to fill the slots of ``template``, some of them from ``cases``, as long as ``text`` comes out.
+
+        Yields (where it ends to agree, slot -> phrase of the slots that a story keeps); None for these where it ends
+        too soon.
+        """
+        pieces = pieces_of(template)
+
+        def read(index: int, at: int, bound: dict[str, str]) -> Iterator[tuple[int, dict[str, str] | None]]:
             if index == len(pieces):
-                if at == len(text):
-                    yield bound
+                yield at, bound if at == len(text) else None
                 return
             literal, slot = pieces[index]
             if not text.startswith(literal, at):
+                yield at + common_words(literal, text[at : at + len(literal)]), None
                 return
             at += len(literal)
             if slot is None:
                 yield from read(index + 1, at, bound)
-            elif slot in bound:
-                if text.startswith(bound[slot], at):
-                    yield from read(index + 1, at + len(bound[slot]), bound)
-            else:
-                in_case = {case[slot] for case in cases if slot in case}
-                values = in_case or self.values[slot]
-                for length in lengths_of(in_case) if in_case else self.lengths[slot]:
-                    value = text[at : at + length]
-                    if value in values:
-                        # a bank is drawn from afresh each time, so its phrases need not agree
-                        kept = bound if slot in BANK else bound | {slot: value}
-                        yield from read(index + 1, at + length, kept)
+                return
+            in_case = {case[slot] for case in cases if slot in case}
+            values = {bound[slot]} if slot in bound else in_case or self.values[slot]
+            yield at, None
+            for length in self.lengths[slot] if values is self.values.get(slot) else lengths_of(values):
+                value = text[at : at + length]
+                if value in values:
+                    # a bank is drawn from afresh each time, so its phrases need not agree
+                    kept = bound if slot in BANK else bound | {slot: value}
+                    yield from read(index + 1, at + length, kept)
 
         return read(0, 0, {})
 
@@ -153,6 +194,12 @@ def rows_of(aspect: Mapping[str, Sequence[Any]]) -> list[dict[str, str]]:
             rows.append(fixed_slots(plain._replace(**changed)))
     varying = [slot for slot in rows[0] if len({row[slot] for row in rows}) > 1]
     return [{slot: row[slot] for slot in varying} for row in rows]
+
+
+def common_words(literal: str, text: str) -> int:
+    """How many characters both begin with, as whole words of ``literal``."""
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(literal, text, strict=False)))
+    return common if literal[common : common + 1].isspace() else literal.rfind(" ", 0, common) + 1
 
 
 def lengths_of(values: set[str]) -> list[int]:
