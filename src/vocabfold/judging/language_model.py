@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -133,16 +134,27 @@ class LanguageModelJudge(Judge):
         """One dictionary of ``quantities`` for each story. What was answered before an error stays stored."""
         questions = [(story, repeat) for story in stories for repeat in range(self.repeats)]
         answers: list[dict[str, float]] = []
+        given_up = threading.Event()
+
+        def answer(question: tuple[Story, int]) -> dict[str, float]:
+            if given_up.is_set():  # what has failed for one is not paid for by another
+                raise UserError("given up")
+            try:
+                return self.answer(*question)
+            except BaseException:
+                given_up.set()
+                raise
+
         with (
             ThreadPoolExecutor(self.endpoint.parallel) as pool,
             tqdm(total=len(questions), desc=self.name, leave=False) as bar,
         ):
             try:
-                for answer in pool.map(lambda question: self.answer(*question), questions):
-                    answers.append(answer)
+                for marks in pool.map(answer, questions):
+                    answers.append(marks)
                     bar.update()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                given_up.set()
                 raise
         groups = [answers[start : start + self.repeats] for start in range(0, len(answers), self.repeats)]
         return [
