@@ -63,7 +63,7 @@ STYLES = {OWN_ENDINGS: ("green", "^"), MIXED_SENTENCES: ("purple", "v"), SHUFFLE
 STYLES |= {"full": ("orange", "s"), "grouped": ("blue", "o")}
 JUDGES = ("grammar", "language-model")
 NUM_TRAINING_DOCUMENTS = 20_000  # at most so many are remembered by the judges that know the training text
-NUM_SHOWN, SHOWN_WORDS = 3, 30  # stories in the sample, and words of their beginnings
+NUM_SHOWN, SHOWN_WORDS = 3, 15  # stories in the sample, and words of their beginnings
 SEED = 0  # of the beginnings and the spoilt references
 WHOLE = ["seed", "hidden_size", "num_layers", "steps", "tokens", "num_parameters", "stories"]
 ARM = ["writer", "model", "hidden_size", "head"]
@@ -75,16 +75,24 @@ COUNTERPARTS = {
     "text": ("well_formed_share", "new_sentences_share", "names_kept_share", None, None),
 }
 MARKS = tuple(LanguageModelJudge.quantities)
+DRAWN = {
+    "text": tuple(TextJudge.quantities),
+    "grammar": (
+        *("words_told_share", "known_trigrams_share", "distinct_bigrams_share"),
+        *("consistency_share", "mentions", "plot_words_share"),
+    ),
+}
 BY_RULES = (GrammarJudge.name, TextJudge.name)
 NOTES = {
-    "text": "No grammar of this text is known, so nothing here measures its plot. The first table shows well formed "
-    "sentences as grammar (capital, stop, no word three times running), sentences not in the training text as "
-    "creativity, capitalised words that stand in the beginning as consistency. All of them are shares; words mixed "
-    "are 'creative' too, so read new sentences and distinct bigrams only beside the others.",
+    "text": "No grammar of this text is known, so nothing here measures its plot. The first table shows as grammar the "
+    "well formed sentences (a capital, a stop, no word three times running), as creativity the sentences that are not "
+    "in the training text, as consistency the capitalised words that stand in the beginning; all are shares. Random "
+    "words are 'creative' too, and a model that repeats common phrases has more known trigrams than real stories.",
     "grammar": "The first table shows as grammar how much of a sentence the stories' own generator can tell, as "
     "creativity the sentences that are not in the training text (random words are 'creative' too), as consistency the "
-    "mentions of the story's own names, object, place and helper (of few mentions nothing follows), as plot the words "
-    "of the plot that was begun among all that only one plot uses. These are shares, the published marks a language "
+    "mentions of the story's own names, object, place and helper, as plot the words "
+    "of the plot that was begun among all that only one plot uses. Both are left empty where all "
+    "stories together have too few. These are shares, the published marks a language "
     "model's opinions: compare orders, not numbers.",
 }
 ANSWERS = Path(os.environ.get("VOCABFOLD_CACHE", "~/.cache/vocabfold")) / "judge"
@@ -93,7 +101,11 @@ PUBLISHED_COLUMNS = ("grammar", "creativity", "consistency", "plot", "age")
 
 def measure(scale: str, options: Namespace) -> None:
     """Let every finished run write and the judge judge. Raises UserError where no run of main_comparison is there."""
-    runs = {writer: finished_runs(scale, experiment) for experiment, writer in SOURCES.items()}
+    folder = RESULTS / "runs" / scale
+    runs = {
+        writer: sorted(row.parent for row in (folder / experiment).glob("*/row.json"))
+        for experiment, writer in SOURCES.items()
+    }
     if not runs[TRAINED]:
         raise UserError(f"no run of main_comparison has finished at scale {scale}: `make paper SCALE={scale}` first")
     written = list(written_by_runs(runs, options.beginnings, options.continuations, options.max_tokens, SEED))
@@ -121,12 +133,6 @@ def measure(scale: str, options: Namespace) -> None:
     table[WHOLE] = table[WHOLE].astype("Int64")
     write_table(table, path)
     write_text(path.with_name(f"{EXPERIMENT}_stories.md"), sample(written))
-
-
-def finished_runs(scale: str, experiment: str) -> list[Path]:
-    """The folders of an experiment's finished runs."""
-    rows = (RESULTS / "runs" / scale / experiment).glob("*/row.json")
-    return sorted(path.parent for path in rows)
 
 
 def judge_of(options: Namespace, material: Material) -> Judge:
@@ -175,7 +181,12 @@ def draw(scale: str) -> None:
     """Write one scale's picture and table from results/SCALE/table1_story_quality.csv."""
     table = read_table(EXPERIMENT, scale)
     arms = arms_of(table)[::-1]
-    panels = [(judge, name) for judge in sorted(set(table["judge"])) for name in measured(table, judge)]
+    panels = [
+        (judge, name)
+        for judge in sorted(set(table["judge"]))
+        for name in DRAWN.get(judge, MARKS)
+        if name in measured(table, judge)
+    ]
     num_rows = math.ceil(len(panels) / NUM_COLUMNS)
     size = (2 * COLUMN_INCHES, 0.7 + (0.4 + 0.15 * len(arms)) * num_rows)
     figure, grid = plt.subplots(num_rows, NUM_COLUMNS, figsize=size, sharey=True, squeeze=False)
@@ -189,7 +200,7 @@ def draw(scale: str) -> None:
             axis.errorbar(mean, position, xerr=half_width, **style)
         axis.set_yticks(range(len(arms)), [arm_name(arm) for arm in arms])
         by = "" if judge in BY_RULES else f"\n{judge}"
-        axis.set_xlabel(QUANTITIES[quantity] + by)
+        axis.set_xlabel(QUANTITIES[quantity] + by, fontsize=7)
         if quantity.endswith("_share"):
             axis.set_xlim(-0.04, 1.04)
     for axis in grid.flat[len(panels) :]:

@@ -7,6 +7,7 @@ import math
 import random
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from vocabfold.judging import (
     references,
 )
 from vocabfold.judging.base import sentence_spans
+from vocabfold.judging.language_model import RANGES
 from vocabfold.judging.story_grammar import StoryGrammar, words_of_one_plot
 from vocabfold.judging.text_judge import is_well_formed
 
@@ -167,6 +169,9 @@ def test_mentions_are_the_storys_own_by_hand(judge: GrammarJudge) -> None:
     # Tom, owl, Tom yes; Anna, blue kite no; owl, Lily yes; the forest no
     assert judge.mentions_kept(story) == [True, True, True, False, False, True, True, False]
     assert math.isnan(judge.scores_of(Story("Lily sat down.", " Nothing.", True))["consistency_share"])
+    assert judge.scores_of(story)["consistency_share"] == 5 / 8
+    assert math.isnan(judge.scores([story])[0]["consistency_share"])  # too few for a verdict
+    assert judge.scores([story] * 3)[0]["consistency_share"] == 5 / 8
 
 
 def test_words_of_one_plot_stand_in_its_stories_alone() -> None:
@@ -258,17 +263,26 @@ def test_batches_of_draws_obey_their_seed_and_of_nothing_are_nothing() -> None:
         continue_texts(model, [[1], []], 5)
 
 
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A full and a grouped run of main_comparison at scale smoke, and the published table."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
+        write_corpus(folder)
+        for head in ("full", "grouped"):
+            assert call(train.main, monkeypatch, *TINY, f"head={head}", "experiment=main_comparison") == 0
+    shutil.copytree(PROGRAM.parents[1] / "results" / "paper", folder / "results" / "paper")
+    return folder
+
+
+@pytest.fixture
+def runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of them as the current folder."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
-    write_corpus(tmp_path)
-    for head in ("full", "grouped"):
-        assert call(train.main, monkeypatch, *TINY, f"head={head}", "experiment=main_comparison") == 0
-    published = PROGRAM.parents[1] / "results" / "paper" / "table1_story_quality.csv"
-    (tmp_path / "results" / "paper").mkdir()
-    (tmp_path / "results" / "paper" / published.name).write_bytes(published.read_bytes())
     return tmp_path
 
 
@@ -292,6 +306,26 @@ def test_the_program_writes_judges_and_draws(
     lines = (folder / "table1_story_quality.md").read_text()
     assert "| GPT-2 128 | published: language model, of 10 | 3.80 | 4.22 |" in lines and "| GPT-2 16, full |" in lines
     assert (folder / "table1_story_quality_stories.md").read_text().count("## …") == 3
+
+
+def test_a_language_model_judges_beside_what_was_judged_before(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vocabfold.judging.LanguageModelJudge.answer", lambda *_: dict.fromkeys(RANGES, 5.0))
+    judge = ("--judge", "language-model", "--judge-model", "m", "--base-url", "http://127.0.0.1:9/v1")
+    price = ("--dollars-per-million", "2", "10")
+    path = runs / "results" / "smoke" / "table1_story_quality.csv"
+    assert measure(monkeypatch) == 0
+    capfd.readouterr()
+    assert measure(monkeypatch, *judge, *price) == 2  # nobody is there to agree
+    said = capfd.readouterr()
+    assert "15 requests" in said.out and "about $" in said.out and "add --yes" in said.err
+    assert set(pd.read_csv(path)["judge"]) == {"text"}
+    assert measure(monkeypatch, *judge, "--yes") == 0
+    table = pd.read_csv(path)
+    assert table["judge"].value_counts().to_dict() == {"text": 5, "language model m": 5}
+    assert table["known_trigrams_share"].notna().sum() == 5 and (table["plot_of_10"].dropna() == 5).all()
+    assert "| GPT-2 16, full | language model m, of 10 | 5.000" in path.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(

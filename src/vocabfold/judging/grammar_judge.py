@@ -16,20 +16,22 @@ from vocabfold.judging.text_judge import TextJudge, share
 WORD = re.compile(r"[A-Za-z-]+")
 # How many of a kind one story of the generator has.
 ROLES = {"name": 2, "object": 1, "place": 1, "helper": 1}
+LEAST_COUNT = 20  # mentions or plot words in all stories together: of fewer nothing follows
 HAPPY = {plot.name: places_to_happy(plot) for plot in ALL_PLOTS}
 
 
 class GrammarJudge(Judge):
-    """Of an embedded story's continuation, by the grammar behind its beginning; all but ``mentions`` are shares.
+    """Of an embedded story's continuation, by the grammar behind its beginning; shares, but for ``mentions`` and
+    ``plot_words``, which are numbers. Shares of fewer than LEAST_COUNT of these in all stories are NaN.
 
     * ``grammar_share``: of its sentences, those that the generator can tell with some choice of words, pronouns in
       agreement; ``words_told_share``: of the words of a sentence, those before it leaves every template of the
       generator, the mean over sentences: tells weak models apart, whose whole sentences are never right
     * ``consistency_share``: of its mentions of names, objects, places and helpers, those of the two names, the one
-      object, place and helper that the story mentioned first; of few ``mentions`` (how many there are) nothing follows
+      object, place and helper that the story mentioned first
     * ``plot_share``: of its sentences, those that carry on the story: of the plot and the case of it that were begun,
       and not of an earlier beat than it has reached; ``plot_words_share``: of the words that only one plot uses, those
-      of the plot that the beginning tells, NaN where it tells none; ``ending_share``: 1 if the story comes to the happy
+      of the plot that the beginning tells, if it tells one; ``ending_share``: 1 if the story comes to the happy
       turn of the plot that was begun, else 0
     * and what TextJudge says of it
     """
@@ -37,11 +39,12 @@ class GrammarJudge(Judge):
     name = "grammar"
     quantities: ClassVar[Mapping[str, str]] = {
         "grammar_share": "Sentences in the grammar",
-        "words_told_share": "Words before leaving the grammar",
-        "consistency_share": "Mentions that are consistent",
+        "words_told_share": "Words within the grammar",
+        "consistency_share": "Consistent mentions",
         "mentions": "Mentions (a story)",
         "plot_words_share": "Plot words of the right plot",
-        "plot_share": "Sentences that carry on the plot",
+        "plot_words": "Plot words (a story)",
+        "plot_share": "Sentences on the plot",
         "ending_share": "Stories that end as begun",
         **TextJudge.quantities,
     }
@@ -55,7 +58,11 @@ class GrammarJudge(Judge):
 
     def scores(self, stories: Sequence[Story]) -> list[dict[str, float]]:
         """One dictionary of ``quantities`` for each story."""
-        return [self.scores_of(story) | self.text_judge.scores_of(story) for story in stories]
+        scores = [self.scores_of(story) | self.text_judge.scores_of(story) for story in stories]
+        for of_few, count in (("consistency_share", "mentions"), ("plot_words_share", "plot_words")):
+            if sum(each[count] for each in scores) < LEAST_COUNT:
+                scores = [each | {of_few: math.nan} for each in scores]
+        return scores
 
     def scores_of(self, story: Story) -> dict[str, float]:
         """The quantities that the grammar gives for one story."""
@@ -63,12 +70,14 @@ class GrammarJudge(Judge):
         carried, is_happy = self.follow(before, after)
         mentions = self.mentions_kept(story)
         told = [self.grammar.words_told(sentence) for sentence in after]
+        plot_words = self.plot_words_kept(before, story.continuation)
         return {
             "grammar_share": share(bool(self.grammar.tellings(sentence)) for sentence in after),
             "words_told_share": sum(told) / len(told) if told else math.nan,
             "consistency_share": share(mentions),
             "mentions": len(mentions),
-            "plot_words_share": self.plot_words(before, story.continuation),
+            "plot_words_share": share(plot_words),
+            "plot_words": len(plot_words),
             "plot_share": share(carried),
             "ending_share": float(is_happy),
         }
@@ -90,15 +99,15 @@ class GrammarJudge(Judge):
                 is_happy |= len(carried) > len(before) and all(is_at_happy(telling) for telling in fitting)
         return carried[len(before) :], is_happy
 
-    def plot_words(self, before: Sequence[str], continuation: str) -> float:
-        """See the class."""
+    def plot_words_kept(self, before: Sequence[str], continuation: str) -> list[bool]:
+        """Whether each word that only one plot uses is of the plot that ``before`` tells; [] where it tells none."""
         plots = {telling.plot for sentence in before for telling in self.grammar.tellings(sentence)}
         for sentence in before:
             plots &= {telling.plot for telling in self.grammar.tellings(sentence)}
         if len(plots) != 1:
-            return math.nan
+            return []
         told = [self.plot_of_word[word] for word in words_of(continuation) if word in self.plot_of_word]
-        return share(plot in plots for plot in told)
+        return [plot in plots for plot in told]
 
     def mentions_kept(self, story: Story) -> list[bool]:
         """Whether each mention in the continuation is one of the story's own."""

@@ -28,7 +28,7 @@ class TextJudge(Judge):
     name = "text"
     quantities: ClassVar[Mapping[str, str]] = {
         "well_formed_share": "Sentences well formed",
-        "known_trigrams_share": "Word trigrams known from training",
+        "known_trigrams_share": "Trigrams known from training",
         "names_kept_share": "Names from the beginning",
         "new_sentences_share": "Sentences not in training",
         "distinct_bigrams_share": "Distinct word bigrams",
