@@ -108,6 +108,7 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             for seed in (0, 1)
         ],
     )
+    yield "table1_story_quality", judged_rows()
     classes = {"rank": 6, "decile": 10}
     yield (
         "rare_tokens",
@@ -118,6 +119,28 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             for number in range(count)
         ],
     )
+
+
+def judged_rows() -> list[dict[str, Any]]:
+    """Two judges' rows of table1_story_quality: runs, half-trained runs and references, which are of no run."""
+    judges = {
+        "grammar": ("words_told_share", "new_sentences_share", "consistency_share", "plot_words_share"),
+        "language model m": ("grammar_of_10", "creativity_of_10", "consistency_of_10", "plot_of_10", "age_years"),
+    }
+    writers = [
+        (run_row(model, head, size, seed), "trained") for model, head, size, seeds in ARMS for seed in range(seeds)
+    ]
+    writers += [(run_row("gpt2", "full", None, 0), "half-trained")]
+    reference = {"scale": "smoke", "corpus": "stories", "seed": 0, "hardware": "test machine", "torch": "2"}
+    writers += [(reference, name) for name in ("the stories' own endings", "words mixed between stories")]
+    return [
+        row
+        | {"writer": writer, "judge": judge, "stories": 40}
+        | {name: 0.1 * index + 0.05 * row["seed"] for index, name in enumerate(names)}
+        | {f"{name}_half_width": 0.02 for name in names}
+        for row, writer in writers
+        for judge, names in judges.items()
+    ]
 
 
 def contender_row(contender: str, size: int, seed: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_every_wording_of_a_plot_tells_its_case() -> None:
 
 def test_templates_use_only_known_slots() -> None:
     for index, truth in enumerate(SAMPLE_FIELDS[:200]):
-        known = set(module._fixed_slots(truth)) | set(BANK)
+        known = set(module.fixed_slots(truth)) | set(BANK)
         for beat in (*SHARED.values(), *truth.plot.beats.values()):
             for template in beat:
                 assert slots_of(template) <= known, (index, template)

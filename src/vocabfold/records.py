@@ -56,7 +56,7 @@ ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
 IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
 # The same of an experiment's own columns, where its rows have them.
 OWN_IDENTITY_COLUMNS = ["vocabulary_size", "distillation_tokens", "sorted_by", "class"]
-OWN_IDENTITY_COLUMNS += ["embedding", "embedding_setting", "recovery_tokens"]
+OWN_IDENTITY_COLUMNS += ["embedding", "embedding_setting", "recovery_tokens", "writer", "judge"]
 
 # Columns by which runs are told apart in Weights & Biases, each a tag such as head:grouped.
 TAG_COLUMNS = ("scale", "corpus", "model", "contender", "head", "scorer", "partition_order", "embedding")

@@ -227,7 +227,8 @@ def _article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _fixed_slots(story_fields: Fields) -> dict[str, str]:
+def fixed_slots(story_fields: Fields) -> dict[str, str]:
+    """Slot -> phrase for every slot that a story's fields decide; all others are drawn from BANK."""
     hero_gender, friend_gender = (
         "f" if name in LISTS["girls"] else "m" for name in (story_fields.hero, story_fields.friend)
     )
@@ -262,6 +263,17 @@ def _fixed_slots(story_fields: Fields) -> dict[str, str]:
     }
 
 
+def paragraphs(plot: Plot, with_detail: bool) -> tuple[tuple[str, ...], ...]:
+    """The beats of a story in the order in which they are told, a tuple a paragraph; the last two may change places."""
+    return (
+        ("opening", "treasure"),
+        ("outing", *(("detail",) if with_detail else ()), "setup"),
+        ("trouble", *plot.moods),
+        ("arrival", "help"),
+        ("happy", "ending", "lesson"),
+    )
+
+
 def story(seed: int, index: int) -> str:
     """Story ``index`` of the corpus of ``seed``: 80 to 250 words in paragraphs parted by blank lines; a pure function.
 
@@ -269,22 +281,16 @@ def story(seed: int, index: int) -> str:
     """
     story_fields = fields(seed, index)
     plot = story_fields.plot
-    slots = _Slots(_mix(_mix(seed) ^ index), _fixed_slots(story_fields))
+    slots = _Slots(_mix(_mix(seed) ^ index), fixed_slots(story_fields))
     beats = SHARED | plot.beats
 
     def tell(*names: str) -> str:
         return " ".join([slots.pick(beats[name]).format_map(slots) for name in names])
 
-    optional_detail = ("detail",) if slots.draw(2) else ()
-    return "\n\n".join(
-        (
-            tell("opening", "treasure"),
-            tell("outing", *optional_detail, "setup"),
-            tell("trouble", *plot.moods),
-            tell("arrival", "help"),
-            tell("happy", "ending", "lesson") if slots.draw(2) else tell("happy", "lesson", "ending"),
-        )
-    )
+    *before, (happy, ending, lesson) = paragraphs(plot, with_detail=slots.draw(2) == 1)
+    told = [tell(*names) for names in before]
+    last = (happy, ending, lesson) if slots.draw(2) else (happy, lesson, ending)
+    return "\n\n".join([*told, tell(*last)])
 
 
 def stories(seed: int, start: int, stop: int) -> Iterator[str]:
