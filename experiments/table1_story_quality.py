@@ -68,7 +68,6 @@ NUM_SHOWN, SHOWN_WORDS = 3, 15  # stories in the sample, and words of their begi
 SEED = 0  # of the beginnings and the spoilt references
 WHOLE = ["seed", "hidden_size", "num_layers", "steps", "tokens", "num_parameters", "stories"]
 ARM = ["writer", "model", "hidden_size", "head"]
-NUM_COLUMNS = 3  # of panels
 QUANTITIES = {**GrammarJudge.quantities, **LanguageModelJudge.quantities}
 # The column of the published table that a quantity comes nearest to.
 COUNTERPARTS = {
@@ -159,7 +158,7 @@ def agree(judge: LanguageModelJudge, stories: Sequence[Story], options: Namespac
     if not sys.stdin.isatty():
         raise UserError("nobody is at the terminal to agree to that: add --yes")
     if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UserError("nothing was asked, as you wish; what is measured already stays as it is")
+        raise UserError("nothing was asked, as you wish")
 
 
 def sample(written: Sequence[Written]) -> str:
@@ -188,9 +187,9 @@ def draw(scale: str) -> None:
         for name in DRAWN.get(judge, MARKS)
         if name in measured(table, judge)
     ]
-    num_rows = math.ceil(len(panels) / NUM_COLUMNS)
+    num_rows = math.ceil(len(panels) / 3)
     size = (2 * COLUMN_INCHES, 0.7 + (0.4 + 0.15 * len(arms)) * num_rows)
-    figure, grid = plt.subplots(num_rows, NUM_COLUMNS, figsize=size, sharey=True, squeeze=False)
+    figure, grid = plt.subplots(num_rows, 3, figsize=size, sharey=True, squeeze=False)
     for axis, (judge, quantity) in zip(grid.flat, panels, strict=False):
         for position, arm in enumerate(arms):
             mean, half_width, _ = summary(rows_of_arm(table, arm, judge), quantity)
@@ -277,9 +276,9 @@ def markdown(table: pd.DataFrame) -> str:
         lines += ["", *differences(table, judge)]
     first = table.iloc[0]
     interval = "± 95%: Student's t over seeds, or resampled stories where there is one seed."
-    notes = f"Corpus {first['corpus']}; {first['stories']} stories from each writer. {interval}"
-    hardware_line = f"Hardware: {first['hardware']}; torch {first['torch']}."
-    return "\n".join([*lines, "", *(NOTES[judge] for judge in judges if judge in NOTES), "", notes, hardware_line, ""])
+    lines += ["", *(NOTES[judge] for judge in judges if judge in NOTES), ""]
+    lines.append(f"Corpus {first['corpus']}; {first['stories']} stories from each writer. {interval}")
+    return "\n".join([*lines, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])
 
 
 def cell(rows: pd.DataFrame, quantity: str | None) -> str:

@@ -319,7 +319,7 @@ def test_a_language_model_judges_beside_what_was_judged_before(
     capfd.readouterr()
     assert measure(monkeypatch, *judge, *price) == 2  # nobody is there to agree
     said = capfd.readouterr()
-    assert "15 requests" in said.out and "about $" in said.out and "add --yes" in said.err
+    assert " requests, about " in said.out and "about $" in said.out and "add --yes" in said.err
     assert set(pd.read_csv(path)["judge"]) == {"text"}
     assert measure(monkeypatch, *judge, "--yes") == 0
     table = pd.read_csv(path)
