@@ -7,12 +7,16 @@ PY := $(BIN)/python
 RUNS := results/runs/$(SCALE)
 # make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt
 DATA := $(if $(TRAIN),data.train=$(TRAIN)) $(if $(VALID),data.valid=$(VALID))
+# A second text for what is asked of two: TRAIN2=train.txt VALID2=valid.txt CORPUS2=its name in tables, not the first one's
+comma := ,
+DATA2 := $(if $(TRAIN2),data.train=$(TRAIN2) data.valid=$(VALID2) data.label=$(or $(CORPUS2),second_text))
 TRAINING := $(PY) -m vocabfold.train --multirun scale=$(SCALE)
 
 # What is reproduced, a part at a time (make heads SCALE=text ...). What has finished, been measured or drawn is not done again
 # but drawn again, so that a killed make goes on where it stopped.
 AREAS := paper heads embeddings tokens pictures
 sweep = @$(TRAINING) $(DATA) experiment=$(1) $(2) && $(PY) -m vocabfold.records $(1) $(SCALE)
+second = $(if $(DATA2),@$(TRAINING) $(DATA2) experiment=$(1) $(2) && $(PY) -m vocabfold.records $(1) $(SCALE))
 once = @test -f $(RUNS)/$(1).done || { $(PY) experiments/$(1).py $(2) && touch $(RUNS)/$(1).done; }
 draw = @for figure in $(1); do $(PY) experiments/$$figure.py $(SCALE) || exit; done
 
@@ -41,6 +45,8 @@ paper: .venv/ready
 	$(call sweep,main_comparison)
 	$(call once,document_losses,--measure $(SCALE))
 	$(call sweep,figure3_group_size)
+	$(call second,figure3_group_size,head.partition.group_size=28$(comma)104$(comma)225$(comma)728$(comma)3864)
+	$(call second,figure3_baseline)
 	$(call once,training_step,--scale $(SCALE))
 	$(call once,figure45_loop_or_shared,--scale $(SCALE) $(if $(TRAIN),--train $(TRAIN)))
 	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) experiments/figure3_simulated_memory.py
@@ -53,7 +59,7 @@ heads: .venv/ready
 	$(call sweep,heads_pareto)
 	$(call sweep,order_matters)
 	$(call sweep,vocabulary_scaling)
-	$(if $(filter laptop,$(SCALE)),$(call sweep,vocabulary_scaling,contender=full_free data.vocabulary_size=10000,50257,100277))
+	$(if $(filter laptop,$(SCALE)),$(call sweep,vocabulary_scaling,contender=full_free data.vocabulary_size=10000$(comma)50257$(comma)100277))
 	$(call once,heads_cost,--scale $(SCALE) $(DATA))
 	$(call once,vocabulary_cost,--scale $(SCALE))
 	$(call once,rare_tokens,--measure $(SCALE))
@@ -68,6 +74,7 @@ heads: .venv/ready
 
 embeddings: .venv/ready
 	$(call sweep,embedding_compression)
+	$(call second,embedding_compression)
 	@$(PY) -m vocabfold.compress_embedding $(RUNS)/embedding_compression/gpt2-grouped-[st]*-seed* \
 		@conf/compression/embedding_compression_$(if $(filter laptop,$(SCALE)),laptop,text).txt
 	@$(PY) -m vocabfold.records embedding_compression $(SCALE)
