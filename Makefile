@@ -7,6 +7,9 @@ PY := $(BIN)/python
 RUNS := results/runs/$(SCALE)
 # make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt
 DATA := $(if $(TRAIN),data.train=$(TRAIN)) $(if $(VALID),data.valid=$(VALID))
+# A second text for what is asked of two: TRAIN2=train.txt VALID2=valid.txt CORPUS2=its name in tables, not the first one's
+comma := ,
+DATA2 := $(if $(TRAIN2),data.train=$(TRAIN2) data.valid=$(VALID2) data.label=$(or $(CORPUS2),second_text))
 TRAINING := $(PY) -m vocabfold.train --multirun scale=$(SCALE)
 
 CORPUS_laptop := stories
@@ -16,9 +19,9 @@ CORPUS_paper := tinystories
 # What is reproduced, a part at a time (make heads SCALE=text ...). What has finished, been measured or drawn is not done again
 # but drawn again, so that a killed make goes on where it stopped.
 AREAS := paper pictures heads embeddings tokens
-comma := ,
 trained = @$(TRAINING) $(DATA) experiment=$(1) $(2)
 sweep = $(trained) && $(PY) -m vocabfold.records $(1) $(SCALE)
+second = $(if $(DATA2),@$(TRAINING) $(DATA2) experiment=$(1) $(2) && $(PY) -m vocabfold.records $(1) $(SCALE))
 once = @test -f $(RUNS)/$(1).done || { $(PY) experiments/$(1).py $(2) && touch $(RUNS)/$(1).done; }
 write_report = @$(PY) experiments/audit.py > /dev/null && $(PY) experiments/report.py $(SCALE)
 draw = @for figure in $(1); do $(PY) experiments/$$figure.py $(SCALE) || exit; done
@@ -57,6 +60,8 @@ paper: .venv/ready
 	$(call sweep,main_comparison)
 	$(call once,document_losses,--measure $(SCALE))
 	$(call sweep,figure3_group_size)
+	$(call second,figure3_group_size,head.partition.group_size=28$(comma)104$(comma)225$(comma)728$(comma)3864)
+	$(call second,figure3_baseline)
 	$(call once,training_step,--scale $(SCALE))
 	$(call once,figure45_loop_or_shared,--scale $(SCALE) $(if $(TRAIN),--train $(TRAIN)))
 	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) experiments/figure3_simulated_memory.py
@@ -87,6 +92,7 @@ heads: .venv/ready
 
 embeddings: .venv/ready
 	$(call sweep,embedding_compression)
+	$(call second,embedding_compression)
 	@$(PY) -m vocabfold.compress_embedding $(RUNS)/embedding_compression/gpt2-grouped-$(CORPUS_$(SCALE))-seed* \
 		@conf/compression/embedding_compression_$(if $(filter laptop,$(SCALE)),laptop,text).txt
 	@$(PY) -m vocabfold.records embedding_compression $(SCALE)

@@ -12,6 +12,7 @@ import math
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from scipy import stats
 
 from vocabfold.embeddings.methods import LOOKS, PUBLISHED
@@ -30,50 +31,58 @@ def draw(scale: str) -> None:
     """Write one scale's picture and table."""
     table = with_differences(read_table("embedding_compression", scale))
     stages = [stage for stage in STAGES if (table["stage"] == stage).any()]
-    figure, axes = plt.subplots(1, len(stages), figsize=(COLUMN_INCHES * 2, 2.5), sharey=True, squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=True):
-        for embedding, (color, marker) in LOOKS.items():
-            arms = summary(table[(table["stage"] == stage) & (table["embedding"] == embedding)])
-            if len(arms):
-                x, y, half = arms["compression"], arms["mean"], arms["half_width"]
-                axis.errorbar(x, y, half, color=COLORS[color], marker=marker, capsize=2, label=embedding)
-        axis.axhline(0, color=GREY, linewidth=0.8)
-        axis.axhline(ONE_PERCENT, color=GREY, linewidth=0.6, linestyle=":")
-        for claim in PUBLISHED:
-            axis.axvline(claim, color=GREY, linewidth=0.6, linestyle="--")
-        axis.set_xscale("log")
-        axis.set_yscale("symlog", linthresh=0.05)
-        axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
-        axis.minorticks_off()
-        axis.set_xlabel("Compression of the embedding")
+    corpora = sorted(table["corpus"].unique())
+    size = (COLUMN_INCHES * 2, 0.5 + 2.0 * len(corpora))
+    figure, axes = plt.subplots(len(corpora), len(stages), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for row, corpus in zip(axes, corpora, strict=True):
+        for axis, stage in zip(row, stages, strict=True):
+            draw_stage(axis, table[(table["corpus"] == corpus) & (table["stage"] == stage)])
+        row[0].set_ylabel(f"{corpus}: loss above\nthe dense embedding (nats)")
+    for axis, lowest, stage in zip(axes[0], axes[-1], stages, strict=True):
         axis.set_title(STAGES[stage], fontsize=8)
-    axes[0][0].set_ylabel("Loss above the dense embedding (nats)")
+        lowest.set_xlabel("Compression of the embedding")
     axes[0][0].legend(fontsize=6)
-    first = table.iloc[0]
-    figure.suptitle(
-        f"{first['corpus']}; {table['seed'].nunique()} seeds, 95% intervals; dashed: 3.31x, 38.40x", fontsize=7
-    )
+    figure.suptitle(f"{table['seed'].nunique()} seeds, 95% intervals; dashed: 3.31x, 38.40x", fontsize=7)
     save(figure, RESULTS / scale / "embedding_compression.png")
     path = RESULTS / scale / "embedding_compression.md"
-    write_text(path, markdown(table))
+    parts = [table[table["corpus"] == corpus] for corpus in corpora]
+    write_text(path, "\n".join(markdown(part) for part in parts))
     print(f"wrote {path}")
 
 
+def draw_stage(axis: Axes, rows: pd.DataFrame) -> None:
+    """Loss above the dense embedding against compression, for one corpus and stage."""
+    for embedding, (color, marker) in LOOKS.items():
+        arms = summary(rows[rows["embedding"] == embedding])
+        if len(arms):
+            x, y, half = arms["compression"], arms["mean"], arms["half_width"]
+            axis.errorbar(x, y, half, color=COLORS[color], marker=marker, capsize=2, label=embedding)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    axis.axhline(ONE_PERCENT, color=GREY, linewidth=0.6, linestyle=":")
+    for claim in PUBLISHED:
+        axis.axvline(claim, color=GREY, linewidth=0.6, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=0.05)
+    axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
+    axis.minorticks_off()
+
+
 def with_differences(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with ``stage`` and ``difference``: validation loss minus that of the dense embedding of the same seed,
-    trained for as many tokens. Raises UserError where there is no dense run to compare with."""
+    """The table with ``stage`` and ``difference``: validation loss minus that of the dense embedding of the same corpus
+    and seed, trained for as many tokens. Raises UserError where there is no dense run to compare with."""
     stage = table["recovery_tokens"].map(
         lambda tokens: "scratch" if pd.isna(tokens) else "compressed" if tokens == 0 else "recovered"
     )
     table = table.assign(stage=stage, embedding_setting=table["embedding_setting"].fillna(""))
-    dense = table[table["embedding"] == "dense"].set_index(["seed", "stage"])["validation_loss_nats"]
+    dense = table[table["embedding"] == "dense"].set_index(["corpus", "seed", "stage"])["validation_loss_nats"]
     compared = [
         # Compressing nothing and training on nothing is the dense run itself.
-        (row["seed"], "scratch" if row["stage"] == "compressed" else row["stage"])
+        (row["corpus"], row["seed"], "scratch" if row["stage"] == "compressed" else row["stage"])
         for _, row in table.iterrows()
     ]
     if missing := [key for key in compared if key not in dense.index]:
-        raise UserError(f"seed {missing[0][0]} has no dense run ({missing[0][1]}) to compare with: run it first")
+        corpus, seed, trained = missing[0]
+        raise UserError(f"seed {seed} on {corpus} has no dense run ({trained}) to compare with: run it first")
     return table.assign(difference=table["validation_loss_nats"] - [dense[key] for key in compared])
 
 
@@ -107,7 +116,7 @@ def mean_of(rows: pd.DataFrame, column: str) -> float:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Every arm in numbers, then what became of the goal and of the two published claims."""
+    """Every arm of one corpus in numbers, then what became of the goal and of the two published claims."""
     arms = summary(table)
     lines = [
         "| stage | embedding | setting | compression | bytes | relative error | loss (nats) | above dense (nats) "

@@ -2,11 +2,13 @@
 
 results/SCALE/figure3_group_size.csv and main_comparison.csv -> results/SCALE/figure3_group_size.png, with the published
 points (results/paper) and the memory at the paper's own size (results/simulated) drawn in, and the same in numbers,
-results/SCALE/figure3_group_size.md
+results/SCALE/figure3_group_size.md. Each corpus has a row of panels; the full softmax on a second corpus comes from
+figure3_baseline.csv.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +38,49 @@ PANELS = [
 
 def draw(scale: str) -> None:
     """Draw one scale's figure."""
+    grouped, full = read_runs(scale)
+    corpora = corpora_of(grouped, full)
+    size = (2 * COLUMN_INCHES, 0.8 + 2.0 * len(corpora))
+    figure, axes = plt.subplots(len(corpora), 2, figsize=size, sharex=True, squeeze=False)
+    for row, corpus in zip(axes, corpora, strict=True):
+        draw_corpus(row, grouped[grouped["corpus"] == corpus], full[full["corpus"] == corpus])
+        row[1].set_title(corpus if len(corpora) > 1 else "", loc="right", fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("Group size S (slots a group)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles, labels = in_columns(handles, labels, 3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.suptitle(caption(grouped, full), fontsize=7)
+    save(figure, RESULTS / scale / "figure3_group_size.png")
+    path = RESULTS / scale / "figure3_group_size.md"
+    parts = [(grouped[grouped["corpus"] == name], full[full["corpus"] == name]) for name in corpora]
+    write_text(path, "\n".join(markdown(*part) for part in parts))
+    print(f"wrote {path}")
+
+
+def read_runs(scale: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(grouped, full softmax) runs of one hidden size, of every corpus."""
     grouped = read_table("figure3_group_size", scale)
     full = read_table("main_comparison", scale).query("head == 'full'")
-    full = full[full["hidden_size"].isin(grouped["hidden_size"])]
-    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.8))
+    if (RESULTS / scale / "figure3_baseline.csv").is_file():
+        full = pd.concat([full, read_table("figure3_baseline", scale)], ignore_index=True)
+    return grouped, full[full["hidden_size"].isin(grouped["hidden_size"]) & full["corpus"].isin(grouped["corpus"])]
+
+
+def corpora_of(grouped: pd.DataFrame, full: pd.DataFrame) -> list[str]:
+    """Those of main_comparison first."""
+    main = set(full.loc[full["experiment"] == "main_comparison", "corpus"])
+    return sorted(grouped["corpus"].unique(), key=lambda corpus: (corpus not in main, corpus))
+
+
+def draw_corpus(axes: Sequence[Axes], grouped: pd.DataFrame, full: pd.DataFrame) -> None:
+    """One corpus: memory and loss."""
     for axis, (column, label, published, published_column) in zip(axes, PANELS, strict=True):
         draw_published(axis, published, published_column)
         draw_ours(axis, grouped, column)
         draw_baselines(axis, full, column)
         axis.axvline(VOCABULARY_SIZE**0.5, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
-        axis.set(xscale="log", xlabel="Group size S (slots a group)", ylabel=label)
+        axis.set(xscale="log", ylabel=label)
         axis.xaxis.set_major_locator(FixedLocator([14, 56, 225, 900, 3600]))
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -57,14 +92,6 @@ def draw(scale: str) -> None:
     axes[0].yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2]))
     axes[0].yaxis.set_major_formatter(ScalarFormatter())
     axes[0].yaxis.set_minor_formatter(NullFormatter())
-    handles, labels = axes[0].get_legend_handles_labels()
-    handles, labels = in_columns(handles, labels, 3)
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.suptitle(caption(grouped, full), fontsize=7)
-    save(figure, RESULTS / scale / "figure3_group_size.png")
-    path = RESULTS / scale / "figure3_group_size.md"
-    write_text(path, markdown(grouped, full))
-    print(f"wrote {path}")
 
 
 def in_columns(handles: list[Any], labels: list[str], columns: int) -> tuple[list[Any], list[str]]:
@@ -133,8 +160,10 @@ def draw_baselines(axis: Axes, full: pd.DataFrame, column: str) -> None:
 
 
 def markdown(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
-    """The figure in numbers: means and 95% intervals over seeds, extremes, and how the shapes follow the published."""
-    lines = ["| S | validation loss (nats) | group accuracy | peak memory (GiB) | seeds |", "|---|---|---|---|---|"]
+    """One corpus in numbers: means and 95% intervals over seeds, extremes, and how the shapes follow the published."""
+    first = grouped.iloc[0]
+    lines = [f"Corpus {first['corpus']}, {first['tokens']:,} tokens.", ""]
+    lines += ["| S | validation loss (nats) | group accuracy | peak memory (GiB) | seeds |", "|---|---|---|---|---|"]
     loss, accuracy, memory = (
         summarise(grouped, ["group_size"], column)
         for column in ("validation_loss_nats", "group_accuracy", "peak_memory_gib")
@@ -148,12 +177,15 @@ def markdown(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
         interval = f"{baseline['mean']:.3f} ± {baseline['half_width']:.3f}"
         lines.append(f"| {BASELINES[baseline['model']][0]} | {interval} | | {peak_gib:.4f} | {baseline['seeds']} |")
     hump, basin = compare_loss(grouped), compare_memory()
+    measured = memory.sort_values("mean").iloc[0]
     return "\n".join(
         [
             *lines,
             "",
             f"* Worst loss: S = {hump.ours['group_size']:,.0f}, {hump.ours['mean']:.3f} nats; published: "
             f"S = {hump.published['group_size']:,.0f}, {hump.published['mean']:.3f} nats.",
+            f"* Least memory measured: S = {measured['group_size']:,.0f}, {measured['mean']:.3f} GiB; the two logit "
+            f"tensors alone, N x S and N x G, are smallest at S = √V = {VOCABULARY_SIZE**0.5:.0f}.",
             f"* Least memory at the published batch, simulated: S = {basin.ours['group_size']:,.0f}, "
             f"{basin.ours['mean']:.3f} GiB; published: S = {basin.published['group_size']:,.0f}, "
             f"{basin.published['mean']:.2f} GB.",
@@ -200,10 +232,11 @@ def correlation(ours: pd.DataFrame, published: pd.DataFrame) -> float:
 def caption(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
     """What was trained, in one line."""
     first = grouped.iloc[0]
-    seeds = grouped["seed"].nunique()
+    budgets = grouped.groupby("corpus", sort=False)["tokens"].first()
+    corpora = " and ".join(f"{corpus}, {tokens / 1e6:.2f} M tokens" for corpus, tokens in budgets.items())
     return (
-        f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens, hidden {first['hidden_size']}, "
-        f"{first['num_layers']} layers; {seeds} seeds, 95% intervals; {len(grouped) + len(full)} runs"
+        f"{corpora}; hidden {first['hidden_size']}, {first['num_layers']} layers; {grouped['seed'].nunique()} seeds, "
+        f"95% intervals; {len(grouped) + len(full)} runs"
     )
 
 

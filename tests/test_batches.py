@@ -52,6 +52,18 @@ def test_packed_evaluation_predicts_every_token_but_the_first_once(tmp_path: Pat
     assert pairs == Counter(pairwise(stream))
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_target_positions_are_those_of_the_evaluation(tmp_path: Path, layout: str) -> None:
+    tokens = token_file(tmp_path / "f", [1, 20, 3, 9, 10, 2, 40])  # one without a target when padded, others cut
+    batches = make(tokens, layout=layout, shuffle=False)
+    targets = torch.cat([targets[targets != IGNORE_INDEX] for _, targets in batches.evaluation_batches()])
+    positions = batches.target_positions()
+    assert np.asarray(tokens.tokens)[positions].tolist() == targets.tolist()
+    assert len(np.unique(positions)) == len(positions) and positions.min() >= 1
+    if layout == "packed":
+        assert positions.tolist() == list(range(1, 85))
+
+
 @pytest.mark.parametrize("total", [97, 100, 104])
 def test_packed_epoch_predicts_every_token_but_the_first_once(tmp_path: Path, total: int) -> None:
     """Twelve full windows in three batches; what is past them is the ragged rest that training leaves out."""

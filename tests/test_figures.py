@@ -328,6 +328,26 @@ def test_at_equal_time_the_first_evaluation_after_it_is_compared(
     assert "(10 s)" in told and "(22 s, 2.2 times" in told and "-1.000 ± 0.000 nats over 2 seeds" in told
 
 
+def test_each_corpus_has_its_own_panels_and_baseline(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = results / "smoke" / "figure3_group_size.csv"
+    assert draw("figure3_group_size", monkeypatch, "smoke") == 0
+    one = matplotlib.image.imread(path.with_suffix(".png")).shape[0]
+    first = pd.read_csv(path)
+    least = first["peak_memory_gib"].where(first["group_size"] != 14, 0.1)
+    second = first.assign(corpus="other", validation_loss_nats=7.5, peak_memory_gib=least)
+    pd.concat([second, first]).to_csv(path, index=False)
+    baseline = pd.read_csv(results / "smoke" / "main_comparison.csv").query("model == 'gpt2' and head == 'full'")
+    baseline = baseline.assign(corpus="other", validation_loss_nats=7.25, experiment="figure3_baseline")
+    baseline.to_csv(results / "smoke" / "figure3_baseline.csv", index=False)
+    assert draw("figure3_group_size", monkeypatch, "smoke") == 0
+    assert matplotlib.image.imread(path.with_suffix(".png")).shape[0] > 1.5 * one
+    before, _, after = path.with_suffix(".md").read_text().partition("Corpus other")
+    assert "Corpus stories" in before  # main_comparison's own corpus comes first
+    assert "7.500" not in before and "7.250" not in before
+    assert "7.500 ± 0.000" in after and "| GPT-2, full softmax | 7.250 ± 0.000 |" in after
+    assert "S = 14, 0.100 GiB" in after and "√V = 224" in after
+
+
 def test_foldings_are_counted_from_their_own_teacher(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert draw("fold", monkeypatch, "smoke") == 0
     lines = (results / "smoke" / "fold.md").read_text().splitlines()
