@@ -158,8 +158,9 @@ def every_table(copy: Path) -> Path:
     pd.DataFrame(cost).to_csv(folder / "heads_cost.csv", index=False)
     for name in ("embedding_tables", "vocabulary_cost"):
         shutil.copy(copy / "laptop" / f"{name}.csv", folder)
+    judged = {"experiment": "table1_story_quality", "writer": "trained", "judge": "language model m"}
     stories = [
-        run_row("gpt2", head, None, 0, experiment="table1_story_quality", judge="test", grammar=score)
+        run_row("gpt2", head, None, 0, **judged, grammar_of_10=score)
         for head, score in (("full", 5.0), ("grouped", 4.6))
     ]
     write_table(pd.DataFrame(stories), folder / "table1_story_quality.csv")
