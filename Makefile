@@ -97,7 +97,8 @@ embeddings: .venv/ready
 		@conf/compression/embedding_compression_$(if $(filter laptop,$(SCALE)),laptop,text).txt
 	@$(PY) -m vocabfold.records embedding_compression $(SCALE)
 	$(call sweep,main_comparison,model=gpt2 head=full)
-	$(call sweep,both_ends)
+	$(call trained,both_ends)
+	$(call sweep,both_ends,embedding=tt_matrix embedding.compression=16)
 	$(call once,embedding_speed,--scale $(SCALE))
 	$(call once,embedding_tables,--scale $(SCALE))
 	$(call draw,embedding_compression both_ends)

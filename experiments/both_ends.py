@@ -3,6 +3,7 @@
 results/SCALE/both_ends.csv and the plain GPT-2 of results/SCALE/main_comparison.csv -> results/SCALE/both_ends.png, .md
 
     python -m vocabfold.train --multirun experiment=both_ends scale=SCALE
+    python -m vocabfold.train --multirun experiment=both_ends scale=SCALE embedding=tt_matrix embedding.compression=16
 
 The sizes at hidden 128 and 8 layers, the paper's 8.1 M model, are those of models built for the purpose, not trained.
 """
@@ -23,14 +24,13 @@ from vocabfold.errors import UserError
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import PartitionSettings
 from vocabfold.models.build import ModelSettings, build_model
 from vocabfold.records import RESULTS, read_table
 from vocabfold.statistics import mean_and_interval
 
 VOCABULARY_SIZE = 50_257
 BYTES_PER_NUMBER = 4
-ARM = ["head", "scorer", "shortlist", "embedding", "embedding_setting"]
+ARM = ["head", "scorer", "partition_order", "embedding", "embedding_setting"]
 MEGABYTE = 1e6
 GOAL = 4  # times fewer bytes than GPT-2
 
@@ -117,16 +117,15 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([*lines, "", notes, f"{first['hardware']}; torch {first['torch']}.", ""])
 
 
-def named(head: object, scorer: object, shortlist: object) -> str:
+def named(head: object, scorer: object, order: object) -> str:
     """The head of a row for a reader."""
-    return "full softmax, tied" if head == "full" else f"folded, {scorer}, shortlist {shortlist}"
+    return "full softmax, tied" if head == "full" else f"folded, {scorer}, {order}"
 
 
 def published_sizes() -> str:
     """Numbers and bytes at hidden 128, 8 layers, 8 heads: nothing here was trained."""
     sizes = ModelSettings(hidden_size=128, num_layers=8, num_heads=8, max_positions=512)
-    partition = PartitionSettings(order="frequency", shortlist=2048)
-    folded = HeadSettings(name="grouped", tied=False, scorer="low_rank_sorted", partition=partition)
+    folded = HeadSettings(name="grouped", tied=False, scorer="low_rank_sorted", rank=2)  # as large in every order
     arms = [(HeadSettings(), EmbeddingSettings()), (folded, EmbeddingSettings())]
     for name, compression in (
         ("int8", None),
@@ -145,7 +144,7 @@ def published_sizes() -> str:
         plain_bytes = plain_bytes or model.bytes_at_rest
         size = f" {embedding.compression:g}x" if embedding.compression else ""
         lines.append(
-            f"| {named(head.name, head.scorer, head.partition.shortlist)} | {embedding.name}{size} "
+            f"| {named(head.name, f"{head.scorer}_rank{head.rank}", "any order")} | {embedding.name}{size} "
             f"| {model.num_parameters:,} | {model.bytes_at_rest / MEGABYTE:.2f} "
             f"| 1/{plain_bytes / model.bytes_at_rest:.2f} |"
         )
