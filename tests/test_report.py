@@ -159,7 +159,16 @@ def every_table(copy: Path) -> Path:
     for name in ("embedding_tables", "vocabulary_cost"):
         shutil.copy(copy / "laptop" / f"{name}.csv", folder)
     stories = [
-        run_row("gpt2", head, None, 0, experiment="table1_story_quality", judge="test", grammar=score)
+        run_row(
+            "gpt2",
+            head,
+            None,
+            0,
+            experiment="table1_story_quality",
+            judge="test",
+            writer="trained",
+            grammar_of_10=score,
+        )
         for head, score in (("full", 5.0), ("grouped", 4.6))
     ]
     write_table(pd.DataFrame(stories), folder / "table1_story_quality.csv")

@@ -30,9 +30,10 @@ def quality(model: str, scale: str) -> Finding:
     table = read_table("main_comparison", scale)
     rows = rows_where(table, f"results/{scale}/main_comparison.csv", model=model)
     checks = []
-    for size, of_size in rows.groupby("hidden_size"):
-        difference = difference_over_seeds(of_size, "head", "grouped", "full")
-        checks.append(on_par(f"grouped minus full, hidden {size}", difference, f"hidden {size}: "))
+    for (corpus, size), arms in rows.groupby(["corpus", "hidden_size"]):
+        difference = difference_over_seeds(arms, "head", "grouped", "full")
+        name = f"{corpus}, hidden {size}"
+        checks.append(on_par(f"grouped minus full, {name}", difference, f"{name}: "))
     return Finding(tuple(checks))
 
 
@@ -52,16 +53,22 @@ def tuned_quality(scale: str) -> Finding:
 
 def hump(scale: str) -> Finding:
     """Figure 3, right."""
-    found = compare_loss(read_table("figure3_group_size", scale))
-    sizes, worst = found.curve["group_size"], float(found.ours["group_size"])
-    printed = float(found.published["group_size"])
-    ratio = max(worst / printed, printed / worst)
-    return Finding((
-        Check("the loss is worst inside the range of group sizes", f"worst at S = {worst:,.0f}, "
-              f"{found.ours['mean']:.3f} nats", bool(sizes.min() < worst < sizes.max())),
-        at_most("place of the top, as a factor from the published", ratio, NEAR_FACTOR, "{:.2f}", "factor {}"),
-        at_least("correlation with the published points", found.correlation, SAME_SHAPE, "{:.3f}", "correlation {}"),
-    ))  # fmt: skip
+    table = read_table("figure3_group_size", scale)
+    checks: list[Check] = []
+    for corpus, rows in table.groupby("corpus"):
+        found = compare_loss(rows)
+        sizes, worst = found.curve["group_size"], float(found.ours["group_size"])
+        printed = float(found.published["group_size"])
+        ratio = max(worst / printed, printed / worst)
+        top = f"{corpus}: worst at S = {worst:,.0f}, {found.ours['mean']:.3f} nats"
+        inside = bool(sizes.min() < worst < sizes.max())
+        place, shape = "place of the top, as a factor from the published", "correlation with the published points"
+        checks += [
+            Check(f"{corpus}: the loss is worst inside the range of group sizes", top, inside),
+            at_most(f"{corpus}: {place}", ratio, NEAR_FACTOR, "{:.2f}", "factor {}"),
+            at_least(f"{corpus}: {shape}", found.correlation, SAME_SHAPE, "{:.3f}", "correlation {}"),
+        ]
+    return Finding(tuple(checks))
 
 
 def order(scale: str) -> Finding:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy import stats
 
+from vocabfold.errors import UserError
 from vocabfold.figures import mean_and_interval
 
 
@@ -36,8 +37,13 @@ def difference_over_seeds(
 ) -> Difference:
     """``value`` of the rows whose column ``arm`` is ``first`` minus ``second``, seed by seed.
 
-    An arm without rows leaves no seeds and a mean of NaN.
+    An arm without rows leaves no seeds and a mean of NaN. Raises UserError where a seed has several rows of one arm.
     """
+    table = table[table[arm].isin([first, second])]
+    if table.duplicated(["seed", arm]).any():
+        raise UserError(
+            f"a seed has several rows of one {arm} to compare: keep runs of one corpus and one setting apart"
+        )
     by_seed = table.pivot(index="seed", columns=arm, values=value).reindex(columns=[first, second]).dropna()
     if by_seed.empty:
         return Difference(float("nan"), float("nan"), float("nan"), 0)
