@@ -144,7 +144,7 @@ def published_sizes() -> str:
         plain_bytes = plain_bytes or model.bytes_at_rest
         size = f" {embedding.compression:g}x" if embedding.compression else ""
         lines.append(
-            f"| {named(head.name, f"{head.scorer}_rank{head.rank}", "any order")} | {embedding.name}{size} "
+            f"| {named(head.name, f'{head.scorer}_rank{head.rank}', 'any order')} | {embedding.name}{size} "
             f"| {model.num_parameters:,} | {model.bytes_at_rest / MEGABYTE:.2f} "
             f"| 1/{plain_bytes / model.bytes_at_rest:.2f} |"
         )

@@ -9,14 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from figure3_group_size import read_reference
+from main_comparison import MARGIN_NATS
 from vocabfold.errors import UserError
 from vocabfold.records import RESULTS
 from vocabfold.statistics import Difference
 
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
 UNTESTABLE, NOT_RUN = "cannot be tested here", "not run"
-# Two losses are on par when the upper end of the 95% interval of their difference is no higher.
-ON_PAR_NATS = 0.05
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,13 @@ def at_most(asked: str, value: float, bound: float, form: str, found: str = "{}"
 
 
 def on_par(asked: str, difference: Difference, found: str = "") -> Check:
-    """The upper end of the 95% interval of a loss difference must be at most ON_PAR_NATS. Raises UserError below two
+    """The upper end of the 95% interval of a loss difference must be at most MARGIN_NATS. Raises UserError below two
     seeds."""
     if difference.count < 2:
         raise UserError(f"{asked}: fewer than two seeds have both arms: run `make reproduce` to its end")
     words = f"{found}{difference.mean:+.3f} ± {difference.half_width:.3f} nats over {difference.count} seeds"
-    bound = f"{asked}: upper end of the 95% interval at most {ON_PAR_NATS:+.2f} nats"
-    return Check(bound, words, difference.high <= ON_PAR_NATS)
+    bound = f"{asked}: upper end of the 95% interval at most {MARGIN_NATS:+.2f} nats"
+    return Check(bound, words, difference.high <= MARGIN_NATS)
 
 
 def fixed(words: str) -> Callable[[], str]:

@@ -46,6 +46,11 @@ CLAIM = Claim(
     "Stories written by the grouped model are as good as GPT-2's (grammar, creativity, consistency, plot, age)",
     published,
     stories,
-    ("{scale}/table1_story_quality.md", "{scale}/table1_story_quality.csv", "paper/table1_published.csv"),
-    "`make reproduce SCALE={scale}`",
+    (
+        "{scale}/table1_story_quality.png",
+        "{scale}/table1_story_quality.md",
+        "{scale}/table1_story_quality.csv",
+        "paper/table1_published.csv",
+    ),
+    f"`python experiments/{EXPERIMENT}.py --measure {{scale}}`",
 )

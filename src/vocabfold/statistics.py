@@ -109,8 +109,13 @@ def difference_over_seeds(
 ) -> Difference:
     """``value`` of the rows whose column ``arm`` is ``first`` minus ``second``, over the seeds that have both.
 
-    No such seed: a mean of NaN and a count of 0.
+    No such seed: a mean of NaN and a count of 0. Raises UserError where a seed has several rows of one arm.
     """
+    table = table[table[arm].isin([first, second])]
+    if table.duplicated(["seed", arm]).any():
+        raise UserError(
+            f"a seed has several rows of one {arm} to compare: keep runs of one corpus and one setting apart"
+        )
     by_seed = table.pivot(index="seed", columns=arm, values=value).reindex(columns=[first, second]).dropna()
     if by_seed.empty:
         return Difference(float("nan"), float("nan"), float("nan"), 0)
