@@ -207,8 +207,7 @@ def draw(scale: str) -> None:
     first = table.iloc[0]
     figure.suptitle(f"{first['corpus']}, {first['stories']} stories from each writer; 95% intervals", fontsize=7)
     save(figure, RESULTS / scale / f"{EXPERIMENT}.png")
-    path = RESULTS / scale / f"{EXPERIMENT}.md"
-    write_text(path, markdown(table))
+    write_text(path := RESULTS / scale / f"{EXPERIMENT}.md", markdown(table))
     print(f"wrote {path}")
 
 
@@ -254,7 +253,7 @@ def markdown(table: pd.DataFrame) -> str:
     """The published table with ours beside it, then all that each judge measured, and the differences between heads."""
     lines = ["| model, hidden size | judge | " + " | ".join(PUBLISHED_COLUMNS) + " |"]
     lines.append("|---" * (len(PUBLISHED_COLUMNS) + 2) + "|")
-    for _, row in pd.read_csv(RESULTS / "paper" / f"{EXPERIMENT}.csv").iterrows():
+    for _, row in pd.read_csv(RESULTS / "paper" / "table1_published.csv").iterrows():
         cells = " | ".join(f"{row[name]:.2f}" for name in PUBLISHED_COLUMNS)
         lines.append(f"| {MODELS[row['model']]} {row['hidden_size']} | published: language model, of 10 | {cells} |")
     arms, judges = arms_of(table), sorted(set(table["judge"]))
