@@ -208,8 +208,7 @@ def draw(scale: str) -> None:
     first = table.iloc[0]
     figure.suptitle(f"{first['corpus']}, {first['stories']} stories from each writer; 95% intervals", fontsize=7)
     save(figure, RESULTS / scale / f"{EXPERIMENT}.png")
-    path = RESULTS / scale / f"{EXPERIMENT}.md"
-    write_text(path, markdown(table))
+    write_text(path := RESULTS / scale / f"{EXPERIMENT}.md", markdown(table))
     print(f"wrote {path}")
 
 
@@ -274,8 +273,7 @@ def markdown(table: pd.DataFrame) -> str:
             rows = rows_of_arm(table, arm, judge)
             lines.append(f"| {arm_name(arm)} | " + " | ".join(cell(rows, name) for name in names) + f" | {len(rows)} |")
         lines += ["", *differences(table, judge)]
-    first = table.iloc[0]
-    interval = "± 95%: Student's t over seeds, or resampled stories where there is one seed."
+    first, interval = table.iloc[0], "± 95%: Student's t over seeds, or resampled stories where there is one seed."
     lines += ["", *(NOTES[judge] for judge in judges if judge in NOTES), ""]
     lines.append(f"Corpus {first['corpus']}; {first['stories']} stories from each writer. {interval}")
     return "\n".join([*lines, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 
 def run_row(model: str, head: str, group_size: int | None, seed: int, **changes: Any) -> dict[str, Any]:
@@ -89,3 +92,12 @@ def caching_tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             for kind, size in sizes.items()
         ],
     )
+
+
+def write_documents(results: Path, shift: float = 0.0) -> None:
+    """Three documents for each run of the smoke scale's main_comparison, which add up to its loss plus ``shift``."""
+    table = pd.read_csv(results / "smoke" / "main_comparison.csv")
+    parts = pd.DataFrame({"document": [0, 1, 2], "tokens": [100, 300, 600], "of_mean": [0.5, 1.5, 5 / 6]})
+    rows = table.drop(columns="tokens").merge(parts, how="cross")
+    rows["loss_nats"] = (rows["validation_loss_nats"] + shift) * rows["tokens"] * rows["of_mean"]
+    rows.drop(columns="of_mean").to_csv(results / "smoke" / "document_losses.csv", index=False)

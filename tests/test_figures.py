@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from figure_cases import caching_tables, embedding_columns, run_row
+from figure_cases import caching_tables, embedding_columns, run_row, write_documents
 from run_cases import call
 from vocabfold.records import write_table
 from vocabfold.statistics import mean_and_interval, summarise
@@ -272,15 +272,6 @@ def test_the_table_beside_the_figure_holds_means_and_intervals(results: Path, mo
     (full,) = [line for line in lines if line.startswith("| GPT-2, full")]
     mean, half_width = mean_and_interval([4.0, 4.1, 4.2])
     assert f"| {mean:.3f} ± {half_width:.3f} |" in full and full.endswith("| 3 |")
-
-
-def write_documents(results: Path, shift: float = 0.0) -> None:
-    """Three documents for each run of the smoke scale's main_comparison, which add up to its loss plus ``shift``."""
-    table = pd.read_csv(results / "smoke" / "main_comparison.csv")
-    parts = pd.DataFrame({"document": [0, 1, 2], "tokens": [100, 300, 600], "of_mean": [0.5, 1.5, 5 / 6]})
-    rows = table.drop(columns="tokens").merge(parts, how="cross")
-    rows["loss_nats"] = (rows["validation_loss_nats"] + shift) * rows["tokens"] * rows["of_mean"]
-    rows.drop(columns="of_mean").to_csv(results / "smoke" / "document_losses.csv", index=False)
 
 
 def test_grouped_minus_full_over_seeds_and_documents(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from figure_cases import write_documents
 from run_cases import call
 from test_figures import REPOSITORY, caching_tables, run_row, tables, write_side_tables
 from vocabfold.records import write_table
@@ -151,6 +152,7 @@ def every_table(copy: Path) -> Path:
             rows.append(run_row("gpt_neo", "grouped", 225, 1))
         write_table(pd.DataFrame([{**row, "experiment": experiment} for row in rows]), folder / f"{experiment}.csv")
     write_side_tables(folder)
+    write_documents(folder.parent)
     for name, rows in caching_tables():
         pd.DataFrame(rows).assign(experiment=name).to_csv(folder / f"{name}.csv", index=False)
     sides = [("full_tied", 4.0), ("scale_shift_bpe", 1.0)]
