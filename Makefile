@@ -5,9 +5,9 @@ EXTRAS ?= dev
 BIN := .venv/bin
 PY := $(BIN)/python
 RUNS := results/runs/$(SCALE)
-# make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt
-DATA := $(if $(TRAIN),data.train=$(TRAIN)) $(if $(VALID),data.valid=$(VALID))
-# A second text for what is asked of two: TRAIN2=train.txt VALID2=valid.txt CORPUS2=its name in tables, not the first one's
+# make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt CORPUS=its name in tables
+DATA := $(if $(TRAIN),data.train=$(TRAIN)) $(if $(VALID),data.valid=$(VALID)) $(if $(CORPUS),data.label=$(CORPUS))
+# A second text for what is asked of two: TRAIN2=train.txt VALID2=valid.txt CORPUS2=another name
 comma := ,
 DATA2 := $(if $(TRAIN2),data.train=$(TRAIN2) data.valid=$(VALID2) data.label=$(or $(CORPUS2),second_text))
 TRAINING := $(PY) -m vocabfold.train --multirun scale=$(SCALE)
@@ -106,9 +106,9 @@ embeddings: .venv/ready
 # A text that was read for training is coded for size and stored; one that was not is coded with the models.
 tokens: .venv/ready
 	$(call trained,heads_pareto,contender=full_free$(comma)scale_shift_bpe$(comma)linear_clustered$(comma)shortlist_frequency seed=0)
-	$(call once,token_coding,--scale $(SCALE) $(if $(TRAIN),--text text=$(TRAIN)))
+	$(call once,token_coding,--scale $(SCALE) $(if $(TRAIN),--text $(or $(CORPUS),text)=$(TRAIN)))
 	$(call once,token_store,--scale $(SCALE) $(if $(TRAIN),--text $(TRAIN)))
-	$(call once,model_coding,--scale $(SCALE) $(if $(VALID),--text $(VALID)))
+	$(call once,model_coding,--scale $(SCALE) $(if $(VALID),--text $(VALID) --corpus $(or $(CORPUS),text)))
 	$(call sweep,caching)
 	$(call once,caching_speed,--scale $(SCALE))
 	$(call once,caching_memory,--scale $(SCALE))

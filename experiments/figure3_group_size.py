@@ -42,6 +42,8 @@ def draw(scale: str) -> None:
     corpora = corpora_of(grouped, full)
     size = (2 * COLUMN_INCHES, 0.8 + 2.0 * len(corpora))
     figure, axes = plt.subplots(len(corpora), 2, figsize=size, sharex=True, squeeze=False)
+    for axis, (_, _, published, column) in zip(axes[0], PANELS, strict=True):  # the authors' text was one
+        draw_published(axis, published, column)
     for row, corpus in zip(axes, corpora, strict=True):
         draw_corpus(row, grouped[grouped["corpus"] == corpus], full[full["corpus"] == corpus])
         row[1].set_title(corpus if len(corpora) > 1 else "", loc="right", fontsize=7)
@@ -75,8 +77,7 @@ def corpora_of(grouped: pd.DataFrame, full: pd.DataFrame) -> list[str]:
 
 def draw_corpus(axes: Sequence[Axes], grouped: pd.DataFrame, full: pd.DataFrame) -> None:
     """One corpus: memory and loss."""
-    for axis, (column, label, published, published_column) in zip(axes, PANELS, strict=True):
-        draw_published(axis, published, published_column)
+    for axis, (column, label, _, _) in zip(axes, PANELS, strict=True):
         draw_ours(axis, grouped, column)
         draw_baselines(axis, full, column)
         axis.axvline(VOCABULARY_SIZE**0.5, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))

@@ -170,7 +170,9 @@ def markdown(table: pd.DataFrame) -> str:
         f"Head alone, hidden {first['hidden_size']}, V = {first['vocabulary_size']:,}, fp32, groups by token id, "
         f"targets from {first['corpus']}; forward and backward but where it says otherwise. {table['round'].nunique()} "
         "interleaved rounds: medians with quartiles; ratios are medians of the rounds' own. Memory: peak of live "
-        "tensors, parameters and gradients included. The layers of a group have rows of their own, V x D numbers.",
+        "tensors, parameters and gradients included. The layers of the groups have rows of their own, V x D "
+        "numbers; the loop's are slices of one weight, whose gradient is put together at the end: V x D more for a "
+        "moment than separate layers would take.",
         f"{first['hardware']}; torch {first['torch']}.",
         "",
     ])  # fmt: skip

@@ -91,7 +91,7 @@ def test_a_run_that_reported_another_loss_is_told_in_one_line(
     row = json.loads(path.read_text())
     path.write_text(json.dumps(row | {"validation_loss_nats": row["validation_loss_nats"] + 0.001}))
     assert measure(monkeypatch, "--measure", "smoke") == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line and "|" not in line]  # no progress bar
+    lines = [line for line in capfd.readouterr().err.splitlines() if line and "|" not in line]
     assert len(lines) == 1 and "train the run again" in lines[0]
     assert not (here / "results" / "smoke" / "document_losses.csv").exists()
 
