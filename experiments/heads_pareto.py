@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from vocabfold.curves import read_curves
 from vocabfold.errors import UserError
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, seeds_of
 from vocabfold.files import write_text
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
 from vocabfold.records import RESULTS, read_table
@@ -36,8 +36,8 @@ CONTENDERS = {
     "linear_frequency": ("linear, frequency", COLORS["blue"], "o"),
     "linear_random": ("linear, random", COLORS["blue"], "1"),
     "linear_clustered": ("linear, clustered", COLORS["green"], "^"),
-    "shortlist_frequency": ("shortlist, frequency", COLORS["blue"], "h"),
-    "shortlist_clustered": ("shortlist, clustered", COLORS["green"], "H"),
+    "shortlist_frequency": ("shortlist, frequency", COLORS["blue"], "*"),
+    "shortlist_clustered": ("shortlist, clustered", COLORS["green"], "*"),
 }
 FULL = ("full_tied", "full_free")
 FREE = "free"
@@ -129,11 +129,16 @@ def draw_against(axis: Axes, arms: dict[str, Arm], quantity: str, label: str) ->
     best.sort(key=lambda name: cost[name])
     axis.plot([cost[name] for name in best], [math.exp(arms[name].loss) for name in best], color=GREY, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="Validation perplexity")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}" if max(cost.values()) < 1000 else EngFormatter(sep=""))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    label_plainly(axis, "{x:g}" if max(cost.values()) < 1000 else EngFormatter(sep=""))
     axis.yaxis.set_major_formatter("{x:.0f}")
     axis.yaxis.set_minor_formatter("{x:.0f}")
+
+
+def label_plainly(axis: Axes, form: str | EngFormatter) -> None:
+    """1, 2, 5, 10 ... on a logarithmic x axis."""
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(form)
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def beats(arms: dict[str, Arm], cost: dict[str, float], first: str, second: str, sign: int) -> bool:
@@ -146,17 +151,17 @@ def draw_over_time(axis: Axes, curves: pd.DataFrame) -> None:
     for contender, (_, color, marker) in CONTENDERS.items():
         line = curves[curves["contender"] == contender].groupby("seconds")["validation_loss_nats"].mean()
         axis.plot(line.index, line.to_numpy(), color=color, marker=marker, linewidth=0.8)
-    axis.set(xscale="log", xlabel="Training time (s)", ylabel="Validation loss (nats per token)")
+    axis.set(xscale="log", xlabel="Training time (s)", ylabel="Validation loss (nats)")
+    label_plainly(axis, "{x:g}")
 
 
 def caption(scale: str) -> str:
     """What was trained, how often."""
     table = read_table("heads_pareto", scale)
-    first, seeds = table.iloc[0], table.groupby("contender")["seed"].nunique()
-    each = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    first = table.iloc[0]
     return (
         f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens, hidden {first['hidden_size']}; "
-        f"{each} seeds, 95% intervals; {len(table)} runs"
+        f"{seeds_of(table)}, 95% intervals; {len(table)} runs"
     )
 
 

@@ -208,6 +208,12 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes[1].barh(table["coder"], table["decode_kilobytes_per_second"], color=colors, height=0.6)
     axes[1].set_xscale("log")
     axes[1].set_xlabel("Decoding (kB/s)")
+    for axis in axes:
+        axis.set_axisbelow(True)
+        axis.grid(axis="y", visible=False)
+    kinds = {"coded with a model": "blue", "without": "orange"}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color]) for color in kinds.values()]
+    figure.legend(handles, list(kinds), loc="outside lower center", ncols=2)
     save(figure, path)
 
 
@@ -250,9 +256,8 @@ def main() -> None:
         lead = {"experiment": NAME, "scale": arguments.scale, "corpus": corpus}
         named = "" if arguments.text is None else " --text FILE"
         command = f"python experiments/model_coding.py --scale {arguments.scale}{named}"
-        write_text(
-            path, pd.DataFrame([lead | row | origin(NAME) | {"command": command} for row in rows]).to_csv(index=False)
-        )
+        last = origin(NAME) | {"command": command}  # without the path of a local text
+        write_text(path, pd.DataFrame([lead | row | last for row in rows]).to_csv(index=False))
     report(path, markdown, draw)
 
 

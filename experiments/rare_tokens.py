@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import load_corpus
-from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
+from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, seeds_of
 from vocabfold.files import write_text
 from vocabfold.heads.orders import token_counts
 from vocabfold.measure.machine import code_commit, hardware, torch_version
@@ -99,7 +99,7 @@ def measure(scale: str) -> None:
 def draw(scale: str) -> None:
     """Write one scale's picture and table from results/SCALE/rare_tokens.csv."""
     table = read_table("rare_tokens", scale)
-    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.5))
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.9))
     by_rank, by_decile = (table[table["sorted_by"] == name] for name in ("rank", "decile"))
     for contender, (label, color, marker, dash) in SHOWN.items():
         style: dict[str, Any] = {"label": label, "color": color, "marker": marker, "linestyle": dash, "capsize": 2}
@@ -109,15 +109,14 @@ def draw(scale: str) -> None:
         axes[1].errorbar(rows["class"] + 1, rows["mean"], yerr=rows["half_width"], **style)
     names = rank_names(by_rank)
     axes[0].set_xticks(list(names), list(names.values()), rotation=30, ha="right")
-    axes[0].set(xlabel="Rank of the target in the training text", ylabel="Validation loss (nats per token)")
+    axes[0].set(xlabel="Rank of the target in the training text", ylabel="Validation loss (nats)")
     axes[1].set_xticks(range(1, NUM_DECILES + 1))
     axes[1].set(xlabel="Decile of targets, rarest token first", ylabel="Loss minus full, tied (nats)")
-    axes[0].legend()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=6)
     first = table.iloc[0]
-    figure.suptitle(
-        f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens; {table['seed'].nunique()} seeds, 95% intervals",
-        fontsize=7,
-    )
+    seeds = seeds_of(table[table["contender"].isin(SHOWN)])
+    figure.suptitle(f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens; {seeds}, 95% intervals", fontsize=7)
     save(figure, RESULTS / scale / "rare_tokens.png")
     path = RESULTS / scale / "rare_tokens.md"
     write_text(path, markdown(by_rank))
@@ -154,7 +153,7 @@ def markdown(by_rank: pd.DataFrame) -> str:
     lines.append("| share of targets | " + " | ".join(f"{share[number] / share.sum():.1%}" for number in names) + " |")
     note = (
         "Validation loss in nats per token by the rank of the target in the training text; mean ± 95% interval "
-        f"(Student's t) over {by_rank['seed'].nunique()} seeds."
+        f"(Student's t) over {seeds_of(by_rank)}."
     )
     return "\n".join([*lines, "", note, ""])
 

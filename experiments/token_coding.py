@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import tokenizers
 import torch
+from matplotlib.axes import Axes
 
 from vocabfold.coding.coders import CODERS
 from vocabfold.coding.container import Container, decode, encode
@@ -45,6 +46,7 @@ LEARNING = ("adaptive", "order1", "order2")  # slow, and a stream is learned onc
 SPEED_TOKENS = 1 << 22
 STATIC = ("huffman", "arithmetic", "rans", "folded")
 MIB = 1 << 20
+LABEL_HEIGHT_POINTS, LABEL_WIDTH_POINTS = 5.5, 30.0
 CPU = torch.device("cpu")
 Side = tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]
 
@@ -255,14 +257,6 @@ def draw(table: pd.DataFrame, path: Path) -> None:
             is_ours = row["coder"] in CODERS
             color = COLORS["blue"] if is_ours else COLORS["orange"]
             axis.plot(row["bits_per_token"], row["decode_million_tokens_per_second"], "o", color=color)
-            axis.annotate(
-                row["coder"],
-                (row["bits_per_token"], row["decode_million_tokens_per_second"]),
-                textcoords="offset points",
-                xytext=(3 if is_ours else -3, 3),
-                horizontalalignment="left" if is_ours else "right",
-                fontsize=5,
-            )
         for name, dash in (("order0_entropy_bits", "--"), ("order1_entropy_bits", ":")):
             axis.axvline(rows.iloc[0][name], color="#666666", linestyle=dash, linewidth=0.8)
         axis.set_yscale("log")
@@ -270,7 +264,33 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.set_title(f"{corpus}, {tokenizer}", fontsize=7)
     figure.supxlabel("Bits a token (dashed H0, dotted H1)", fontsize=8)
     figure.supylabel("Decoding (million tokens/s)", fontsize=8)
+    figure.draw_without_rendering()  # where labels stand to each other is known once the panels have their places
+    for axis, (_, rows) in zip(axes.flat, groups, strict=False):
+        label_points(axis, rows)
     save(figure, path)
+
+
+def label_points(axis: Axes, rows: pd.DataFrame) -> None:
+    """The coders' names beside their points, ours to the right, the peers' to the left, each below the one above."""
+    points_a_pixel = 72 / axis.figure.dpi
+    for is_ours, side in rows.groupby(rows["coder"].isin(CODERS)):
+        above: list[tuple[float, float]] = []  # x and y in points of the names that stand
+        for _, row in side.sort_values("decode_million_tokens_per_second", ascending=False).iterrows():
+            place = (row["bits_per_token"], row["decode_million_tokens_per_second"])
+            x, y = (float(value) * points_a_pixel for value in axis.transData.transform(place))
+            near = [other for other_x, other in above if abs(other_x - x) < LABEL_WIDTH_POINTS]
+            height = min([y, *(other - LABEL_HEIGHT_POINTS for other in near)])
+            above.append((x, height))
+            axis.annotate(
+                row["coder"],
+                place,
+                textcoords="offset points",
+                xytext=(4 if is_ours else -4, height - y),
+                horizontalalignment="left" if is_ours else "right",
+                verticalalignment="center",
+                fontsize=LABEL_HEIGHT_POINTS,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8},
+            )
 
 
 @one_line_errors
@@ -297,8 +317,9 @@ def main() -> None:
         rows = [row for stream in streams(texts) for row in measure(*stream, arguments.rounds, arguments.speed_tokens)]
         names = " ".join(f"--text {named.partition('=')[0]}=FILE" for named in arguments.text)
         command = f"python experiments/token_coding.py --scale {arguments.scale} {names}".strip()
+        last = origin(NAME) | {"command": command}  # without the paths of local texts
         lead = {"experiment": NAME, "scale": arguments.scale}
-        table = pd.DataFrame([lead | row | origin(NAME) | {"command": command} for row in rows])
+        table = pd.DataFrame([lead | row | last for row in rows])
         if arguments.add and path.is_file():
             kept = pd.read_csv(path)
             table = pd.concat([kept[~kept["corpus"].isin(table["corpus"])], table])

@@ -41,6 +41,12 @@ STYLE: dict[str, Any] = {
 }
 
 
+def seeds_of(table: pd.DataFrame) -> str:
+    """How many seeds each contender has, in words: a range where they differ."""
+    counts = table.groupby("contender")["seed"].nunique()
+    return f"{counts.max()} seeds" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()} seeds"
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a whole or not at all. No date goes in, so the same table gives the same file."""
     with replacing(path) as beside:
