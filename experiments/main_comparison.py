@@ -212,15 +212,16 @@ def draw_differences(axis: Axes, compared: list[Comparison]) -> None:
     """Grouped minus full, with both intervals, and the margin within which models are on par."""
     axis.axvspan(-MARGIN_NATS, MARGIN_NATS, color=GREY, alpha=0.2, linewidth=0, label=f"on par: ±{MARGIN_NATS}")
     axis.axvline(0, color=GREY, linewidth=0.8)
-    looks: dict[str, Any] = {"capsize": 3, "linestyle": "none"}
+    over_seeds: dict[str, Any] = {"color": COLORS["blue"], "marker": "o", "label": "95% over seeds"}
+    over_documents: dict[str, Any] = {"color": COLORS["purple"], "marker": "D", "label": "95% over documents"}
     for place, one in enumerate(reversed(compared)):
-        first = place == 0
-        looks |= {"label": "95% over seeds" if first else None, "color": COLORS["blue"], "marker": "o"}
-        axis.errorbar(one.seeds.mean, place + 0.15, xerr=one.seeds.half_width, **looks)
+        axis.errorbar(one.seeds.mean, place + 0.15, xerr=one.seeds.half_width, capsize=3, linestyle="", **over_seeds)
+        over_seeds["label"] = None  # once in the legend
         if one.documents is not None:
-            looks |= {"label": "95% over documents" if first else None, "color": COLORS["purple"], "marker": "D"}
             mean, low, high = one.documents.mean, one.documents.low, one.documents.high
-            axis.errorbar(mean, place - 0.15, xerr=[[mean - low], [high - mean]], **looks)
+            ends = [[mean - low], [high - mean]]
+            axis.errorbar(mean, place - 0.15, xerr=ends, capsize=3, linestyle="", **over_documents)
+            over_documents["label"] = None
     axis.set_yticks(range(len(compared)), [one.name for one in reversed(compared)])
     axis.set_ylim(-0.6, len(compared) - 0.4)
     axis.set_xlabel("Validation loss, grouped minus full (nats per token)")
