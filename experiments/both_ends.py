@@ -92,8 +92,8 @@ def markdown(table: pd.DataFrame) -> str:
     """One line an arm, its loss minus that of the plain GPT-2 of the same seed."""
     plain = table[table["head"] == "full"].set_index("seed")
     lines = [
-        "| head | embedding | parameters | MB | bytes, GPT-2 = 1 | training memory (GiB) | training tokens/s | loss (nats) "
-        "| above GPT-2 (nats) | perplexity | seeds |",
+        "| head | embedding | parameters | MB | bytes, GPT-2 = 1 | training memory (GiB) | training tokens/s "
+        "| loss (nats) | above GPT-2 (nats) | perplexity | seeds |",
         "|---" * 11 + "|",
     ]
     for key, rows, differences in arms_of(table):
@@ -110,7 +110,8 @@ def markdown(table: pd.DataFrame) -> str:
         lines.append(
             f"| {named(str(key[0]), str(key[1]), key[2])} | {key[3]} {key[4]} | {first['num_parameters']:,.0f} "
             f"| {first['model_bytes'] / MEGABYTE:.2f} | 1/{ratio:.2f} | {rows['peak_memory_gib'].mean():.3f} "
-            f"| {rows['tokens_per_second'].mean():,.0f} | {loss.mean():.4f} | {words} | {math.exp(loss.mean()):.2f} | {len(rows)} |"
+            f"| {rows['tokens_per_second'].mean():,.0f} | {loss.mean():.4f} | {words} "
+            f"| {math.exp(loss.mean()):.2f} | {len(rows)} |"
         )
     first = table.iloc[0]
     notes = f"Corpus {first['corpus']}, {first['tokens']:,.0f} tokens; paired over seeds, 95% intervals (Student's t)."
