@@ -9,7 +9,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from vocabfold.curves import draw_curve, read_curves
+from vocabfold.curves import draw_curve, read_curves, runs_of
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.files import write_text
 from vocabfold.records import RESULTS
@@ -45,10 +45,14 @@ def draw(scale: str) -> None:
         )
     axes[0].set(xlabel=f"Optimizer step (learning rate {PUBLISHED_LEARNING_RATE:g})", ylabel="Validation accuracy")
     axes[1].set(xlabel="Learning rate", xscale="log")
+    rates = sorted(ends["learning_rate"].unique())
+    axes[1].set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes[1].minorticks_off()
     for axis in axes:
         axis.axhline(ceiling(scale), color=GREY, linewidth=0.8, linestyle="--", label="best possible")
     axes[0].set_ylim(0, 1)
     axes[0].legend(loc="best")
+    figure.suptitle(runs_of(curves), fontsize=7)
     save(figure, RESULTS / scale / "figure2_shapes_accuracy.png")
     path = RESULTS / scale / "figure2_shapes_accuracy.md"
     write_text(path, markdown(ends, scale))

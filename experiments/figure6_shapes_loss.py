@@ -10,7 +10,7 @@ import math
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from vocabfold.curves import draw_curve, read_curves
+from vocabfold.curves import draw_curve, read_curves, runs_of
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.records import RESULTS
 
@@ -33,6 +33,7 @@ def draw(scale: str) -> None:
         axis.legend(title="learning rate", title_fontsize=7)
     axes[0].set_ylabel("Training loss (nats)")
     axes[0].set_ylim(bottom=0)
+    figure.suptitle(f"{classes:,} classes; {runs_of(curves)}", fontsize=7)
     save(figure, RESULTS / scale / "figure6_shapes_loss.png")
 
 

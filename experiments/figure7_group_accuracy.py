@@ -9,7 +9,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from vocabfold.curves import draw_curve, read_curves
+from vocabfold.curves import draw_curve, read_curves, runs_of
 from vocabfold.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
 from vocabfold.records import RESULTS
 
@@ -19,7 +19,7 @@ STYLES = ("--", "-", ":")
 def draw(scale: str) -> None:
     """Write one scale's picture."""
     curves = read_curves("shapes", scale).query("head == 'grouped'")
-    figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 2.4))
+    figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 3.0))
     for style, (learning_rate, rows) in zip(STYLES, curves.groupby("learning_rate"), strict=False):
         label = f"learning rate {learning_rate:g}"
         draw_curve(axis, rows, "validation_group_accuracy", COLORS["blue"], label, style)
@@ -30,7 +30,8 @@ def draw(scale: str) -> None:
     best = table.loc[table["quantity"] == "best group accuracy", "value"].iloc[0]
     axis.axhline(best, color=GREY, linewidth=0.8, linestyle="--", label="best possible")
     axis.set(xlabel="Optimizer step", ylabel="Validation group accuracy", ylim=(0, 1.02))
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.suptitle(f"{table['classes'].iloc[0]:,} classes; {runs_of(curves)}", fontsize=7)
     save(figure, RESULTS / scale / "figure7_group_accuracy.png")
 
 

@@ -29,3 +29,9 @@ def draw_curve(axis: Axes, rows: pd.DataFrame, column: str, color: str, label: s
     axis.plot(curve["step"], curve["mean"], style, color=color, label=label)
     low, high = curve["mean"] - curve["half_width"], curve["mean"] + curve["half_width"]
     axis.fill_between(curve["step"], low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def runs_of(curves: pd.DataFrame) -> str:
+    """What was run, in words: the caption of a picture of learning curves."""
+    runs = curves.groupby(["head", "learning_rate", "seed"]).ngroups
+    return f"{curves['seed'].nunique()} seeds, 95% intervals; {runs} runs"
