@@ -39,7 +39,7 @@ def draw(scale: str) -> None:
         axis.set(xlabel="Vocabulary size V (tokens)", ylabel=QUANTITIES[quantity][0])
         axis.margins(x=0.2)
     axes[1].set_yscale("log")
-    axes[0].legend()
+    axes[1].legend(loc="center")
     figure.suptitle(caption(table), fontsize=7)
     save(figure, RESULTS / scale / "larger_vocabulary.png")
     path = RESULTS / scale / "larger_vocabulary.md"
