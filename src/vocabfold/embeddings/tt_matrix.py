@@ -15,6 +15,7 @@ from vocabfold.embeddings.tt_svd import factorisations, largest_ranks, tt_svd
 from vocabfold.errors import OutOfReach, UserError
 
 NUM_CORES = 3
+SLICE_FLOPS = 2e6  # what a product of its own costs beside its work: 20 us at 100 GFLOP/s, forward and backward more
 
 
 class TTMatrixEmbedding(TokenEmbedding):
@@ -46,12 +47,14 @@ class TTMatrixEmbedding(TokenEmbedding):
         digits = self.digits.index_select(0, ids.flatten()).long()
         first, second, third = self.cores
         product = F.embedding(digits[:, 0], first.flatten(1))
-        if len(digits) < len(second) * len(third):
+        num_pairs = len(second) * len(third)
+        token_flops = 2 * first.shape[2] * second[0].numel()
+        if len(digits) < num_pairs or len(digits) * token_flops < num_pairs * SLICE_FLOPS:
             product = _times_slices(product, second, digits[:, 1])
             product = _times_slices(product, third, digits[:, 2])
         else:  # tokens share their last two digits: one product a pair of digits, not one a token
             pairs = torch.matmul(second.reshape(-1, second.shape[3]), third.squeeze(3))  # [V_3, V_2 r_1 d_2, d_3]
-            pairs = pairs.view(len(third) * len(second), second.shape[1], -1, 1)
+            pairs = pairs.view(num_pairs, second.shape[1], -1, 1)
             product = _times_slices(product, pairs, digits[:, 2] * len(second) + digits[:, 1])
         return product.reshape(*ids.shape, self.embedding_dim)
 
