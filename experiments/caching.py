@@ -52,10 +52,10 @@ def read(scale: str, name: str, program: str) -> pd.DataFrame:
     """One of the tables. Raises UserError where there is none or it is another's."""
     path = RESULTS / scale / name
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}`, or python experiments/{program}")
+        raise UserError(f"{path} is missing: run `make everything SCALE={scale}`, or python experiments/{program}")
     table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # "none" is the name of a cache
     if "experiment" not in table.columns:
-        raise UserError(f"{path} has no column experiment: another program wrote it; run `make reproduce` again")
+        raise UserError(f"{path} has no column experiment: another program wrote it; run `make everything` again")
     return table
 
 

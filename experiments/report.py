@@ -95,9 +95,9 @@ def main() -> None:
     """Command line: scales."""
     scales = sys.argv[1:] or scales_here()
     if not scales:
-        raise UserError(f"there is no results/*/{SCALE_TABLE}.csv to report on: run `make reproduce` first")
+        raise UserError(f"there is no results/*/{SCALE_TABLE}.csv to report on: run `make everything` first")
     if unknown := [scale for scale in scales if not (RESULTS / scale).is_dir()]:
-        raise UserError(f"there is no {RESULTS / unknown[0]}: run `make reproduce SCALE={unknown[0]}` first")
+        raise UserError(f"there is no {RESULTS / unknown[0]}: run `make everything SCALE={unknown[0]}` first")
     for scale in scales:
         text, problems = report(scale)
         for problem in problems:

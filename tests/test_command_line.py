@@ -164,7 +164,7 @@ def test_damaged_weights_are_refused(refused: Refused, workplace: Path, tmp_path
 def test_records_of_an_unknown_experiment_are_refused(refused: Refused) -> None:
     assert "usage: python -m vocabfold.records EXPERIMENT SCALE" in refused(records.main, "single")
     written = refused(records.main, "nonesuch", "smoke")
-    assert "holds no finished run: run `make reproduce SCALE=smoke` first" in written
+    assert "holds no finished run: run `make everything SCALE=smoke` first" in written
 
 
 def test_the_program_itself_names_itself_and_prints_no_traceback(tmp_path: Path) -> None:

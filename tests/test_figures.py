@@ -349,7 +349,7 @@ def test_foldings_are_counted_from_their_own_teacher(results: Path, monkeypatch:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "make reproduce"), ("seed,model\n0,gpt2\n", "has no column experiment")]
+    ("content", "words"), [(None, "make everything"), ("seed,model\n0,gpt2\n", "has no column experiment")]
 )
 def test_a_missing_or_foreign_table_is_told_in_one_line(
     results: Path,

@@ -98,7 +98,7 @@ def on_par(asked: str, difference: Difference, found: str = "") -> Check:
     """The upper end of the 95% interval of a loss difference must be at most MARGIN_NATS. Raises UserError below two
     seeds."""
     if difference.count < 2:
-        raise UserError(f"{asked}: fewer than two seeds have both arms: run `make reproduce` to its end")
+        raise UserError(f"{asked}: fewer than two seeds have both arms: run `make everything` to its end")
     words = f"{found}{difference.mean:+.3f} ± {difference.half_width:.3f} nats over {difference.count} seeds"
     bound = f"{asked}: upper end of the 95% interval at most {MARGIN_NATS:+.2f} nats"
     return Check(bound, words, difference.high <= MARGIN_NATS)
@@ -123,7 +123,7 @@ def published_extreme(name: str, column: str, highest: bool, unit: str) -> str:
 def with_columns(table: pd.DataFrame, path: str, columns: tuple[str, ...]) -> pd.DataFrame:
     """The table itself. Raises UserError where a column is missing that the claim needs."""
     if missing := [name for name in columns if name not in table.columns]:
-        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make reproduce` again")
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make everything` again")
     return table
 
 
@@ -141,7 +141,7 @@ def rows_where(table: pd.DataFrame, name: str, **values: object) -> pd.DataFrame
         table = table[table[column] == value]
     if table.empty:
         wanted = ", ".join(f"{column}={value}" for column, value in values.items())
-        raise UserError(f"{name} has no row with {wanted}: another version wrote it; run `make reproduce` again")
+        raise UserError(f"{name} has no row with {wanted}: another version wrote it; run `make everything` again")
     return table
 
 

@@ -31,7 +31,7 @@ def stories(scale: str) -> Finding:
             ratio, bound = means["grouped"] / means["full"], min(published_ratios(column))
             checks.append(at_least(f"{judge}, {quantity}: grouped over full", ratio, bound, "{:.2f}", found))
     if not checks:
-        raise UserError(f"{path} holds no score of any judge: run `make reproduce SCALE={scale}` again")
+        raise UserError(f"{path} holds no score of any judge: run `make everything SCALE={scale}` again")
     return Finding(tuple(checks))
 
 

@@ -16,10 +16,10 @@ def read_curves(experiment: str, scale: str, results: Path = RESULTS) -> pd.Data
     """results/SCALE/EXPERIMENT_curves.csv. Raises UserError where there is none or it is another's."""
     path = results / scale / f"{experiment}_curves.csv"
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}` first")
+        raise UserError(f"{path} is missing: run `make everything SCALE={scale}` first")
     table = pd.read_csv(path)
     if missing := [name for name in ("experiment", "seed", "step", "train_loss") if name not in table.columns]:
-        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make reproduce` again")
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make everything` again")
     return table
 
 

@@ -84,7 +84,7 @@ def draw_for_scales(experiment: str, draw: Callable[[str], None]) -> Callable[[]
     def program() -> None:
         scales = sys.argv[1:] or sorted(path.parent.name for path in RESULTS.glob(f"*/{experiment}.csv"))
         if not scales:
-            raise UserError(f"there is no results/*/{experiment}.csv to draw: run `make reproduce` first")
+            raise UserError(f"there is no results/*/{experiment}.csv to draw: run `make everything` first")
         with plt.rc_context(STYLE):  # type: ignore[arg-type]
             for scale in scales:
                 draw(scale)

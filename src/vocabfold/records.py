@@ -191,7 +191,7 @@ def finished_runs(experiment: str, scale: str, results: Path = RESULTS) -> list[
     folder = results / "runs" / scale / experiment
     paths = sorted(folder.glob("*/row.json"), key=lambda path: path.stat().st_mtime)
     if not paths:
-        raise UserError(f"{folder} holds no finished run: run `make reproduce SCALE={scale}` first")
+        raise UserError(f"{folder} holds no finished run: run `make everything SCALE={scale}` first")
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     names = IDENTITY_COLUMNS + [name for name in OWN_IDENTITY_COLUMNS if any(name in row for row in rows)]
     last = {tuple(row.get(name) for name in names): index for index, row in enumerate(rows)}
@@ -243,10 +243,10 @@ def read_table(experiment: str, scale: str, results: Path = RESULTS) -> pd.DataF
     """The committed or collected table of an experiment. Raises UserError where there is none or it is another's."""
     path = results / scale / f"{experiment}.csv"
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `make reproduce SCALE={scale}` first")
+        raise UserError(f"{path} is missing: run `make everything SCALE={scale}` first")
     table = pd.read_csv(path)
     if missing := [name for name in RUN_COLUMNS + ORIGIN_COLUMNS if name not in table.columns]:
-        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make reproduce` again")
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make everything` again")
     return table
 
 

@@ -206,7 +206,7 @@ def chosen_learning_rate(scale: str, contender: str) -> float:
     rates = rates[rates["contender"] == contender]
     if rates.empty:
         raise UserError(
-            f"results/{scale}/learning_rates.csv has no {contender}: run `make reproduce SCALE={scale}`, "
+            f"results/{scale}/learning_rates.csv has no {contender}: run `make everything SCALE={scale}`, "
             "or set optimizer.learning_rate"
         )
     means = rates.groupby("learning_rate", as_index=False)["validation_loss_nats"].mean()
