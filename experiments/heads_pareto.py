@@ -129,12 +129,10 @@ def draw_against(axis: Axes, arms: dict[str, Arm], quantity: str, label: str) ->
     best.sort(key=lambda name: cost[name])
     axis.plot([cost[name] for name in best], [math.exp(arms[name].loss) for name in best], color=GREY, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="Validation perplexity")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
     label_plainly(axis, "{x:g}" if max(cost.values()) < 1000 else EngFormatter(sep=""))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
     axis.yaxis.set_major_formatter("{x:.0f}")
-    axis.yaxis.set_minor_formatter("{x:.0f}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def label_plainly(axis: Axes, form: str | EngFormatter) -> None:
