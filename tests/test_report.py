@@ -146,7 +146,7 @@ def every_table(copy: Path) -> Path:
         if experiment == "embedding_compression":
             rows = [row | seen for row in rows for seen in compressions(row)]
         if experiment == "vocabulary_scaling":
-            changes = {"contender": "scale_shift_bpe", "scorer": "scale_shift", "partition_order": "bpe"}
+            changes = {"contender": "scale_shift_frequency", "scorer": "scale_shift", "partition_order": "frequency"}
             rows += [row | changes for row in rows if row["contender"] == "full_free"]
         if experiment == "main_comparison":
             rows.append(run_row("gpt_neo", "grouped", 225, 1))
