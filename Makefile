@@ -20,11 +20,11 @@ CORPUS_paper := tinystories
 # but drawn again, so that a killed make goes on where it stopped.
 AREAS := paper pictures heads embeddings tokens
 trained = @$(TRAINING) $(DATA) experiment=$(1) $(2)
-sweep = $(trained) && $(PY) -m vocabfold.records $(1) $(SCALE)
-second = $(if $(DATA2),@$(TRAINING) $(DATA2) experiment=$(1) $(2) && $(PY) -m vocabfold.records $(1) $(SCALE))
-once = @test -f $(RUNS)/$(1).done || { $(PY) experiments/$(1).py $(2) && touch $(RUNS)/$(1).done; }
-write_report = @$(PY) experiments/audit.py > /dev/null && $(PY) experiments/report.py $(SCALE)
-draw = @for figure in $(1); do $(PY) experiments/$$figure.py $(SCALE) || exit; done
+sweep = $(trained) && $(PY) -m vocabfold.runs.record $(1) $(SCALE)
+second = $(if $(DATA2),@$(TRAINING) $(DATA2) experiment=$(1) $(2) && $(PY) -m vocabfold.runs.record $(1) $(SCALE))
+once = @test -f $(RUNS)/$(1).done || { $(PY) -m experiments $(1) $(2) && touch $(RUNS)/$(1).done; }
+write_report = @$(PY) -m experiments audit > /dev/null && $(PY) -m experiments report $(SCALE)
+draw = @for figure in $(1); do $(PY) -m experiments $$figure $(SCALE) || exit; done
 
 DRAWN := main_comparison figure3_group_size heads_pareto order_matters rare_tokens group_accuracy vocabulary_scaling larger_vocabulary fold \
 	embedding_compression both_ends caching table1_story_quality figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
@@ -64,9 +64,9 @@ paper: .venv/ready
 	$(call second,figure3_baseline)
 	$(call once,training_step,--scale $(SCALE))
 	$(call once,figure45_loop_or_shared,--scale $(SCALE) $(if $(TRAIN),--train $(TRAIN)))
-	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) experiments/figure3_simulated_memory.py
-	@$(PY) experiments/table2_memory.py
-	@test -f results/laptop/table3_speed.csv || $(PY) experiments/table3_speed.py
+	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) -m experiments figure3_simulated_memory
+	@$(PY) -m experiments table2_memory
+	@test -f results/laptop/table3_speed.csv || $(PY) -m experiments table3_speed
 	$(if $(filter laptop,$(SCALE)),@$(TRAINING) experiment=table1_story_quality)
 	$(call once,table1_story_quality,--measure $(SCALE))
 	$(call draw,main_comparison figure3_group_size table1_story_quality)
@@ -87,7 +87,7 @@ heads: .venv/ready
 	$(call sweep,main_comparison,model=gpt2 head=full)
 	@$(PY) -m vocabfold.fold $(RUNS)/main_comparison/gpt2-full-* --order bpe frequency clustered --tokens 16384 65536
 	@$(PY) -m vocabfold.fold $(RUNS)/main_comparison/gpt2-full-* --order frequency --shortlist 2048 --tokens 16384 65536
-	@$(PY) -m vocabfold.records fold $(SCALE)
+	@$(PY) -m vocabfold.runs.record fold $(SCALE)
 	$(call draw,fold)
 
 embeddings: .venv/ready
@@ -95,7 +95,7 @@ embeddings: .venv/ready
 	$(call second,embedding_compression)
 	@$(PY) -m vocabfold.compress_embedding $(RUNS)/embedding_compression/gpt2-grouped-$(CORPUS_$(SCALE))-seed* \
 		@conf/compression/embedding_compression_$(if $(filter laptop,$(SCALE)),laptop,text).txt
-	@$(PY) -m vocabfold.records embedding_compression $(SCALE)
+	@$(PY) -m vocabfold.runs.record embedding_compression $(SCALE)
 	$(call sweep,main_comparison,model=gpt2 head=full)
 	$(call trained,both_ends)
 	$(call sweep,both_ends,embedding=tt_matrix embedding.compression=16)
@@ -116,19 +116,19 @@ tokens: .venv/ready
 	$(call draw,caching)
 
 pictures: .venv/ready
-	@$(TRAINING) experiment=shapes && $(PY) -m vocabfold.records shapes $(SCALE)
-	@test -f results/$(SCALE)/figure1_shapes.csv || $(PY) experiments/figure1_shapes.py $(SCALE)
+	@$(TRAINING) experiment=shapes && $(PY) -m vocabfold.runs.record shapes $(SCALE)
+	@test -f results/$(SCALE)/figure1_shapes.csv || $(PY) -m experiments figure1_shapes $(SCALE)
 	$(call draw,figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy)
 
 figures: .venv/ready
-	@for figure in $(DRAWN); do $(PY) experiments/$$figure.py || true; done  # one without its table says so; the rest are drawn
-	@$(PY) experiments/table2_memory.py
+	@for figure in $(DRAWN); do $(PY) -m experiments $$figure || true; done  # one without its table says so; the rest are drawn
+	@$(PY) -m experiments table2_memory
 	@for table in $(wildcard results/*/decode.csv results/*/figure45_loop_or_shared.csv); do \
-		$(PY) experiments/$$(basename $$table .csv).py --redraw --scale $$(basename $$(dirname $$table)) || exit; done
+		$(PY) -m experiments $$(basename $$table .csv) --redraw --scale $$(basename $$(dirname $$table)) || exit; done
 	@for table in $(wildcard results/*/token_coding.csv results/*/model_coding.csv); do \
-		$(PY) experiments/$$(basename $$table .csv).py --draw --scale $$(basename $$(dirname $$table)) || exit; done
-	@$(PY) experiments/audit.py > /dev/null
-	@$(PY) experiments/report.py
+		$(PY) -m experiments $$(basename $$table .csv) --draw --scale $$(basename $$(dirname $$table)) || exit; done
+	@$(PY) -m experiments audit > /dev/null
+	@$(PY) -m experiments report
 
 test: .venv/ready
 	$(PY) -m pytest -q -m "not slow"

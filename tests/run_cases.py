@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = ("the cat", "a dog", "the bird", "saw", "ran", "found", "sang", "red", "blue", "home", "and then", "under")
 TINY = [
     "scale=smoke",
@@ -29,6 +30,11 @@ TINY = [
 PICTURES = ["scale=smoke", "model.hidden_size=16", "model.num_layers=2", "wandb.mode=disabled", "device=cpu"]
 
 
+def experiment_path(name: str) -> Path:
+    """The program experiments/ROOM/NAME.py."""
+    return next((REPOSITORY / "experiments").glob(f"*/{name}.py"))
+
+
 def write_corpus(folder: Path) -> None:
     """train.txt and valid.txt, a few hundred words each."""
     generator = random.Random(0)
@@ -40,6 +46,7 @@ def write_corpus(folder: Path) -> None:
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``python ARGUMENTS`` in ``folder``, on one thread, with its token cache there."""
     environment = os.environ | {"VOCABFOLD_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )

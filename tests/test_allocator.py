@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, torch
 from torch.nn import functional as F
-from vocabfold.allocator import keep_freed_memory
+from vocabfold.measure.allocator import keep_freed_memory
 
 {keep}
 hidden = torch.randn(512, 16, requires_grad=True)

@@ -11,11 +11,11 @@ import torch
 from run_cases import TINY, call, write_corpus
 from vocabfold import generate as program
 from vocabfold import train
-from vocabfold.beam_search import beam_search
 from vocabfold.errors import UserError
 from vocabfold.generate import generate
 from vocabfold.heads import HeadSettings
 from vocabfold.heads.build import PartitionSettings
+from vocabfold.inference.beam_search import beam_search
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 
 MAX_POSITIONS = 9

@@ -16,8 +16,8 @@ from run_cases import TINY, call, write_corpus
 from vocabfold import train
 from vocabfold.data.token_file import TokenFile
 from vocabfold.errors import UserError
-from vocabfold.records import IDENTITY_COLUMNS, ORIGIN_COLUMNS, RUN_COLUMNS, collect, write_table
-from vocabfold.settings import CONFIG_FOLDER, chosen_learning_rate
+from vocabfold.runs.record import IDENTITY_COLUMNS, ORIGIN_COLUMNS, RUN_COLUMNS, collect, write_table
+from vocabfold.runs.settings import CONFIG_FOLDER, chosen_learning_rate
 
 
 def token_file(*lengths: int) -> TokenFile:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from run_cases import TINY, start, write_corpus
+from run_cases import TINY, experiment_path, start, write_corpus
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_token_coding_measures_every_coder(folder: Path) -> None:
-    program = str(EXPERIMENTS / "token_coding.py")
+    program = str(experiment_path("token_coding"))
     scale = ("--scale", "smoke", "--rounds", "1", "--speed-tokens", "5000")
     done = start(folder, program, *scale, "--text", "tiny=train.txt")
     assert done.returncode == 0, done.stderr
@@ -34,7 +34,7 @@ def test_token_coding_measures_every_coder(folder: Path) -> None:
 
 
 def test_token_store_sees_the_same_losses(folder: Path) -> None:
-    done = start(folder, str(EXPERIMENTS / "token_store.py"), "--scale", "smoke", "--steps", "2", "--stories", "40")
+    done = start(folder, str(experiment_path("token_store")), "--scale", "smoke", "--steps", "2", "--stories", "40")
     assert done.returncode == 0, done.stderr
     assert "losses of all 2 steps: the same" in done.stdout
 
@@ -43,7 +43,7 @@ def test_model_coding_compares_a_run_with_general_compressors(folder: Path) -> N
     for head in ("full", "grouped"):
         trained = start(folder, "-m", "vocabfold.train", *TINY, f"head={head}", f"run_dir={head}")
         assert trained.returncode == 0, trained.stderr
-    program = str(EXPERIMENTS / "model_coding.py")
+    program = str(experiment_path("model_coding"))
     runs = ("--run", "full=full", "--run", "grouped=grouped", "--scale", "smoke", "--rounds", "1")
     done = start(folder, program, *runs, "--text", "valid.txt", "--excerpt-bytes", "200")
     assert done.returncode == 0, done.stderr

@@ -11,8 +11,9 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from run_cases import TINY, call, start, write_corpus
-from vocabfold import generate, records, train
+from vocabfold import generate, train
 from vocabfold.command_line import one_line_errors
+from vocabfold.runs import record as records
 
 Refused = Callable[..., str]
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -162,7 +163,7 @@ def test_damaged_weights_are_refused(refused: Refused, workplace: Path, tmp_path
 
 
 def test_records_of_an_unknown_experiment_are_refused(refused: Refused) -> None:
-    assert "usage: python -m vocabfold.records EXPERIMENT SCALE" in refused(records.main, "single")
+    assert "usage: python -m vocabfold.runs.record EXPERIMENT SCALE" in refused(records.main, "single")
     written = refused(records.main, "nonesuch", "smoke")
     assert "holds no finished run: run `make everything SCALE=smoke` first" in written
 

@@ -13,9 +13,9 @@ import pytest
 from run_cases import call
 from test_figures import REPOSITORY, tables
 from test_records import settings_of
-from vocabfold.records import RUN_COLUMNS, SUMMARIES, RunRecord, tags_of
+from vocabfold.runs.record import RUN_COLUMNS, SUMMARIES, RunRecord, tags_of
 
-PROGRAM = REPOSITORY / "experiments" / "dashboard.py"
+PROGRAM = REPOSITORY / "experiments" / "study" / "dashboard.py"
 COMPRESSED = ("embedding=int8", "embedding.compressed_from=run")
 
 

@@ -15,7 +15,7 @@ from run_cases import TINY, call, write_corpus
 from vocabfold import train
 from vocabfold.generate import generate, load_run
 
-PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "decode.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "heads" / "decode.py"
 CONTENDERS = ("full_tied", "scale_shift_bpe", "shortlist_frequency")
 QUICK = ["--scale", "smoke", "--rounds", "2", "--prompt-tokens", "8", "--new-tokens", "3", "--batch-sizes", "1", "2"]
 

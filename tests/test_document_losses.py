@@ -17,10 +17,10 @@ from vocabfold import train
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
-from vocabfold.runs import load_run
-from vocabfold.settings import load_settings
+from vocabfold.runs.load import load_run
+from vocabfold.runs.settings import load_settings
 
-PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "document_losses.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "paper" / "document_losses.py"
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from run_cases import call
+from run_cases import call, experiment_path
 from test_published_weights import write_architecture
 from vocabfold.compress_embedding import embedding_of, parser
 from vocabfold.embeddings import build_embedding
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def program(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     def itself() -> None:
-        runpy.run_path(str(REPOSITORY / "experiments" / f"{name}.py"), run_name="__main__")
+        runpy.run_path(str(experiment_path(name)), run_name="__main__")
 
     return call(itself, monkeypatch, *arguments)
 

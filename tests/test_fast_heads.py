@@ -16,11 +16,11 @@ from vocabfold.heads import (
     SortedLinearScorer,
     TokenScorer,
     equal_partition,
-    gradients_in_forward,
-    grouped_products,
+    kernels,
+    linear_cuda,
 )
-from vocabfold.heads.grouped_products import GroupedLinearKernel
 from vocabfold.heads.linear import LinearKernel
+from vocabfold.heads.linear_cuda import GroupedLinearKernel
 from vocabfold.heads.scorers import SortedTargets
 
 PLAIN = {
@@ -59,8 +59,8 @@ def test_chunks_that_cut_groups_change_nothing(kind: str, layout: Layout, monkey
     hidden, targets = batch(layout)
     expected = plain.head.loss(hidden, targets, True)
     expected_gradients = gradients(expected.loss, hidden, plain)
-    monkeypatch.setattr(gradients_in_forward, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(gradients_in_forward, "FEWEST_ROWS", 3)
+    monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(kernels, "FEWEST_ROWS", 3)
     result = fast.head.loss(hidden, targets, True)
     torch.testing.assert_close(result.loss, expected.loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(result.parts, expected.parts, rtol=1e-12, atol=1e-12)
@@ -172,13 +172,13 @@ def test_no_gradient_is_computed_where_none_is_wanted(kind: str, monkeypatch: py
     hidden, targets = batch(layout)
     expected = plain.head.loss(hidden, targets).loss
     asked: list[bool] = []
-    original = gradients_in_forward.log_prob_and_slope
+    original = kernels.log_prob_and_slope
 
     def spy(logits: Tensor, slots: Tensor, weights: Tensor | None, with_slope: bool) -> tuple[Tensor, Tensor | None]:
         asked.append(with_slope)
         return original(logits, slots, weights, with_slope)
 
-    for module in ("gradients_in_forward", "scorers", "linear"):
+    for module in ("kernels", "scorers", "linear"):
         monkeypatch.setattr(f"vocabfold.heads.{module}.log_prob_and_slope", spy)
     with torch.no_grad():
         loss = fast.head.loss(hidden, targets).loss
@@ -236,7 +236,7 @@ def test_products_of_all_groups_at_once(
     layout: Layout, tied: bool, grouped: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What CUDA runs, on a CPU: padded blocks and grouped products give what the loop over the groups gives."""
-    monkeypatch.setattr(grouped_products, "GATHERED_ELEMENTS", 500)
+    monkeypatch.setattr(linear_cuda, "GATHERED_ELEMENTS", 500)
     torch.manual_seed(0)
     partition = equal_partition(layout.vocabulary_size, layout.group_size, layout.order(), layout.shortlist)
     num_rows, hidden_size = 150, 16

@@ -13,17 +13,19 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from experiments.study.statistics import mean_and_interval, summarise
 from scipy import stats
 
 from figure_cases import caching_tables, embedding_columns, run_row, write_documents
-from run_cases import call
-from vocabfold.records import write_table
-from vocabfold.statistics import mean_and_interval, summarise
+from run_cases import call, experiment_path
+from vocabfold.runs.record import write_table
 
 ORDERS = ("bpe", "frequency", "random", "clustered")
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(
-    path.stem for path in (REPOSITORY / "experiments").glob("*.py") if "draw_for_scales" in path.read_text()
+    path.stem
+    for path in (REPOSITORY / "experiments").glob("*/*.py")
+    if "draw_for_scales(" in path.read_text() and path.parent.name != "study"
 )
 # Arms of two seeds and more, one of them with a single seed: an interval that does not exist must not stop a figure.
 ARMS = [
@@ -213,11 +215,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def draw(program: str, monkeypatch: pytest.MonkeyPatch, *scales: str) -> int:
-    experiments = REPOSITORY / "experiments"
-    monkeypatch.syspath_prepend(str(experiments))  # as for a program that is started there
-
     def program_itself() -> None:
-        runpy.run_path(str(experiments / f"{program}.py"), run_name="__main__")
+        runpy.run_path(str(experiment_path(program)), run_name="__main__")
 
     return call(program_itself, monkeypatch, *scales)
 

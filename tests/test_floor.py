@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from experiments.study.floor import least_bytes, products_of
+from experiments.study.other_process import OtherProcess
 
 from vocabfold.errors import UserError
-from vocabfold.measure.floor import least_bytes, products_of
-from vocabfold.measure.other_process import OtherProcess
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from vocabfold import generate, train
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, FullHead, Partition, equal_partition
 from vocabfold.heads.fold import distillation_loss, fold, group_logits
-from vocabfold.records import finished_row, read_metrics
+from vocabfold.runs.record import finished_row, read_metrics
 
 
 def teacher_of(layout: Layout, kind: str = "full_tied") -> tuple[FullHead, Partition]:

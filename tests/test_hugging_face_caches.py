@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from experiments.tokens import hugging_face
+from experiments.tokens.hugging_face import HuggingFaceReader, available_caches, new_cache, random_gpt2
 
 from vocabfold.errors import UserError
-from vocabfold.inference import hugging_face
-from vocabfold.inference.hugging_face import HuggingFaceReader, available_caches, new_cache, random_gpt2
 from vocabfold.models.gpt import GPTConfig
 
 TEXT = [(7 * index + index * index) % 61 for index in range(40)]

@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
+from experiments.tokens.quality import losses_through_cache
 from torch import Tensor
 
 from vocabfold.errors import UserError
 from vocabfold.generate import generate
 from vocabfold.heads import HeadSettings
 from vocabfold.inference import KEY_VALUE_CACHES, LAYER_CACHES, PrefixCache, Reader, bytes_a_position
-from vocabfold.inference.quality import losses_through_cache
 from vocabfold.inference.quantised import (
     INT4_CHANNELS,
     INT8_CHANNELS,

@@ -14,14 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-from run_cases import TINY, call, write_corpus
-from test_generate import MAX_POSITIONS, VOCABULARY_SIZE, small_model
-from vocabfold import train
-from vocabfold.data.stories import ALL_PLOTS, fields, stories
-from vocabfold.errors import UserError
-from vocabfold.generate import generate
-from vocabfold.judging import (
+from experiments.judging import (
     MIXED_SENTENCES,
     OWN_ENDINGS,
     SHUFFLED_WORDS,
@@ -32,14 +25,21 @@ from vocabfold.judging import (
     mean_and_bootstrap,
     references,
 )
-from vocabfold.judging.base import sentence_spans
-from vocabfold.judging.language_model import RANGES
-from vocabfold.judging.story_grammar import StoryGrammar, words_of_one_plot
-from vocabfold.judging.text_judge import is_well_formed
+from experiments.judging.base import sentence_spans
+from experiments.judging.language_model import RANGES
+from experiments.judging.story_grammar import StoryGrammar, words_of_one_plot
+from experiments.judging.text_judge import is_well_formed
+
+from run_cases import TINY, call, write_corpus
+from test_generate import MAX_POSITIONS, VOCABULARY_SIZE, small_model
+from vocabfold import train
+from vocabfold.data.stories import ALL_PLOTS, fields, stories
+from vocabfold.errors import UserError
+from vocabfold.generate import generate
 
 NUM_STORIES = 60
 GRAMMAR = StoryGrammar()
-PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "table1_story_quality.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "paper" / "table1_story_quality.py"
 FROM_GRAMMAR = (
     "grammar_share",
     "words_told_share",
@@ -311,7 +311,7 @@ def test_the_program_writes_judges_and_draws(
 def test_a_language_model_judges_beside_what_was_judged_before(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vocabfold.judging.LanguageModelJudge.answer", lambda *_: dict.fromkeys(RANGES, 5.0))
+    monkeypatch.setattr("experiments.judging.LanguageModelJudge.answer", lambda *_: dict.fromkeys(RANGES, 5.0))
     judge = ("--judge", "language-model", "--judge-model", "m", "--base-url", "http://127.0.0.1:9/v1")
     price = ("--dollars-per-million", "2", "10")
     path = runs / "results" / "smoke" / "table1_story_quality.csv"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from experiments.judging import Endpoint, Estimate, LanguageModelJudge, Story
+from experiments.judging import language_model as module
+from experiments.judging.language_model import marks_in
 
 from vocabfold.errors import UserError
-from vocabfold.judging import Endpoint, Estimate, LanguageModelJudge, Story
-from vocabfold.judging import language_model as module
-from vocabfold.judging.language_model import marks_in
 
 MARKS = {"grammar": 7, "creativity": 4.5, "consistency": 8, "plot": 6, "age": 6}
 GOOD = json.dumps(MARKS)

@@ -11,13 +11,12 @@ import pytest
 
 from run_cases import call, write_corpus
 
-PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "figure45_loop_or_shared.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "paper" / "figure45_loop_or_shared.py"
 QUICK = ["--scale", "smoke", "--rounds", "2", "--tokens", "2", "8", "--group-sizes", "225", "3864"]
 QUICK += ["--hidden-size", "4", "--train", "train.txt"]
 
 
 def benchmark(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.syspath_prepend(str(PROGRAM.parent))
     return call(lambda: runpy.run_path(str(PROGRAM), run_name="__main__") and None, monkeypatch, *arguments)
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vocabfold import machine
 from vocabfold.errors import UserError
-from vocabfold.measure import machine
 from vocabfold.measure.flops import count_flops, training_flops_per_token
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.simulate import TrainingParts, simulated_peak_memory

@@ -19,10 +19,10 @@ from vocabfold import compress as compressing
 from vocabfold import decompress as decompressing
 from vocabfold import train
 from vocabfold.coding.damage import DamagedStream
-from vocabfold.coding.model_coder import BITS, ROWS, cumulative_integers, decode_tokens, encode_tokens
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.heads import HeadSettings
 from vocabfold.heads.build import PartitionSettings
+from vocabfold.inference.model_coder import BITS, ROWS, cumulative_integers, decode_tokens, encode_tokens
 from vocabfold.models.build import ModelWithHead
 
 SHORTLIST = PartitionSettings(shortlist=11, group_size=7)
@@ -148,7 +148,7 @@ def programs(run: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, unpack
     [b"", b"x", b"\xff\xfe\x00\x80 caf\xc3\xa9 \xe2\x82", bytes(range(256)) * 3, "the cat saw 😀\r\n".encode() * 20],
 )
 def test_files_come_back(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr("vocabfold.coding.text_file.SEGMENT_BYTES", 100)  # several segments, characters cut in two
+    monkeypatch.setattr("vocabfold.inference.text_file.SEGMENT_BYTES", 100)  # several segments, characters cut in two
     path, coded, back = tmp_path / "f", tmp_path / "f.vftm", tmp_path / "back"
     path.write_bytes(data)
     assert programs(run, monkeypatch, str(path), "--model", "run") == 0
@@ -222,7 +222,7 @@ def test_other_arithmetic_is_refused(
 ) -> None:
     (tmp_path / "f").write_text("the cat")
     assert programs(run, monkeypatch, str(tmp_path / "f"), "--model", "run") == 0
-    monkeypatch.setattr("vocabfold.coding.text_file._arithmetic", lambda *_: b"elsewhere")
+    monkeypatch.setattr("vocabfold.inference.text_file._arithmetic", lambda *_: b"elsewhere")
     (tmp_path / "f").unlink()
     assert programs(run, monkeypatch, str(tmp_path / "f.vftm"), "--model", "run", unpack=True) == 2
     assert "computes other numbers" in capfd.readouterr().err

@@ -13,7 +13,6 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from vocabfold import train as training
-from vocabfold.checkpoint import load_weights
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadSettings, build_head, orders, token_order
 from vocabfold.heads.build import PartitionSettings, saved_embedding
@@ -26,7 +25,8 @@ from vocabfold.heads.orders import (
 )
 from vocabfold.heads.partition import equal_boundaries
 from vocabfold.models.build import build_model
-from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.checkpoint import load_weights
+from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 
 STREAM = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], dtype=np.uint16)
 

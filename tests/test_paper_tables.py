@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from experiments.paper.paper_code import PaperSizes, PostNormGrouped, sinusoidal_positions
+from experiments.paper.paper_tables import Case
 from torch import nn
 
 from vocabfold.measure.flops import count_flops_by_operator
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.simulate import simulated_peak_memory, tensors_without_data
-from vocabfold.models.paper_code import PaperSizes, PostNormGrouped, sinusoidal_positions
-from vocabfold.models.paper_tables import Case
 
 SMALL = Case("lean", "gpt2", 32, batch_size=2, sequence_length=96, vocabulary_size=1_999, num_layers=2, num_heads=2)
 FIVE_SIZES = [

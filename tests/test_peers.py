@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, adaptive_cutoffs, make_head, make_hidden
 from vocabfold import train as training
-from vocabfold.checkpoint import load_weights
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads import (
@@ -32,8 +31,9 @@ from vocabfold.heads import (
 )
 from vocabfold.heads.build import EXTRAS, describe_head
 from vocabfold.models.build import build_model
-from vocabfold.records import read_metrics
-from vocabfold.settings import CONFIG_FOLDER, run_name, settings_from
+from vocabfold.runs.checkpoint import load_weights
+from vocabfold.runs.record import read_metrics
+from vocabfold.runs.settings import CONFIG_FOLDER, run_name, settings_from
 
 LAYOUT = LAYOUTS["prime"]
 TARGETS = torch.tensor([3, IGNORE_INDEX, 96, 0, 50, 50, IGNORE_INDEX, 12])

@@ -16,10 +16,10 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
 from run_cases import TINY
-from vocabfold.checkpoint import CHECKPOINT_NAME, load_checkpoint, load_weights, save_checkpoint, save_weights
 from vocabfold.errors import UserError
 from vocabfold.files import replacing, write_text
-from vocabfold.records import (
+from vocabfold.runs.checkpoint import CHECKPOINT_NAME, load_checkpoint, load_weights, save_checkpoint, save_weights
+from vocabfold.runs.record import (
     ORIGIN_COLUMNS,
     RUN_COLUMNS,
     RunRecord,
@@ -28,7 +28,7 @@ from vocabfold.records import (
     read_metrics,
     read_table,
 )
-from vocabfold.settings import CONFIG_FOLDER, Settings, load_settings, settings_from
+from vocabfold.runs.settings import CONFIG_FOLDER, Settings, load_settings, settings_from
 
 CPU = torch.device("cpu")
 

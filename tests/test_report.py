@@ -12,14 +12,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from experiments.study.statistics import difference_over_seeds
 
 from figure_cases import write_documents
-from run_cases import call
+from run_cases import call, experiment_path
 from test_figures import REPOSITORY, caching_tables, run_row, tables, write_side_tables
-from vocabfold.records import write_table
-from vocabfold.statistics import difference_over_seeds
+from vocabfold.runs.record import write_table
 
-EXPERIMENTS = REPOSITORY / "experiments"
 SCALES = sorted(path.parent.name for path in (REPOSITORY / "results").glob("*/report.md"))
 Write = Callable[..., Any]
 
@@ -27,19 +26,16 @@ Write = Callable[..., Any]
 @pytest.fixture
 def claims(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The modules behind the report."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    import claims
-    import claims.base
-    import report
+    from experiments import claims
+    from experiments.claims import base, report
 
-    return SimpleNamespace(base=claims.base, sources=claims.SOURCES, report=report.report)
+    return SimpleNamespace(base=base, sources=claims.SOURCES, report=report.report)
 
 
 def run(program: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     def program_itself() -> None:
-        runpy.run_path(str(EXPERIMENTS / f"{program}.py"), run_name="__main__")
+        runpy.run_path(str(experiment_path(program)), run_name="__main__")
 
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
     return call(program_itself, monkeypatch, *arguments)
 
 

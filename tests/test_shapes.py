@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiments.paper.lookalikes import find_lookalikes
+from experiments.study.curves import read_curves
 
 from run_cases import PICTURES, call
 from vocabfold import train
 from vocabfold.constants import IGNORE_INDEX
-from vocabfold.curves import read_curves
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.drawing import ATTRIBUTES, LETTERS, classes_of, draw, picture
-from vocabfold.data.lookalikes import find_lookalikes
 from vocabfold.data.shapes import Shapes, load_shapes
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadSettings
 from vocabfold.models.build import ModelSettings, build_model
 from vocabfold.models.cnn import CNN
-from vocabfold.records import collect
+from vocabfold.runs.record import collect
 
 REPOSITORY = Path(__file__).parents[1]
 # No two of these look alike, and no two pictures have the same noise.

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from experiments.study.statistics import LEVEL, Equivalence, equivalence, paired_bootstrap, paired_difference
 from scipy import stats
 
 from vocabfold.errors import UserError
-from vocabfold.statistics import LEVEL, Equivalence, equivalence, paired_bootstrap, paired_difference
 
 
 def test_a_paired_difference_is_the_one_sample_test_of_differences() -> None:

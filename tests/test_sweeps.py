@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from run_cases import PICTURES, TINY, call, start, write_corpus
 from vocabfold import train
-from vocabfold.settings import CONFIG_FOLDER, settings_from
+from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
 ARMS = {("full", 0), ("full", 1), ("grouped", 0), ("grouped", 1)}
 LAUNCHER_CLASSES = {

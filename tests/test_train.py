@@ -16,13 +16,13 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from vocabfold import train as training
-from vocabfold.checkpoint import load_weights
 from vocabfold.data.zipf import unigram_entropy_nats, zipf_law
 from vocabfold.errors import UserError
 from vocabfold.models.build import build_model
-from vocabfold.optimizer import learning_rate_at
-from vocabfold.records import RUN_COLUMNS, read_metrics
-from vocabfold.settings import CONFIG_FOLDER, OptimizerSettings, Settings, settings_from
+from vocabfold.runs.checkpoint import load_weights
+from vocabfold.runs.optimizer import learning_rate_at
+from vocabfold.runs.record import RUN_COLUMNS, read_metrics
+from vocabfold.runs.settings import CONFIG_FOLDER, OptimizerSettings, Settings, settings_from
 
 TINY = [
     "data=zipf",

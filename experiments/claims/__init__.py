@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from claims import caching_guide, cost, image_study, quality, story_quality, tensor_gpt, two_forms
-from claims.base import Source
+from experiments.claims import caching_guide, cost, image_study, quality, story_quality, tensor_gpt, two_forms
+from experiments.claims.base import Source
 
 SOURCES = (
     Source(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from figure3_group_size import read_reference
-from main_comparison import MARGIN_NATS
+from experiments.paper.figure3_group_size import read_reference
+from experiments.paper.main_comparison import MARGIN_NATS
+from experiments.study.statistics import Difference
 from vocabfold.errors import UserError
-from vocabfold.records import RESULTS
-from vocabfold.statistics import Difference
+from vocabfold.runs.record import RESULTS
 
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
 UNTESTABLE, NOT_RUN = "cannot be tested here", "not run"

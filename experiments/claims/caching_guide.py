@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from caching import (
+from experiments.claims.base import Check, Claim, Finding, at_least, at_most, fixed, with_columns
+from experiments.tokens.caching import (
     FASTER_CLAIM,
     LEANER_CLAIM,
     LIBRARIES,
@@ -13,7 +14,6 @@ from caching import (
     speed_ups,
     unseen,
 )
-from claims.base import Check, Claim, Finding, at_least, at_most, fixed, with_columns
 from vocabfold.errors import UserError
 
 BASES = {"none": "no cache", "key/value": "a plain key/value cache"}

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from claims.base import (
+from experiments.claims.base import (
     Check,
     Claim,
     Finding,
@@ -18,15 +18,15 @@ from claims.base import (
     reference,
     rows_where,
 )
-from figure3_group_size import VOCABULARY_SIZE, compare_memory
-from table2_memory import SETTINGS, agreeing_cells, peaks, saving
-from table3_speed import PASSES, seconds_of
-from vocabfold.measure.machine import BYTES_PER_GIB
+from experiments.heads.vocabulary_cost import FULL, SCALE_SHIFT, growth, medians
+from experiments.paper.figure3_group_size import VOCABULARY_SIZE, compare_memory
+from experiments.paper.paper_tables import MODELS
+from experiments.paper.table2_memory import SETTINGS, agreeing_cells, peaks, saving
+from experiments.paper.table3_speed import PASSES, seconds_of
+from experiments.study.statistics import summarise
+from vocabfold.machine import BYTES_PER_GIB
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
-from vocabfold.models.paper_tables import MODELS
-from vocabfold.records import read_table
-from vocabfold.statistics import summarise
-from vocabulary_cost import FULL, SCALE_SHIFT, growth, medians
+from vocabfold.runs.record import read_table
 
 SMALLEST = 128  # the hidden size of the headline numbers
 SPEED_UP = 3.0  # the headline
@@ -51,7 +51,7 @@ def published_saving(hidden_size: int) -> float:
 def simulated_peaks() -> tuple[pd.Series, pd.DataFrame]:
     """(GiB by setting, model and hidden size; the whole table)."""
     columns = ("setting", "model", "hidden_size", "batch_size", "sequence_length", "peak_memory_gib", "parameters_gib")
-    table = measured("simulated", "table2_memory", "python experiments/table2_memory.py", columns)
+    table = measured("simulated", "table2_memory", "python -m experiments table2_memory", columns)
     return peaks(table), table
 
 
@@ -121,7 +121,7 @@ def as_printed(name: str, ours: float, printed: float, unit: str) -> Check:
 def speed_columns() -> pd.DataFrame:
     """Table 3's measured rounds."""
     columns = ("setting", "model", "hidden_size", "pass", "round", "seconds", "tokens")
-    return measured("laptop", "table3_speed", "python experiments/table3_speed.py", columns)
+    return measured("laptop", "table3_speed", "python -m experiments table3_speed", columns)
 
 
 def speed_up(_: str) -> Finding:
@@ -140,7 +140,7 @@ def speed_up(_: str) -> Finding:
 
 def speed_at_scale(scale: str) -> Finding:
     """The paper's head against the full softmax in one interleaved run at this scale's size."""
-    command = f"python experiments/heads_cost.py --scale {scale}"
+    command = f"python -m experiments heads_cost --scale {scale}"
     table = measured(scale, "heads_cost", command, ("side", "seconds", "hidden_size"))
     seconds = {str(side): rows["seconds"].tolist() for side, rows in table.groupby("side")}
     ratio = ratio_summary(seconds, FULL_TIED, PAPER_HEAD)
@@ -167,7 +167,7 @@ def absolute_speed(_: str) -> Finding:
 def flops(_: str) -> Finding:
     """Table 3's counts, under the rule that gives most of them."""
     columns = ("model", "hidden_size", "published_convention_gmacs")
-    table = measured("laptop", "table3_flops", "python experiments/table3_speed.py", columns)
+    table = measured("laptop", "table3_flops", "python -m experiments table3_speed", columns)
     printed = reference("table3_speed").set_index("hidden_size")
     return Finding(
         tuple(
@@ -200,7 +200,7 @@ def basin(_: str) -> Finding:
 def cost_grows_slowly(scale: str) -> Finding:
     """What the head costs as the vocabulary grows."""
     columns = ("head", "vocabulary_size", "fits", "head_seconds")
-    table = measured(scale, "vocabulary_cost", f"python experiments/vocabulary_cost.py --scale {scale}", columns)
+    table = measured(scale, "vocabulary_cost", f"python -m experiments vocabulary_cost --scale {scale}", columns)
     for head in (SCALE_SHIFT, FULL):
         rows_where(table, f"results/{scale}/vocabulary_cost.csv", head=head)
     grouped, full = (growth(medians(table, head, "head_seconds")) for head in (SCALE_SHIFT, FULL))
@@ -235,7 +235,7 @@ TABLE2, GROUP_SIZES, COMPARISON, GROWTH = (
     )
 )
 TABLE3 = ("laptop/table3_speed.md", "laptop/table3_speed.csv", "laptop/table3_flops.csv", "paper/audit.md")
-SIMULATE, TIME = "`python experiments/table2_memory.py`", "`python experiments/table3_speed.py`"
+SIMULATE, TIME = "`python -m experiments table2_memory`", "`python -m experiments table3_speed`"
 CLAIMS = (
     Claim("abstract, Table 2", "The grouped head needs 3.4 times less training memory than GPT-Neo (simulated)",
           lambda: f"{published_saving(SMALLEST):.1f}x at hidden {SMALLEST}", memory_saving, TABLE2, SIMULATE),
@@ -251,7 +251,7 @@ CLAIMS = (
           published_speeds, speed_up, TABLE3, TIME),
     Claim("abstract, Table 3", "The same at this scale's size, the paper's head against the full softmax",
           published_speeds, speed_at_scale, ("{scale}/heads_pareto.md", "{scale}/heads_cost.csv"),
-          "`python experiments/heads_cost.py --scale {scale}`"),
+          "`python -m experiments heads_cost --scale {scale}`"),
     Claim("Table 3", "Tokens a second of GPT-2, GPT-Neo and grouped at hidden 128, 256, 1024",
           lambda: printed_values("table3_speed", [f"{model}_tokens_per_s" for model in MODELS]),
           absolute_speed, TABLE3, TIME),
@@ -260,8 +260,8 @@ CLAIMS = (
     Claim("Figure 3, left", "Training memory is least near S = G = sqrt V (simulated at the published batch)",
           lambda: published_extreme("figure3_memory", "memory_gb", False, "GB"), basin,
           (*GROUP_SIZES[:2], "simulated/figure3_simulated_memory.csv"),
-          "`python experiments/figure3_simulated_memory.py`"),
+          "`python -m experiments figure3_simulated_memory`"),
     Claim("method", "The head's cost grows as sqrt V, that of the full softmax as V",
           fixed("S + G = 2 sqrt V against V"), cost_grows_slowly, GROWTH,
-          "`python experiments/vocabulary_cost.py --scale {scale}`"),
+          "`python -m experiments vocabulary_cost --scale {scale}`"),
 )  # fmt: skip

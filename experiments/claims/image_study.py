@@ -6,10 +6,20 @@ import math
 
 import pandas as pd
 
-from claims.base import Check, Claim, Finding, at_least, at_most, measured, reference, rows_where, with_columns
-from figure2_shapes_accuracy import PUBLISHED_LEARNING_RATE, ends_of
-from vocabfold.curves import read_curves
-from vocabfold.statistics import difference_over_seeds, summarise
+from experiments.claims.base import (
+    Check,
+    Claim,
+    Finding,
+    at_least,
+    at_most,
+    measured,
+    reference,
+    rows_where,
+    with_columns,
+)
+from experiments.paper.figure2_shapes_accuracy import PUBLISHED_LEARNING_RATE, ends_of
+from experiments.study.curves import read_curves
+from experiments.study.statistics import difference_over_seeds, summarise
 
 CLASSES = 184_320
 CHANCES = 2  # a head has learned nothing while its accuracy is at most so many times a guess's
@@ -30,7 +40,7 @@ def attributes(scale: str) -> Finding:
 
 def pictures(scale: str) -> pd.DataFrame:
     """The table of Figure 1."""
-    command = f"python experiments/figure1_shapes.py {scale}"
+    command = f"python -m experiments figure1_shapes {scale}"
     return measured(scale, "figure1_shapes", command, ("quantity", "value", "classes"))
 
 
@@ -104,7 +114,7 @@ CLAIMS = (
         lambda: f"{CLASSES:,} classes",
         attributes,
         ("{scale}/figure1_shapes.png", "{scale}/figure1_shapes.md", "paper/table4_attributes.csv"),
-        "`python experiments/figure1_shapes.py {scale}`",
+        "`python -m experiments figure1_shapes {scale}`",
     ),
     Claim(
         "Figure 2",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from claims.base import (
+from experiments.claims.base import (
     Check,
     Claim,
     Finding,
@@ -14,14 +14,14 @@ from claims.base import (
     rows_where,
     with_columns,
 )
-from claims.cost import NEAR_FACTOR, PAPER_HEAD, SAME_SHAPE
-from figure3_group_size import compare_loss
-from main_comparison import MARGIN_NATS, comparisons, read_documents
-from order_matters import with_plain_orders
+from experiments.claims.cost import NEAR_FACTOR, PAPER_HEAD, SAME_SHAPE
+from experiments.heads.order_matters import with_plain_orders
+from experiments.heads.vocabulary_scaling import quantity_of
+from experiments.paper.figure3_group_size import compare_loss
+from experiments.paper.main_comparison import MARGIN_NATS, comparisons, read_documents
+from experiments.study.statistics import difference_over_seeds
 from vocabfold.errors import UserError
-from vocabfold.records import read_table
-from vocabfold.statistics import difference_over_seeds
-from vocabulary_scaling import quantity_of
+from vocabfold.runs.record import read_table
 
 FULL_TIED, FULL_FREE = "full_tied", "full_free"
 BY_FREQUENCY = "scale_shift_frequency"
@@ -44,7 +44,7 @@ def quality_by_document(scale: str) -> Finding:
     table = read_table("main_comparison", scale)
     compared = [one for one in comparisons(table, read_documents(scale, table)) if one.documents is not None]
     if not compared:
-        program = f"python experiments/document_losses.py --measure {scale}"
+        program = f"python -m experiments document_losses --measure {scale}"
         raise UserError(f"results/{scale}/document_losses.csv is missing or of too few runs: run {program}")
     checks = []
     for one in compared:

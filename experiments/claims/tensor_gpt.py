@@ -6,13 +6,13 @@ import math
 
 import pandas as pd
 
-from both_ends import GOAL, arms_of, named, with_plain
-from claims.base import Check, Claim, Finding, at_least, at_most, fixed, measured, with_columns
-from embedding_compression import ONE_PERCENT, PUBLISHED, is_better, summary, with_differences
-from main_comparison import MARGIN_NATS
+from experiments.claims.base import Check, Claim, Finding, at_least, at_most, fixed, measured, with_columns
+from experiments.embeddings.both_ends import GOAL, arms_of, named, with_plain
+from experiments.embeddings.embedding_compression import ONE_PERCENT, PUBLISHED, is_better, summary, with_differences
+from experiments.paper.main_comparison import MARGIN_NATS
+from experiments.study.statistics import mean_and_interval
 from vocabfold.errors import UserError
-from vocabfold.records import read_table
-from vocabfold.statistics import mean_and_interval
+from vocabfold.runs.record import read_table
 
 MILD, STRONG = PUBLISHED
 NEAR = 1.5  # an arm tests a published compression when its own is within this factor
@@ -70,7 +70,7 @@ def compressed_and_usable(scale: str) -> Finding:
 def embedding_tables(scale: str) -> pd.DataFrame:
     """The errors of every method on every embedding table."""
     columns = ("table", "embedding", "embedding_compression", "relative_error", "hidden_size", "wanted_compression")
-    return measured(scale, "embedding_tables", f"python experiments/embedding_tables.py --scale {scale}", columns)
+    return measured(scale, "embedding_tables", f"python -m experiments embedding_tables --scale {scale}", columns)
 
 
 def finds_structure(scale: str) -> Finding:
@@ -149,7 +149,7 @@ CLAIMS = (
         fixed("-"),
         finds_structure,
         TABLES,
-        "`python experiments/embedding_tables.py --scale {scale}`",
+        "`python -m experiments embedding_tables --scale {scale}`",
     ),
     Claim(
         "implied",

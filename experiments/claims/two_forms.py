@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from claims.base import Check, Claim, Finding, fixed, measured, rows_where
+from experiments.claims.base import Check, Claim, Finding, fixed, measured, rows_where
 from vocabfold.measure.speed import ratio_summary
 
 NAME = "figure45_loop_or_shared"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vocabfold.coding.text_file import TextModel, compress, load_text_model
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.errors import UserError
+from vocabfold.inference.text_file import TextModel, compress, load_text_model
 
 SUFFIX = ".vftm"
 

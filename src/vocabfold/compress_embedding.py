@@ -24,9 +24,9 @@ from omegaconf import OmegaConf
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.embeddings.build import EmbeddingSettings, resolve_settings
 from vocabfold.errors import UserError
-from vocabfold.records import finished_row
-from vocabfold.runs import load_run
-from vocabfold.settings import CONFIG_FOLDER, Settings, load_settings, run_name
+from vocabfold.runs.load import load_run
+from vocabfold.runs.record import finished_row
+from vocabfold.runs.settings import CONFIG_FOLDER, Settings, load_settings, run_name
 from vocabfold.train import train
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vocabfold.coding.text_file import decompress, text_bytes
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.compress import SUFFIX, add_arguments, convert
 from vocabfold.errors import UserError
+from vocabfold.inference.text_file import decompress, text_bytes
 
 
 @one_line_errors

@@ -22,24 +22,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.checkpoint import save_weights
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
-from vocabfold.distributed import MeanLosses, Ranks, choose_device
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadLoss, HeadSettings, equal_partition
 from vocabfold.heads.build import ORDERS, PartitionSettings, describe_head, token_order
 from vocabfold.heads.fold import distillation_loss, fold, foldable, group_logits
-from vocabfold.heads.gradients_in_forward import chunks
-from vocabfold.measure.machine import code_commit, hardware, torch_version
+from vocabfold.heads.kernels import chunks
+from vocabfold.machine import code_commit, hardware, torch_version
+from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.models.build import ModelWithHead
-from vocabfold.optimizer import build_optimizer, learning_rate_at
-from vocabfold.records import RESULTS, RunRecord, finished_row
-from vocabfold.runs import load_run
-from vocabfold.settings import OptimizerSettings, Settings, load_settings
+from vocabfold.runs.checkpoint import save_weights
+from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device
+from vocabfold.runs.load import load_run
+from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
+from vocabfold.runs.record import RESULTS, RunRecord, finished_row
+from vocabfold.runs.settings import OptimizerSettings, Settings, load_settings
 
 START_TOKENS = 4096  # whose hidden states fit the groups in closed form; the distillation begins after them
 TOKENS = 65536

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from vocabfold.beam_search import beam_search
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.data.tokenizer import Tokenizer
 from vocabfold.errors import UserError
 from vocabfold.inference import KEY_VALUE_CACHES, PrefixCache, Reader, ResponseCache, fingerprint
-from vocabfold.measure.machine import BYTES_PER_MIB
+from vocabfold.inference.beam_search import beam_search
+from vocabfold.machine import BYTES_PER_MIB
 from vocabfold.models.build import ModelWithHead
-from vocabfold.runs import load_run
-from vocabfold.settings import load_settings
+from vocabfold.runs.load import load_run
+from vocabfold.runs.settings import load_settings
 
 TEMPERATURE = 0.8
 

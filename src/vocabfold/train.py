@@ -26,26 +26,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from vocabfold.allocator import keep_freed_memory
-from vocabfold.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.command_line import USER_ERRORS, exit_with, one_line_errors
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_data
 from vocabfold.data.shapes import Shapes
-from vocabfold.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
 from vocabfold.heads.build import describe_head, token_order
+from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
+from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
-from vocabfold.measure.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.models.build import ModelWithHead, build_model
-from vocabfold.optimizer import build_optimizer, learning_rate_at
-from vocabfold.records import RunRecord, finished_row
-from vocabfold.runs import autocast, begin_compressed
-from vocabfold.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
+from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
+from vocabfold.runs.load import autocast, begin_compressed
+from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
+from vocabfold.runs.record import RunRecord, finished_row
+from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3

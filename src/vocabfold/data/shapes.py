@@ -18,7 +18,7 @@ from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.drawing import Classes, classes_of, picture
 from vocabfold.errors import UserError
-from vocabfold.measure.machine import usable_cores
+from vocabfold.machine import usable_cores
 
 SMALLEST_SIDE = 16
 BATCHES_AHEAD_PER_WORKER = 4

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vocabfold.errors import UserError
 from vocabfold.heads.folded import FoldedHead
-from vocabfold.heads.gradients_in_forward import sum_dtype
+from vocabfold.heads.kernels import sum_dtype
 from vocabfold.heads.loss_options import rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer

@@ -11,7 +11,6 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from vocabfold.checkpoint import WEIGHTS_NAME
 from vocabfold.errors import UserError
 from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
@@ -32,6 +31,7 @@ from vocabfold.heads.orders import (
 )
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
+from vocabfold.runs.checkpoint import WEIGHTS_NAME
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads.full import LeanFullHead
-from vocabfold.heads.gradients_in_forward import sum_dtype
+from vocabfold.heads.kernels import sum_dtype
 
 if TYPE_CHECKING:
     from vocabfold.heads.build import HeadSettings

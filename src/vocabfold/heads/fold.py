@@ -16,7 +16,7 @@ from vocabfold.errors import UserError
 from vocabfold.heads.base import Head, log_softmax
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
-from vocabfold.heads.gradients_in_forward import CHUNK_ELEMENTS, FEWEST_ROWS, chunks
+from vocabfold.heads.kernels import CHUNK_ELEMENTS, FEWEST_ROWS, chunks
 from vocabfold.heads.linear import SortedLinearScorer
 from vocabfold.heads.partition import Partition
 

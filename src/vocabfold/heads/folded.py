@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vocabfold.errors import UserError
 from vocabfold.heads.base import Head, HeadLoss, TwoSymbols, counted_targets, log_softmax
-from vocabfold.heads.gradients_in_forward import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
+from vocabfold.heads.kernels import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
 from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads.full import LeanFullHead
-from vocabfold.heads.gradients_in_forward import product_dtype
+from vocabfold.heads.kernels import product_dtype
 
 if TYPE_CHECKING:
     from vocabfold.heads.build import HeadSettings

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.heads.base import log_softmax
-from vocabfold.heads.gradients_in_forward import (
+from vocabfold.heads.kernels import (
     Kernel,
     Late,
     Rows,
@@ -16,7 +16,7 @@ from vocabfold.heads.gradients_in_forward import (
     log_prob_and_slope,
     sum_dtype,
 )
-from vocabfold.heads.grouped_products import GroupedLinearKernel
+from vocabfold.heads.linear_cuda import GroupedLinearKernel
 from vocabfold.heads.loss_options import rowwise_product
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import FastTokenScorer, SortedTargets, TokenScorer

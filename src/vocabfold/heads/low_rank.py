@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.errors import UserError
-from vocabfold.heads.gradients_in_forward import add_product
+from vocabfold.heads.kernels import add_product
 from vocabfold.heads.loss_options import rowwise_product
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.heads.base import log_softmax
-from vocabfold.heads.gradients_in_forward import (
+from vocabfold.heads.kernels import (
     Kernel,
     Rows,
     add_product,

@@ -1,0 +1,74 @@
+"""Figure 3's memory at the paper's own size, simulated: batch 32 x 512, hidden 64, 4 layers, 2 heads, fp32, Adam.
+
+    python -m experiments figure3_simulated_memory
+
+writes results/simulated/figure3_simulated_memory.csv, one row a group size and one for the full softmax; seconds on any
+machine, since no floating-point tensor is real. figure3_group_size.py draws it beside the published curve.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vocabfold.command_line import one_line_errors
+from vocabfold.files import write_text
+from vocabfold.heads import HeadSettings
+from vocabfold.heads.build import PartitionSettings
+from vocabfold.machine import BYTES_PER_GIB, code_commit, torch_version
+from vocabfold.measure.simulate import SimulatedMemory, TrainingParts, simulated_peak_memory
+from vocabfold.models.build import ModelSettings, build_model
+from vocabfold.runs.record import RESULTS
+
+VOCABULARY_SIZE = 50_257
+BATCH_SIZE, SEQUENCE_LENGTH = 32, 512
+MODEL = ModelSettings(hidden_size=64, num_layers=4, num_heads=2, max_positions=SEQUENCE_LENGTH)
+GROUP_SIZES = (14, 20, 28, 40, 56, 80, 113, 160, 225, 320, 450, 640, 900, 1288, 1794, 2392, 3000, 3864)
+
+
+def simulate(head: HeadSettings) -> SimulatedMemory:
+    """One training step at the paper's size with ``head``."""
+
+    def build() -> TrainingParts:
+        model = build_model(MODEL, head, VOCABULARY_SIZE)
+        tokens = torch.randint(VOCABULARY_SIZE, (BATCH_SIZE, SEQUENCE_LENGTH + 1))
+
+        def compute_loss() -> Tensor:
+            loss: Tensor = model(tokens[:, :-1], tokens[:, 1:]).loss
+            return loss
+
+        return nn.Module.train(model), torch.optim.Adam(model.parameters(), fused=True), compute_loss
+
+    return simulated_peak_memory(build)
+
+
+def row_of(head: HeadSettings) -> dict[str, object]:
+    """The line of one head in the table."""
+    memory = simulate(head)
+    parts = {name.removesuffix("_bytes") + "_gib": value / BYTES_PER_GIB for name, value in vars(memory).items()}
+    return {"head": head.name, "group_size": head.partition.group_size, **parts}
+
+
+@one_line_errors
+def main() -> None:
+    """No arguments."""
+    heads = [HeadSettings(name="full", tied=True)]
+    heads += [HeadSettings(name="grouped", tied=False, partition=PartitionSettings(group_size=S)) for S in GROUP_SIZES]
+    table = pd.DataFrame([row_of(head) for head in tqdm(heads, desc="simulated training steps")])
+    table["group_size"] = table["group_size"].astype("Int64")
+    table = table.assign(
+        batch_size=BATCH_SIZE,
+        sequence_length=SEQUENCE_LENGTH,
+        torch=torch_version(),
+        commit=code_commit(),
+        command="python -m experiments figure3_simulated_memory",
+    )
+    path = RESULTS / "simulated" / "figure3_simulated_memory.csv"
+    write_text(path, table.to_csv(index=False))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Learning curves: the tables that records.collect gathers from runs that are evaluated on their way, and lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from experiments.study.statistics import summarise
+from vocabfold.errors import UserError
+from vocabfold.runs.record import RESULTS
+
+
+def read_curves(experiment: str, scale: str, results: Path = RESULTS) -> pd.DataFrame:
+    """results/SCALE/EXPERIMENT_curves.csv. Raises UserError where there is none or it is another's."""
+    path = results / scale / f"{experiment}_curves.csv"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `make everything SCALE={scale}` first")
+    table = pd.read_csv(path)
+    if missing := [name for name in ("experiment", "seed", "step", "train_loss") if name not in table.columns]:
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make everything` again")
+    return table
+
+
+def draw_curve(axis: Axes, rows: pd.DataFrame, column: str, color: str, label: str, style: str = "-") -> None:
+    """The mean of ``column`` over seeds against the step, with its 95% interval where there are several seeds."""
+    curve = summarise(rows.dropna(subset=[column]), ["step"], column).sort_values("step")
+    axis.plot(curve["step"], curve["mean"], style, color=color, label=label)
+    low, high = curve["mean"] - curve["half_width"], curve["mean"] + curve["half_width"]
+    axis.fill_between(curve["step"], low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def runs_of(curves: pd.DataFrame) -> str:
+    """What was run, in words: the caption of a picture of learning curves."""
+    runs = curves.groupby(["head", "learning_rate", "seed"]).ngroups
+    return f"{curves['seed'].nunique()} seeds, 95% intervals; {runs} runs"

@@ -1,0 +1,134 @@
+"""A saved workspace in Weights & Biases with the panels of the report, for someone who is logged in.
+
+    pip install 'vocabfold[dashboards]' && wandb login
+    wandb sync results/runs/*/*/*/wandb/offline-run-*
+    python -m experiments dashboard [--entity NAME] [--project vocabfold] [--scale text]
+
+The panels show what the mirrors of the runs hold (vocabfold/records.py): curves while training, and the tables' own
+values, which stand in a run's summary as result.COLUMN. --print writes what would be sent and sends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.errors import UserError
+from vocabfold.runs.record import RESULT
+
+NAME = "vocabfold: the report"
+# A section for each part of the report: its title, with the experiments that it is about, and its panels as (kind, what
+# is drawn, against what): a curve a head, a bar a group of runs, or a point a run. A workspace has one list of runs;
+# they stand grouped by scale/experiment there, so that the others can be hidden.
+CURVE, BAR, POINT = "curve", "bar", "point"
+SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "On par with GPT-2 and GPT-Neo (main_comparison)": (
+        (CURVE, "validation_loss_nats", "step"),
+        (BAR, "validation_loss_nats", "head.name"),
+        (BAR, "tokens_per_second", "head.name"),
+        (BAR, "peak_memory_gib", "head.name"),
+    ),
+    "Figure 3: memory and loss against group size (figure3_group_size)": (
+        (POINT, "validation_loss_nats", "group_size"),
+        (POINT, "peak_memory_gib", "group_size"),
+        (POINT, "group_accuracy", "group_size"),
+    ),
+    "Which head, which order (heads_pareto, order_matters)": (
+        (CURVE, "validation_loss_nats", "tokens"),
+        (BAR, "perplexity", "contender"),
+        (POINT, "validation_loss_nats", "flops_per_token"),
+        (BAR, "group_accuracy", "contender"),
+    ),
+    "Vocabulary size (vocabulary_scaling)": ((POINT, "excess_loss_nats", "vocabulary_size"),),
+    "Figures 2, 6 and 7: the image study (shapes)": (
+        (CURVE, "validation_accuracy", "step"),
+        (CURVE, "train_loss", "step"),
+        (CURVE, "validation_group_accuracy", "step"),
+    ),
+    "Compressed embeddings (embedding_compression, both_ends)": (
+        (POINT, "validation_loss_nats", "embedding_compression"),
+        (POINT, "validation_loss_nats", "model_bytes"),
+        (BAR, "embedding_relative_error", "embedding.name"),
+    ),
+    "Folded heads (fold)": ((POINT, "perplexity", "distillation_tokens"), (POINT, "perplexity", "at_once_perplexity")),
+}
+
+
+def workspace(entity: str, project: str, scale: str | None) -> Any:
+    """The Workspace object; nothing is sent. Raises UserError where wandb-workspaces is missing."""
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise UserError("a workspace needs wandb-workspaces: pip install 'vocabfold[dashboards]'") from error
+
+    def panel(kind: str, column: str, against: str) -> Any:
+        value = panels.SummaryMetric(f"{RESULT}.{column}")
+        if kind == CURVE:
+            axis = "Step" if against == "step" else against
+            return panels.LinePlot(title=column, x=axis, y=[column], groupby=panels.Config("head.name"))
+        if kind == BAR:
+            by = panels.Config(against)
+            return panels.BarPlot(title=f"{column} by {against}", metrics=[value], groupby=by, groupby_aggfunc="mean")
+        x = panels.SummaryMetric(f"{RESULT}.{against}")
+        return panels.ScatterPlot(title=f"{column} against {against}", x=x, y=value)
+
+    chosen = [workspaces.Tags("tags").isin([f"scale:{scale}"])] if scale else []
+    columns = [f"summary:{RESULT}.{name}" for name in ("validation_loss_nats", "perplexity", "peak_memory_gib")]
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=f"{NAME}, {scale}" if scale else NAME,
+        sections=[
+            workspaces.Section(name=title, panels=[panel(*one) for one in ones], is_open=True)
+            for title, ones in SECTIONS.items()
+        ],
+        runset_settings=workspaces.RunsetSettings(
+            filters=chosen,
+            groupby=[workspaces.Metric("Group"), workspaces.Metric("JobType")],
+            pinned_columns=["run:displayName", *columns],
+        ),
+    )
+
+
+def specification(built: Any) -> dict[str, Any]:
+    """What would be sent, as JSON has it."""
+    plain: dict[str, Any] = json.loads(built._model.model_dump_json(by_alias=True, exclude_none=True))
+    return plain
+
+
+def entity_of_login(named: str | None) -> str:
+    """The entity to save for. Raises UserError where nobody is logged in."""
+    import wandb
+
+    try:
+        logged_in = wandb.login(prompt=False)
+        entity = named or (wandb.Api().default_entity if logged_in else None)
+    except (wandb.Error, ValueError, OSError) as error:
+        raise UserError(f"Weights & Biases does not answer ({error}): check the network and `wandb login`") from error
+    if not logged_in or not entity:
+        raise UserError("nobody is logged in to Weights & Biases: run `wandb login` first, or see it with --print")
+    return entity
+
+
+@one_line_errors
+def main() -> None:
+    """Command line; see --help."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--entity", help="user or team; default: the one who is logged in")
+    parser.add_argument("--project", default="vocabfold", help="as wandb.project of the runs (default %(default)s)")
+    parser.add_argument("--scale", help="only runs of this scale")
+    parser.add_argument("--print", action="store_true", help="write what would be sent, and send nothing")
+    arguments = parser.parse_args()
+    if arguments.print:
+        built = workspace(arguments.entity or "ENTITY", arguments.project, arguments.scale)
+        print(json.dumps(specification(built), indent=1))
+        return
+    entity = entity_of_login(arguments.entity)
+    built = workspace(entity, arguments.project, arguments.scale)
+    print(f"saved {built.save().url}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Text coded with trained models against general compressors: bits a byte, speed, and the models' own cross entropy.
+
+    python -m experiments model_coding [--scale laptop] [--rounds 3] [--text FILE] [--run NAME=RUN_FOLDER ...]
+
+writes results/SCALE/model_coding.csv (one row a coder), .png and .md. The text must be one that no model saw; without
+--text it is embedded stories beyond every corpus. Without --run the models are those of heads_pareto with seed 0: the
+full softmax and folded heads, each at its own learning rate. ``--draw`` redraws from the table.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pyarrow
+import torch
+
+from experiments.study.figures import COLORS, COLUMN_INCHES, report, save
+from experiments.study.program import measuring_parser
+from vocabfold.coding.container import decode, encode
+from vocabfold.command_line import one_line_errors
+from vocabfold.data.stories import stories
+from vocabfold.data.tokenizer import load_tokenizer
+from vocabfold.errors import UserError
+from vocabfold.files import write_text
+from vocabfold.inference.model_coder import Rows, decode_tokens, encode_tokens, one_thread
+from vocabfold.inference.text_file import TextModel, load_text_model
+from vocabfold.machine import origin
+from vocabfold.measure.speed import interleaved_seconds, ratio_summary
+from vocabfold.runs.checkpoint import WEIGHTS_NAME
+from vocabfold.runs.record import RESULTS, RUN_COLUMNS, finished_row
+from vocabfold.runs.settings import load_settings
+
+NAME = "model_coding"
+CPU = torch.device("cpu")
+UNSEEN_STORIES = (1_000_000, 1_000_060)  # of the embedded generator's seed 0: far beyond what any scale trains on
+FULL = "full"
+MODELS = {  # contender -> its name in the table
+    "full_free": "full softmax",
+    "scale_shift_bpe": "scale and shift, bpe",
+    "linear_clustered": "linear, clustered",
+    "shortlist_frequency": "shortlist 2,048",
+}
+TRAINED_COLUMNS = [*RUN_COLUMNS[RUN_COLUMNS.index("seed") : RUN_COLUMNS.index("steps") + 1], "validation_loss_nats"]
+Side = tuple[Callable[[], bytes], Callable[[bytes], bytes]]
+
+
+def general_sides(text: bytes) -> dict[str, Side]:
+    """Compressors of bytes, and two token coders that need no model."""
+    tokenizer = load_tokenizer("gpt2")
+    tokens = tokenizer.encode_bytes(text)
+
+    def arrow(name: str, level: int) -> Side:
+        codec = pyarrow.Codec(name, compression_level=level)
+        return (
+            lambda: codec.compress(text, asbytes=True),
+            lambda code: codec.decompress(code, len(text), asbytes=True),
+        )
+
+    def token_coder(name: str) -> Side:
+        return (
+            lambda: encode(tokenizer.encode_bytes(text), tokenizer.vocabulary_size, name),
+            lambda code: tokenizer.decode_bytes(decode(code)),
+        )
+
+    assert tokenizer.decode_bytes(tokens) == text
+    return {
+        "xz -9e": (lambda: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+        "bzip2 -9": (lambda: bz2.compress(text, 9), bz2.decompress),
+        "zstd -19": arrow("zstd", 19),
+        "brotli -11": arrow("brotli", 11),
+        "tokens, rans": token_coder("rans"),
+        "tokens, order1": token_coder("order1"),
+    }
+
+
+def model_side(coder: TextModel, text: bytes) -> Side:
+    """The coder of vocabfold.compress on one segment."""
+    tokens = coder.tokenizer.encode_bytes(text)
+    end_token = coder.tokenizer.end_token
+    return (
+        lambda: encode_tokens(coder.model, coder.tokenizer.encode_bytes(text), end_token),
+        lambda code: coder.tokenizer.decode_bytes(decode_tokens(coder.model, code, len(tokens), end_token)),
+    )
+
+
+@torch.inference_mode()
+def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
+    """What the model itself expects of the coder's rows and contexts, in all: whole windows, no cache, no integers."""
+    model, total = coder.model, 0.0
+    most = model.gpt.config.max_positions
+    rows = Rows(len(tokens))
+    with one_thread():
+        for first in range(0, len(tokens), rows.length):
+            row = torch.tensor([coder.tokenizer.end_token, *tokens[first : first + rows.length].tolist()])
+            begin, done = 0, 1  # the context's first place, and the next token to predict
+            while done < len(row):
+                end = min(begin + most, len(row) - 1)
+                hidden = model.gpt(row[None, begin:end])[0, done - 1 - begin :]
+                total -= float(model.head.target_log_prob(hidden, row[done : end + 1]).double().sum())
+                begin, done = end + 1 - max(1, most // 2), end + 1
+    return total / math.log(2)
+
+
+def measure(text: bytes, runs: dict[str, Path], excerpt_bytes: int, rounds: int) -> list[dict[str, Any]]:
+    """One row a coder: sizes of the whole text, speeds on its beginning."""
+    coders = {name: load_text_model(folder) for name, folder in runs.items()}
+    excerpt = text[:excerpt_bytes]
+    sides = general_sides(text) | {name: model_side(coder, text) for name, coder in coders.items()}
+    timed_sides = general_sides(excerpt) | {name: model_side(coder, excerpt) for name, coder in coders.items()}
+    rows, timed = [], dict[str, Callable[[], Any]]()
+    for name, (encoder, decoder) in sides.items():
+        code = encoder()
+        if decoder(code) != text:
+            raise AssertionError(f"{name} does not give back what it was given")
+        row: dict[str, Any] = {"coder": name, "bytes": len(text), "coded_bytes": len(code), "model_bytes": 0}
+        if name in coders:
+            tokens = coders[name].tokenizer.encode_bytes(text)
+            own_bits = cross_entropy_bits(coders[name], tokens)
+            trained = finished_row(runs[name]) or {}
+            row |= {
+                "model_bytes": (runs[name] / WEIGHTS_NAME).stat().st_size,
+                "tokens": len(tokens),
+                "bits_per_token": 8 * len(code) / len(tokens),
+                "own_bits_per_token": own_bits / len(tokens),
+                "excess_over_own_bits": 8 * len(code) / own_bits - 1,
+                "training_command": trained.get("command"),
+                **{
+                    key: trained.get(key) for key in ("model", "head", "scorer", "partition_order", "shortlist", "tied")
+                },
+                **{key: trained.get(key) for key in ("hidden_size", "learning_rate", "steps", "validation_loss_nats")},
+            }
+        row["bits_per_byte"] = 8 * len(code) / len(text)
+        row["bits_per_byte_with_model"] = 8 * (len(code) + row["model_bytes"]) / len(text)
+        rows.append(row)
+        short_encoder, short_decoder = timed_sides[name]
+        timed[f"{name} encode"] = short_encoder
+        timed[f"{name} decode"] = partial(short_decoder, short_encoder())
+    seconds = interleaved_seconds(timed, rounds, 0, CPU, progress=True)
+    full = next((name for name in coders if load_settings(runs[name]).head.name == FULL), None)
+    for row in rows:
+        for kind in ("encode", "decode"):
+            key = f"{row['coder']} {kind}"
+            row[f"{kind}_kilobytes_per_second"] = len(excerpt) / float(np.median(seconds[key])) / 1e3
+            if full is not None and row["coder"] in coders:
+                ratio = ratio_summary(seconds, f"{full} {kind}", key)
+                row |= {f"{kind}_speed_over_full": ratio.median, f"{kind}_speed_over_full_low": ratio.low}
+                row[f"{kind}_speed_over_full_high"] = ratio.high
+    return rows
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table and the goals."""
+    first = table.iloc[0]
+    lines = [
+        f"{first['corpus']}: {first['bytes']:,} bytes that no model saw.",
+        "",
+        "| coder | bits a byte | with the model's bytes | bits a token | the model's own | excess | encode (kB/s) "
+        "| decode (kB/s) | decode, full = 1 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    models = table[table["model_bytes"] > 0]
+    for _, row in table.iterrows():
+        cells = ["-"] * 3
+        if row["model_bytes"]:
+            cells = [f"{row['bits_per_token']:.3f}", f"{row['own_bits_per_token']:.3f}"]
+            cells.append(f"{row['excess_over_own_bits']:.2%}")
+        ratio = "-"
+        if "decode_speed_over_full" in row and not math.isnan(row["decode_speed_over_full"]):
+            low, high = row["decode_speed_over_full_low"], row["decode_speed_over_full_high"]
+            ratio = f"{row['decode_speed_over_full']:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(
+            f"| {row['coder']} | {row['bits_per_byte']:.3f} | {row['bits_per_byte_with_model']:.3f} | "
+            + " | ".join(cells)
+            + f" | {row['encode_kilobytes_per_second']:.1f} | {row['decode_kilobytes_per_second']:.1f} | {ratio} |"
+        )
+    excess = models["excess_over_own_bits"].max()
+    lines += ["", f"* within 0.5% of the model's own cross entropy: at most {excess:.2%} above: {met(excess <= 0.005)}"]
+    if "decode_speed_over_full" in table:
+        folded = models[models["head"] != FULL]
+        for _, row in folded.iterrows():
+            least = min(row["encode_speed_over_full"], row["decode_speed_over_full"])
+            lines.append(f"* {row['coder']}, 3x the speed of the full softmax: {least:.2f}x: {met(least >= 3)}")
+    lines += ["", "Models on one thread, so that both directions add in the same order; medians of interleaved rounds."]
+    return "\n".join([*lines, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])
+
+
+def met(is_met: bool) -> str:
+    """In words."""
+    return "met" if is_met else "not met"
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Bits a byte of every coder, and decoding speed."""
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.4), sharey=True)
+    table = table.sort_values("bits_per_byte", ascending=False, ignore_index=True)
+    colors = [COLORS["blue"] if size else COLORS["orange"] for size in table["model_bytes"]]
+    axes[0].barh(table["coder"], table["bits_per_byte"], color=colors, height=0.6)
+    axes[0].set_xlabel("Bits a byte, model apart")
+    axes[1].barh(table["coder"], table["decode_kilobytes_per_second"], color=colors, height=0.6)
+    axes[1].set_xscale("log")
+    axes[1].set_xlabel("Decoding (kB/s)")
+    for axis in axes:
+        axis.set_axisbelow(True)
+        axis.grid(axis="y", visible=False)
+    kinds = {"coded with a model": "blue", "without": "orange"}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color]) for color in kinds.values()]
+    figure.legend(handles, list(kinds), loc="outside lower center", ncols=2)
+    save(figure, path)
+
+
+def trained_runs(scale: str) -> dict[str, Path]:
+    """The finished runs of MODELS with seed 0. Raises UserError where there is none."""
+    found: dict[str, Path] = {}
+    for contender, name in MODELS.items():
+        for folder in sorted((RESULTS / "runs" / scale / "heads_pareto").glob(f"gpt2-{contender}-*-seed0-*")):
+            if finished_row(folder) is not None:
+                found[f"model, {name}"] = folder
+    if not found:
+        raise UserError(f"no finished run of scale {scale}: run `make tokens SCALE={scale}` first, or name --run")
+    return found
+
+
+def named_paths(pairs: list[str]) -> dict[str, Path]:
+    """NAME=FOLDER pairs."""
+    return {f"model, {name}": Path(folder) for name, _, folder in (pair.partition("=") for pair in pairs)}
+
+
+@one_line_errors
+def main() -> None:
+    """Command line; see --help."""
+    parser = measuring_parser(__doc__, rounds=3)
+    parser.add_argument("--text", type=Path, help="a local file that no model saw")
+    parser.add_argument("--corpus", default="text", help="what tables call --text (default %(default)s)")
+    parser.add_argument("--run", action="append", default=[], metavar="NAME=RUN_FOLDER")
+    parser.add_argument("--excerpt-bytes", type=int, default=40_000, help="of the text are timed (default %(default)s)")
+    parser.add_argument("--draw", action="store_true", help="only redraw from the table")
+    arguments = parser.parse_args()
+    path = RESULTS / arguments.scale / f"{NAME}.csv"
+    if not arguments.draw:
+        if arguments.text is not None and not arguments.text.is_file():
+            raise UserError(f"--text: there is no file {arguments.text}")
+        runs = named_paths(arguments.run) or trained_runs(arguments.scale)
+        corpus, text = "stories", "\n".join(stories(0, *UNSEEN_STORIES)).encode()
+        if arguments.text is not None:
+            corpus, text = arguments.corpus, arguments.text.read_bytes()
+        rows = measure(text, runs, arguments.excerpt_bytes, arguments.rounds)
+        lead = {"experiment": NAME, "scale": arguments.scale, "corpus": corpus}
+        named = "" if arguments.text is None else " --text FILE"
+        command = f"python -m experiments model_coding --scale {arguments.scale}{named}"
+        last = origin(NAME) | {"command": command}  # without the path of a local text
+        write_text(path, pd.DataFrame([lead | row | last for row in rows]).to_csv(index=False))
+    report(path, markdown, draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Which machine and which code a figure was measured with, and the floors that the machine sets."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from vocabfold.measure.speed import synchronize
+
+BYTES_PER_MIB = 2**20
+BYTES_PER_GIB = 2**30
+CPU_INFORMATION = Path("/proc/cpuinfo")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+GIT_TIMEOUT_SECONDS = 5.0
+REPETITIONS = 5
+
+
+@functools.cache
+def hardware() -> str:
+    """One line: CPU model, usable cores, memory in GiB, and the GPUs if there are any."""
+    parts = [_cpu_model(), f"{usable_cores()} cores", f"{memory_bytes() / BYTES_PER_GIB:.0f} GiB"]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        parts += [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    return ", ".join(parts)
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in CPU_INFORMATION.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _control_group_limit(file_name: str) -> list[str]:
+    try:
+        return (CONTROL_GROUP / file_name).read_text().split()
+    except OSError:
+        return []
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, a container's quota included; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    match _control_group_limit("cpu.max"):
+        case [quota, period] if quota.isdigit():
+            cores = min(cores, round(int(quota) / int(period)))
+    return max(cores, 1)
+
+
+def memory_bytes() -> int:
+    """Bytes of physical memory, or a container's limit where that is less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    match _control_group_limit("memory.max"):
+        case [limit] if limit.isdigit():
+            return min(physical, int(limit))
+    return physical
+
+
+@functools.cache
+def code_commit(directory: Path = Path(__file__).parent) -> str:
+    """Short git hash of the work tree around `directory`, with "+" where tracked files differ; "unknown" outside git.
+
+    Asked once a process: what a run imported is what stood there when it began.
+    """
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        answer = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT_SECONDS,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip() or "unknown" if answer.returncode == 0 else "unknown"
+
+
+def torch_version() -> str:
+    """Version of torch with its build, as in 2.13.0+cpu."""
+    return str(torch.__version__)
+
+
+def origin(program: str) -> dict[str, str]:
+    """The columns that end a table's rows: where and with which code ``program``, called as it was, measured them."""
+    command = " ".join(["python", "-m", "experiments", program, *sys.argv[1:]])
+    return {"hardware": hardware(), "torch": torch_version(), "commit": code_commit(), "command": command}
+
+
+def matrix_rate_flops_per_second(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (512, 1024, 2048)
+) -> float:
+    """Best rate of square matrix products [n, n] x [n, n] over `sizes`, 2 n^3 operations each.
+
+    What the machine reached, and so a lower bound of what it can do. `dtype` is a floating point type.
+    """
+
+    def rate(size: int) -> float:
+        left = torch.randn(size, size, device=device, dtype=dtype)
+        right = torch.randn(size, size, device=device, dtype=dtype)
+        product = torch.empty(size, size, device=device, dtype=dtype)
+        return 2 * size**3 / least_seconds(lambda: torch.mm(left, right, out=product), device)
+
+    with torch.no_grad():
+        return max(rate(size) for size in sizes)
+
+
+def memory_bandwidth_bytes_per_second(device: torch.device, size_bytes: int = 2**28) -> float:
+    """Best rate of copying `size_bytes` within the device's memory, bytes read plus bytes written.
+
+    A lower bound too. The default of 256 MiB is larger than the caches of common processors.
+    """
+    source = torch.ones(size_bytes, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * size_bytes / least_seconds(lambda: target.copy_(source), device)
+
+
+def least_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of REPETITIONS runs, after one that does not count."""
+    run()
+    least = float("inf")
+    for _ in range(REPETITIONS):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        least = min(least, time.perf_counter() - start)
+    return least

@@ -1,0 +1,65 @@
+"""Trained runs read again: to use them, or to begin another run from them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vocabfold.constants import IGNORE_INDEX
+from vocabfold.data.batches import BatchPlan
+from vocabfold.data.corpora import Corpus
+from vocabfold.embeddings import EmbeddingSettings
+from vocabfold.errors import UserError
+from vocabfold.models.build import ModelWithHead, build_model
+from vocabfold.runs.checkpoint import load_weights, weights_metadata
+from vocabfold.runs.settings import load_settings
+
+AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """What a run of that precision computes its model and head in; fp32: nothing changes."""
+    return torch.autocast(device.type, AUTOCAST_TYPES[precision], enabled=precision != "fp32")
+
+
+def load_run(folder: Path, device: torch.device) -> ModelWithHead:
+    """The trained model of a finished run, ready to use. Raises UserError for a folder that is not one."""
+    settings = load_settings(folder)
+    vocabulary_size = weights_metadata(folder).get("vocabulary_size", "")
+    if not vocabulary_size.isdecimal():
+        raise UserError(f"{folder} holds weights without their vocabulary size: train it again with this version")
+    model = build_model(settings.model, settings.head, int(vocabulary_size), embedding=settings.embedding)
+    model.settle()
+    load_weights(folder, model)
+    return model.to(device).eval()
+
+
+@torch.inference_mode()
+def validation_losses(folder: Path, corpus: Corpus, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(negative log likelihood in nats [targets] float64, token [targets]) of every validation target of a finished
+    run, in the order and at the positions of its own evaluation, in its precision; on the CPU. Raises UserError for a
+    folder that is not a run."""
+    settings = load_settings(folder)
+    model = load_run(folder, device)
+    plan = BatchPlan(settings.sequence_length, settings.evaluation_batch_size, seed=0)
+    losses, tokens = [], []
+    for inputs, targets in corpus.batches("valid", plan).evaluation_batches():
+        counted = targets.flatten() != IGNORE_INDEX
+        tokens.append(targets.flatten()[counted])
+        with autocast(device, settings.precision):
+            hidden = model.backbone(inputs.to(device)).flatten(0, 1)[counted.to(device)]
+            losses.append(-model.head.target_log_prob(hidden, tokens[-1].to(device)).double().cpu())
+    return torch.cat(losses), torch.cat(tokens)
+
+
+def begin_compressed(model: ModelWithHead, settings: EmbeddingSettings) -> dict[str, float]:
+    """Make ``model`` the finished run in ``settings.compressed_from`` with its embedding compressed; what that lost,
+    as a column of the result row. {} where the settings name no run. Raises UserError where that run does not fit."""
+    if settings.compressed_from is None:
+        return {}
+    finished = load_run(Path(settings.compressed_from), torch.device("cpu"))
+    return {"embedding_relative_error": model.take_over(finished, settings)}

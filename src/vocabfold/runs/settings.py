@@ -1,0 +1,223 @@
+"""The typed settings of one training run, checked before anything is loaded. conf/ holds every default."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vocabfold.embeddings import EmbeddingSettings
+from vocabfold.errors import UserError
+from vocabfold.heads import HeadSettings
+from vocabfold.heads.build import EXTRAS
+from vocabfold.models.build import ModelSettings
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[3] / "conf"
+# What does not change a run's result does not change its name either.
+NAMELESS_KEYS = ("run_dir", "wandb", "hydra")
+DENSE_EMBEDDING = {"name": "dense", "compressed_from": None}
+NAMELESS_DATA_KEYS = ("cache_dir", "workers", "store")
+
+
+@dataclass
+class OptimizerSettings:
+    """Adam or AdamW; ``learning_rate`` rises over ``warmup_steps``, then stays or falls as a cosine to
+    ``final_fraction`` of itself; gradients are clipped to norm ``gradient_clip`` (None: not at all)."""
+
+    name: str = MISSING
+    learning_rate: float = MISSING
+    betas: list[float] = MISSING
+    weight_decay: float = MISSING
+    gradient_clip: float | None = None
+    schedule: str = MISSING
+    warmup_steps: int = MISSING
+    final_fraction: float = MISSING
+
+
+@dataclass
+class BudgetSettings:
+    """Where training ends: at the first of these that is reached; None does not limit."""
+
+    epochs: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class WandbSettings:
+    """How metrics are mirrored to Weights & Biases: offline, online or disabled."""
+
+    mode: str = MISSING
+    project: str = MISSING
+    entity: str | None = None
+
+
+@dataclass
+class Settings:
+    """One training run. conf/train.yaml says what each key means."""
+
+    scale: str = MISSING
+    experiment: str = MISSING
+    contender: str | None = None
+    seed: int = MISSING
+    run_dir: str = MISSING
+    data: dict[str, Any] = MISSING
+    development_share: float = MISSING
+    model: ModelSettings = field(default_factory=ModelSettings)
+    head: HeadSettings = field(default_factory=HeadSettings)
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    sequence_length: int = MISSING
+    batch_size: int = MISSING
+    gradient_accumulation: int = MISSING
+    evaluation_batch_size: int = MISSING
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    evaluate_every: int | None = None
+    log_every: int = MISSING
+    checkpoint_every: int | None = None
+    device: str = MISSING
+    precision: str = MISSING
+    compile: bool = MISSING
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+
+    def check(self) -> None:
+        """Raise UserError for the first setting that no run can have."""
+        for name in ("sequence_length", "batch_size", "gradient_accumulation", "evaluation_batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: choose at least 1")
+        if not 0 <= self.development_share < 1:
+            raise UserError(f"development_share is {self.development_share}: choose 0 (none) or more, less than 1")
+        for name in ("evaluate_every", "checkpoint_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: choose at least 1, or null for only at the end")
+        limits = {key: value for key, value in vars(self.budget).items() if value is not None}
+        if not limits:
+            raise UserError("training has no end: set budget.epochs, budget.steps, budget.tokens or budget.seconds")
+        for key, value in limits.items():
+            # A compressed model may be used as it is, without a step of training.
+            if value < 0 or (value == 0 and self.embedding.compressed_from is None):
+                raise UserError(f"budget.{key} is {value}: choose more than 0")
+        if self.model.max_positions < self.sequence_length:
+            raise UserError(
+                f"model.max_positions {self.model.max_positions} is less than sequence_length {self.sequence_length}: "
+                "raise the first or lower the second"
+            )
+        if self.data.get("image_size") != self.model.image_size:
+            raise UserError("pictures and their network need each other: use model=cnn with data=shapes, or neither")
+        if not self.optimizer.learning_rate > 0:
+            raise UserError(f"optimizer.learning_rate is {self.optimizer.learning_rate}: choose more than 0")
+        if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise UserError(
+                f"optimizer.betas is {self.optimizer.betas}: choose two numbers, at least 0 and less than 1"
+            )
+        if self.optimizer.gradient_clip is not None and not self.optimizer.gradient_clip > 0:
+            raise UserError(f"optimizer.gradient_clip is {self.optimizer.gradient_clip}: choose more than 0, or null")
+        for name in ("weight_decay", "warmup_steps", "final_fraction"):
+            if not getattr(self.optimizer, name) >= 0:
+                raise UserError(f"optimizer.{name} is {getattr(self.optimizer, name)}: choose 0 or more")
+        choose("optimizer.name", self.optimizer.name, ("adam", "adamw"))
+        choose("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine"))
+        choose("precision", self.precision, ("fp32", "bf16", "fp16"))
+        choose("wandb.mode", self.wandb.mode, ("offline", "online", "disabled"))
+
+    def total_steps(self, batches_per_epoch: int, targets_per_batch: int) -> int | None:
+        """Optimizer steps until the first budget of epochs, steps or tokens is used up; None if only time ends it."""
+        limits = []
+        if self.budget.steps is not None:
+            limits.append(self.budget.steps)
+        if self.budget.epochs is not None:
+            limits.append(int(self.budget.epochs * batches_per_epoch / self.gradient_accumulation))
+        if self.budget.tokens is not None:
+            limits.append(math.ceil(self.budget.tokens / (targets_per_batch * self.gradient_accumulation)))
+        if not limits:
+            return None
+        # A finished model with its embedding compressed may be wanted as it is.
+        return 0 if min(limits) == 0 and self.embedding.compressed_from else max(1, min(limits))
+
+
+def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UserError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def settings_from(config: DictConfig) -> Settings:
+    """Check keys and types, then the values. Raises UserError or an OmegaConf error with a one-line message."""
+    plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), plain))
+    assert isinstance(settings, Settings)
+    settings.check()
+    return settings
+
+
+def load_settings(run_folder: Path) -> Settings:
+    """The settings of a run from its config.yaml (plain YAML: nothing in it is executed). Raises UserError."""
+    path = run_folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_folder} holds no config.yaml: name the folder of a training run")
+    try:
+        config = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: delete the run folder and train again") from error
+    try:
+        return settings_from(config)
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is of another version ({reason}): delete the run folder and train again") from error
+
+
+def run_name(_root_: DictConfig) -> str:
+    """A run's folder name: what it is, for a person, and a hash of its whole configuration, for the program.
+
+    The same command finds the same folder again, and so continues or skips; any other setting gets another folder.
+    """
+    config = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in NAMELESS_KEYS])
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    for key in NAMELESS_DATA_KEYS:
+        plain["data"].pop(key, None)
+    for key in EXTRAS:
+        if not plain["head"].get(key):
+            plain["head"].pop(key, None)
+    embedding = plain.pop("embedding", None) or DENSE_EMBEDDING
+    if embedding != DENSE_EMBEDDING:  # plain ones keep the name they had before there was a choice
+        plain["embedding"] = embedding
+    digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
+    partition = plain["head"].get("partition")
+    size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""
+    head = plain["contender"] or f"{plain['head']['name']}{size}"
+    kind = "" if embedding["name"] == "dense" else f"-{embedding['name']}"
+    taken = "-compressed" if embedding.get("compressed_from") else ""
+    return f"{plain['model']['name']}-{head}{kind}{taken}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
+
+
+def chosen_learning_rate(scale: str, contender: str) -> float:
+    """The learning rate with which ``contender`` did best in results/SCALE/learning_rates.csv, which is evaluated on
+    held-out training documents. Raises UserError where that table does not have it."""
+    from vocabfold.runs.record import read_table  # which needs the settings above
+
+    rates = read_table("learning_rates", scale)
+    rates = rates[rates["contender"] == contender]
+    if rates.empty:
+        raise UserError(
+            f"results/{scale}/learning_rates.csv has no {contender}: run `make everything SCALE={scale}`, "
+            "or set optimizer.learning_rate"
+        )
+    means = rates.groupby("learning_rate", as_index=False)["validation_loss_nats"].mean()
+    return float(means.loc[means["validation_loss_nats"].idxmin(), "learning_rate"])
+
+
+def model_has_tokens(_root_: DictConfig) -> bool:
+    """Whether the model reads tokens, through an embedding whose rows a head may share, and no pictures."""
+    return "image_size" not in _root_.model
+
+
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("chosen_learning_rate", chosen_learning_rate, replace=True)
+OmegaConf.register_new_resolver("model_has_tokens", model_has_tokens, replace=True)
