@@ -35,6 +35,7 @@ from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
 from vocabfold.heads.build import describe_head, token_order
+from vocabfold.heads.orders import token_counts
 from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
@@ -58,7 +59,8 @@ class Trainer:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
         torch.manual_seed(settings.seed)
         order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
-        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding)
+        counts = token_counts(corpus.targets, corpus.vocabulary_size) if settings.head.count_biases else None
+        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding, counts)
         self.measured: dict[str, float] = begin_compressed(built, settings.embedding)
         self.model: ModelWithHead = built.to(device)
         self.kinds = describe_head(settings.head, built.head) | describe_embedding(settings.embedding, built.embedding)

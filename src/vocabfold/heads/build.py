@@ -15,6 +15,7 @@ from vocabfold.errors import UserError
 from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
 from vocabfold.heads.chunked import ChunkedHead
+from vocabfold.heads.conditioned import ConditionedLinearScorer
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.fused import FusedHead
@@ -53,7 +54,9 @@ class PartitionSettings:
 @dataclass
 class HeadSettings:
     """One node of conf/head. ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the
-    logits; each is for every head that does not refuse it, and 0 or None is off.
+    logits; each is for every head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
+    folded heads biases that start from the tokens' counts in the training stream. ``condition_width`` is that of
+    linear_conditioned (None: see conditioned.default_width).
 
     ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head, ``chunk_rows`` the
     chunked, ``cutoffs`` and ``div_value`` the adaptive and ``kernel`` the fused one; the others leave them unread.
@@ -72,19 +75,26 @@ class HeadSettings:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None
+    count_biases: bool = False
+    condition_width: int | None = None
 
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
 
 
 def build_head(
-    settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None = None
+    settings: HeadSettings,
+    vocabulary_size: int,
+    embedding: nn.Embedding,
+    order: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Head:
     """The head that ``settings`` names; a tied head lends the rows of ``embedding`` [V, D].
 
     ``order`` [V], the token at each position of a partition, comes from ``token_order``; None stands in with token
-    order, as for a head whose weights, and with them its order, are loaded next. Raises UserError for a name or
-    setting that no head has.
+    order, as for a head whose weights, and with them its order, are loaded next. ``counts`` [V] of the tokens in the
+    training stream start the biases that ``settings.count_biases`` asks for; None leaves them at 0, to be loaded.
+    Raises UserError for a name or setting that no head has.
     """
     if settings.name not in BUILDERS:
         raise UserError(f"head.name is {settings.name!r}: choose one of {', '.join(BUILDERS)}")
@@ -94,6 +104,8 @@ def build_head(
         )
     head = BUILDERS[settings.name](settings, vocabulary_size, embedding, order)
     head.training_options = LossOptions(settings.label_smoothing, settings.z_loss)
+    if settings.count_biases and counts is not None:
+        head.start_from_counts(counts)
     return head
 
 
@@ -164,7 +176,9 @@ def _check_order(partition: PartitionSettings) -> None:
 
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
-    return FullHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap)
+    return FullHead(
+        embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap, settings.count_biases
+    )
 
 
 def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
@@ -199,7 +213,9 @@ def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
     if settings.scorer not in SCORERS:
         raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
     scorer = SCORERS[settings.scorer](settings, partition, embedding)
-    return FoldedHead(embedding.embedding_dim, partition, scorer, settings.init_std, settings.softcap)
+    return FoldedHead(
+        embedding.embedding_dim, partition, scorer, settings.init_std, settings.softcap, settings.count_biases
+    )
 
 
 def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Parameter | None:
@@ -235,6 +251,13 @@ def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
     return build
 
 
+def _conditioned(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
+    weight = _tied_weight(settings, embedding)
+    return ConditionedLinearScorer(
+        embedding.embedding_dim, partition, settings.condition_width, weight, settings.init_std
+    )
+
+
 def _refuse_tied(settings: HeadSettings) -> None:
     if settings.tied:
         raise UserError(
@@ -256,6 +279,7 @@ SCORERS: dict[str, ScorerBuilder] = {
     "scale_shift_sorted": _scale_shift(SortedScaleShiftScorer),
     "linear_looped": _linear(LoopedLinearScorer),
     "linear_sorted": _linear(SortedLinearScorer),
+    "linear_conditioned": _conditioned,
     "low_rank": _low_rank(LowRankScorer),
     "low_rank_sorted": _low_rank(SortedLowRankScorer),
 }
