@@ -27,15 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from vocabfold.command_line import INTERRUPTED_STATUS, Interrupted, exit_with, one_line_errors
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_data
 from vocabfold.data.shapes import Shapes
 from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
-from vocabfold.heads.build import describe_head, token_order
-from vocabfold.heads.orders import token_counts
+from vocabfold.heads.describe import describe_head
 from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
@@ -50,6 +48,8 @@ from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 from vocabfold.runs.stopping import stop_requests
+from vocabfold.runs.token_order import token_order
+from vocabfold.tokens import IGNORE_INDEX, token_counts
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax, smoothed_log_frequency
 from vocabfold.heads.loss_options import check_softcap, in_row_chunks, rowwise_product, soft_cap
+from vocabfold.tokens import IGNORE_INDEX
 
 
 class FullHead(Head):
@@ -86,9 +86,6 @@ class FullHead(Head):
         # The mean of all logits is the logit of the mean row.
         mean_bias = 0.0 if self.bias is None else self.bias.mean()
         return rowwise_product(hidden, self.weight.mean(dim=0)) + mean_bias - normalisers[0]
-
-    def _probability(self, hidden: Tensor) -> Tensor:
-        return self.logits(hidden).softmax(dim=-1)  # a pass over [N, V] less than exp(log_prob)
 
 
 class LeanFullHead(FullHead):
