@@ -90,9 +90,9 @@ def torch_version() -> str:
     return str(torch.__version__)
 
 
-def origin(program: str) -> dict[str, str]:
-    """The columns that end a table's rows: where and with which code ``program``, called as it was, measured them."""
-    command = " ".join(["python", "-m", "experiments", program, *sys.argv[1:]])
+def origin(experiment: str) -> dict[str, str]:
+    """The columns that end a table's rows: where and with which code ``experiment`` measured them."""
+    command = " ".join(["python", "-m", "experiments", experiment, *sys.argv[1:]])
     return {"hardware": hardware(), "torch": torch_version(), "commit": code_commit(), "command": command}
 
 

@@ -75,7 +75,9 @@ class Trainer:
         built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding, counts)
         self.measured: dict[str, float] = begin_compressed(built, settings.embedding)
         self.model: ModelWithHead = built.to(device)
-        self.kinds = describe_head(settings.head, built.head) | describe_embedding(settings.embedding, built.embedding)
+        self.description = describe_head(settings.head, built.head) | describe_embedding(
+            settings.embedding, built.embedding
+        )
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         plan = BatchPlan(settings.sequence_length, settings.batch_size, settings.seed, ranks.rank, ranks.world_size)
@@ -260,7 +262,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
         if ranks.first_decides(finished_row(folder) is not None, device):  # by another process, just now
             return train(settings, command)
         trainer.begin()
-        tagged = {"corpus": corpus.name, "contender": settings.contender, **trainer.kinds}
+        tagged = {"corpus": corpus.name, "contender": settings.contender, **trainer.description}
         record = RunRecord(folder, settings, trainer.step, tagged) if ranks.is_first else None
         try:
             final = run(trainer, record)
@@ -269,7 +271,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
                 record.fail()
             raise
         row = result_row(trainer, final, command)
-        trainer.model.settle()
+        trainer.model.prepare_for_inference()
         if record is not None:
             save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
             record.finish(row)

@@ -2,7 +2,7 @@
 
 from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head, HeadLoss
-from vocabfold.heads.build import build_head
+from vocabfold.heads.build import build_head, folded_head
 from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.conditioned import ConditionedLinearScorer
 from vocabfold.heads.folded import FoldedHead
@@ -37,4 +37,5 @@ __all__ = [
     "TokenScorer",
     "build_head",
     "equal_partition",
+    "folded_head",
 ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vocabfold.errors import UserError
@@ -18,9 +21,11 @@ from vocabfold.heads.fused import FusedHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
 from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
-from vocabfold.heads.partition import Partition, equal_partition
+from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, frequency_order, random_order
+from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
 from vocabfold.heads.settings import ORDERS, HeadSettings, PartitionSettings
+from vocabfold.tokens import TokenStream, token_counts
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
 
@@ -34,7 +39,7 @@ def build_head(
 ) -> Head:
     """The head that ``settings`` names; a tied head lends the rows of ``embedding`` [V, D].
 
-    ``order`` [V], the token at each position of a partition, comes from ``runs.token_order``; None stands in with token
+    ``order`` [V], the token at each position of a partition, comes from ``vocabulary_order``; None stands in with token
     order, as for a head whose weights, and with them its order, are loaded next. ``counts`` [V] of the tokens in the
     training stream start the biases that ``settings.count_biases`` asks for; None leaves them at 0, to be loaded.
     Raises UserError for a name or setting that no head has.
@@ -63,6 +68,55 @@ def wanted_order(settings: HeadSettings) -> str | None:
         return None
     _check_order(settings.partition)
     return settings.partition.order
+
+
+def vocabulary_order(
+    settings: HeadSettings, vocabulary_size: int, tokens: TokenStream, embedding: Tensor | None = None
+) -> Tensor | None:
+    """The order [V] that ``settings`` ask for, counted on the training stream ``tokens`` where it depends on it; None
+    for a head without a partition. ``embedding`` [V, D'] is clustered in place of the tokens' neighbours in the stream.
+    Raises UserError for an order or sizes that no partition has."""
+    partition, order = settings.partition, wanted_order(settings)
+    if order is None:
+        return None
+    if order == "bpe":
+        return torch.arange(vocabulary_size)
+    if order == "random":
+        return random_order(vocabulary_size, partition.seed)
+    counts = token_counts(tokens, vocabulary_size)
+    if order == "frequency":
+        return frequency_order(counts)
+    boundaries = equal_boundaries(vocabulary_size, partition.group_size, partition.shortlist)
+    if embedding is None:
+        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
+    return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
+
+
+def folded_head(
+    hidden_size: int,
+    vocabulary_size: int,
+    tokens: TokenStream | None = None,
+    *,
+    tied_weight: nn.Parameter | None = None,
+    group_size: int | None = None,
+    shortlist: int = 0,
+) -> FoldedHead:
+    """A folded head for a model of your own, where it had ``nn.Linear(hidden_size, vocabulary_size, bias=False)``: one
+    linear layer for each group of tokens, initialised as torch's own.
+
+    ``tokens``, ids of the training text: tokens with the same neighbours share a group; without them, tokens that
+    follow each other, which costs quality. ``tied_weight`` [V, D] lends the tokens' rows. ``group_size`` (None: about
+    sqrt V) and ``shortlist``, how many of the most frequent tokens have a group to themselves: see ``equal_partition``.
+    Raises UserError for sizes that no partition has.
+    """
+    if tokens is None and shortlist:
+        raise UserError("a shortlist holds the most frequent tokens: give the tokens of the training text too")
+    partition = PartitionSettings("bpe" if tokens is None else "clustered", group_size, shortlist)
+    settings = HeadSettings(name="grouped", partition=partition)
+    order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
+    groups = equal_partition(vocabulary_size, group_size, order, shortlist)
+    std = 1 / math.sqrt(3 * hidden_size)
+    return FoldedHead(hidden_size, groups, SortedLinearScorer(hidden_size, groups, tied_weight, std), std)
 
 
 def _check_order(partition: PartitionSettings) -> None:
@@ -101,7 +155,7 @@ def _build_adaptive(
     )
 
 
-def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
+def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
     _check_order(settings.partition)
     partition = equal_partition(
         vocabulary_size, settings.partition.group_size, order, shortlist=settings.partition.shortlist
@@ -163,7 +217,7 @@ def _refuse_tied(settings: HeadSettings) -> None:
 
 BUILDERS = {
     "full": _build_full,
-    "grouped": _build_grouped,
+    "grouped": _build_folded,
     "chunked": _build_chunked,
     "adaptive": _build_adaptive,
     "fused": _build_fused,

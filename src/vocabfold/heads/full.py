@@ -16,8 +16,8 @@ from vocabfold.tokens import IGNORE_INDEX
 class FullHead(Head):
     """P(v|h) = softmax(W h)_v with W [V, D]: the input embedding's rows (``tied_weight``) or rows of its own.
 
-    Free rows start as normal(0, ``init_std``); tied rows stay as the embedding has them. ``with_bias`` adds a bias [V],
-    0 at first: see ``start_from_counts``. With a ``softcap`` the logits are cap * tanh((W h + b) / cap). Raises
+    Untied rows start as normal(0, ``init_std``); tied rows stay as the embedding has them. ``with_bias`` adds a bias
+    [V], 0 at first: see ``start_from_counts``. With a ``softcap`` the logits are cap * tanh((W h + b) / cap). Raises
     UserError for a softcap that is not positive.
     """
 

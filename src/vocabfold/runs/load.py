@@ -33,7 +33,7 @@ def load_run(folder: Path, device: torch.device) -> ModelWithHead:
     if not vocabulary_size.isdecimal():
         raise UserError(f"{folder} holds weights without their vocabulary size: train it again with this version")
     model = build_model(settings.model, settings.head, int(vocabulary_size), embedding=settings.embedding)
-    model.settle()
+    model.prepare_for_inference()
     load_weights(folder, model)
     return model.to(device).eval()
 

@@ -5,38 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors
-import torch
 from torch import Tensor
 
 from vocabfold.errors import UserError
-from vocabfold.heads.build import wanted_order
-from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, frequency_order, random_order
-from vocabfold.heads.partition import equal_boundaries
+from vocabfold.heads.build import vocabulary_order, wanted_order
 from vocabfold.heads.settings import HeadSettings
 from vocabfold.runs.checkpoint import WEIGHTS_NAME
-from vocabfold.tokens import TokenStream, token_counts
+from vocabfold.tokens import TokenStream
 
 
 def token_order(settings: HeadSettings, vocabulary_size: int, tokens: TokenStream) -> Tensor | None:
-    """The order [V] that ``settings`` ask for, counted on the training stream ``tokens`` where it depends on it; None
-    for a head without a partition. Raises UserError for an order or sizes that no partition has, or where the run to
-    cluster from cannot be read."""
-    partition, order = settings.partition, wanted_order(settings)
-    if order is None:
-        return None
-    if order == "bpe":
-        return torch.arange(vocabulary_size)
-    if order == "random":
-        return random_order(vocabulary_size, partition.seed)
-    counts = token_counts(tokens, vocabulary_size)
-    if order == "frequency":
-        return frequency_order(counts)
-    boundaries = equal_boundaries(vocabulary_size, partition.group_size, partition.shortlist)
-    if partition.clustered_from is None:
-        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
-    else:
-        embedding = saved_embedding(Path(partition.clustered_from), vocabulary_size)
-    return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
+    """``vocabulary_order``, clustered by the run that the settings name where they name one. Raises UserError where
+    that run cannot be read too."""
+    source, embedding = settings.partition.clustered_from, None
+    if wanted_order(settings) == "clustered" and source is not None:
+        embedding = saved_embedding(Path(source), vocabulary_size)
+    return vocabulary_order(settings, vocabulary_size, tokens, embedding)
 
 
 def saved_embedding(folder: Path, vocabulary_size: int) -> Tensor:
