@@ -44,6 +44,10 @@ class SegmentCoder(ABC):
             raise DamagedStream(f"the coder {cls.name} has no model, but {len(data)} bytes of one are there")
         return cls(vocabulary_size)
 
+    def working_bytes(self, num_tokens: int) -> int:
+        """Memory of decoding a segment of ``num_tokens``, beside the tokens; 0 where it is of no account."""
+        return 0
+
     @abstractmethod
     def encode(self, tokens: np.ndarray) -> Coded:
         """``tokens`` [segments, n] of the fitted stream."""
