@@ -165,10 +165,11 @@ class RunRecord:
 
 
 def job_type_of(settings: Settings) -> str:
-    """``train``; with the compressed embedding of a finished run ``recover`` if it is trained on, else ``measure``."""
-    if settings.embedding.compressed_from is None:
-        return "train"
-    return "measure" if settings.budget.tokens == 0 else "recover"
+    """``train``; of a run made from a finished one ``fold``, or with its embedding compressed ``recover`` if it is
+    trained on, else ``measure``."""
+    if settings.start.type == "compress":
+        return "measure" if settings.budget.tokens == 0 else "recover"
+    return "train" if settings.start.type == "none" else settings.start.type
 
 
 def tags_of(row: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ MOST_SEED = 2**63 - 1
 CONFIG_FOLDER = Path(__file__).resolve().parents[3] / "conf"
 # What does not change a run's result does not change its name either.
 NAMELESS_KEYS = ("run_dir", "wandb", "hydra", "checkpoint_minutes")
-DENSE_EMBEDDING = {"name": "dense", "compressed_from": None}
+DENSE_EMBEDDING = {"name": "dense"}
 NAMELESS_DATA_KEYS = ("cache_dir", "workers", "store")
 
 
@@ -55,6 +55,16 @@ class BudgetSettings:
 
 
 @dataclass
+class StartSettings:
+    """What a run starts from: ``type`` none (fresh weights), fold or compress, and for these ``run``, the folder of a
+    finished run. ``share``: for how much of that run's tokens a compressed one is trained on."""
+
+    type: str = "none"
+    run: str | None = field(default=None, metadata={"folder": True})
+    share: float = 0.0
+
+
+@dataclass
 class WandbSettings:
     """How metrics are mirrored to Weights & Biases: offline, online or disabled."""
 
@@ -77,6 +87,7 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    start: StartSettings = field(default_factory=StartSettings)
     sequence_length: int = MISSING
     batch_size: int = MISSING
     gradient_accumulation: int = MISSING
@@ -113,8 +124,8 @@ class Settings:
         if not limits:
             raise UserError("training has no end: set budget.epochs, budget.steps, budget.tokens or budget.seconds")
         for key, value in limits.items():
-            # A compressed model may be used as it is, without a step of training.
-            if value < 0 or (value == 0 and self.embedding.compressed_from is None):
+            # A run made from a finished one may be wanted as it is, without a step of training.
+            if value < 0 or (value == 0 and self.start.type == "none"):
                 raise UserError(f"budget.{key} is {value}: choose more than 0")
         if self.model.max_positions < self.sequence_length:
             raise UserError(
@@ -134,6 +145,11 @@ class Settings:
         for name in ("weight_decay", "warmup_steps", "final_fraction"):
             if not getattr(self.optimizer, name) >= 0:
                 raise UserError(f"optimizer.{name} is {getattr(self.optimizer, name)}: choose 0 or more")
+        choose("start.type", self.start.type, ("none", "fold", "compress"))
+        if (self.start.type == "none") != (self.start.run is None):
+            raise UserError("start=fold and start=compress begin from a finished run: set start.run=FOLDER with them")
+        if not 0 <= self.start.share <= 1:
+            raise UserError(f"start.share is {self.start.share}: choose a number from 0 to 1")
         choose("optimizer.name", self.optimizer.name, ("adam", "adamw"))
         choose("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine"))
         choose("precision", self.precision, ("fp32", "bf16", "fp16"))
@@ -150,8 +166,7 @@ class Settings:
             limits.append(math.ceil(self.budget.tokens / (targets_per_batch * self.gradient_accumulation)))
         if not limits:
             return None
-        # A finished model with its embedding compressed may be wanted as it is.
-        return 0 if min(limits) == 0 and self.embedding.compressed_from else max(1, min(limits))
+        return 0 if min(limits) == 0 and self.start.type != "none" else max(1, min(limits))
 
 
 def refuse_infinite(key: str, value: Any) -> None:
@@ -209,12 +224,15 @@ def run_name(_root_: DictConfig) -> str:
     embedding = plain.pop("embedding", None) or DENSE_EMBEDDING
     if embedding != DENSE_EMBEDDING:  # plain ones keep the name they had before there was a choice
         plain["embedding"] = embedding
-    digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
     partition = plain["head"].get("partition")
     size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""
     head = plain["contender"] or f"{plain['head']['name']}{size}"
     kind = "" if embedding["name"] == "dense" else f"-{embedding['name']}"
-    taken = "-compressed" if embedding.get("compressed_from") else ""
+    start = plain.get("start", {}).get("type", "none")
+    if start == "none":
+        plain.pop("start", None)
+    digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
+    taken = "" if start == "none" else f"-{start}"
     return f"{plain['model']['name']}-{head}{kind}{taken}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
 
 
