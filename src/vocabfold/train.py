@@ -44,7 +44,7 @@ from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.runs.folder import occupied
-from vocabfold.runs.jobs import as_user_error, in_order, outcome, tell_failed_job
+from vocabfold.runs.jobs import as_user_error, check_options, in_order, outcome, tell_failed_job
 from vocabfold.runs.load import autocast, begin_compressed
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
@@ -385,6 +385,7 @@ def main() -> None:
     if not CONFIG_FOLDER.is_dir():
         raise UserError(f"{CONFIG_FOLDER} is missing: run from a checkout installed with `pip install -e .`")
     sys.argv[1:] = in_order(sys.argv[1:])
+    check_options(sys.argv[1:])
     # Without this Hydra prints a traceback's tail of its own; with it errors arrive here and become one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -106,6 +106,7 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
     tokenizer = load_tokenizer(_required(data, "tokenizer"))
     # both are looked at before either is tokenised: a missing validation file must not cost an hour first
     described = {split: sources[name](data, split) for split in SPLITS}
+    workers = _workers(data)
     _warn_of_shared_files(*(identity.get("files", ()) for identity, _ in described.values()))
     files = {}
     for split, (identity, documents) in described.items():
@@ -113,7 +114,7 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
         def build(
             folder: Path, key: dict[str, Any], split: str = split, documents: Callable[[], Iterable[str]] = documents
         ) -> TokenFile:
-            return build_token_file(folder, documents(), tokenizer, _workers(data), f"tokenising {name} {split}", key)
+            return build_token_file(folder, documents(), tokenizer, workers, f"tokenising {name} {split}", key)
 
         key = {"source": identity, "tokenizer": tokenizer.name} | _store(data)
         files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"{name}-{split}", key, build)
