@@ -209,8 +209,7 @@ class Head(nn.Module, ABC):
         return self.log_prob(hidden).exp()
 
     def described(self, settings: HeadSettings) -> dict[str, Any]:
-        """Which head of its kind this is, made from ``settings``, as columns of a result row. Runs that differ must
-        differ in these columns: a table keeps one row of each combination."""
+        """Which head of its kind this is, made from ``settings``, as columns of a result row."""
         return {}
 
     def visits(self) -> Visits | None:

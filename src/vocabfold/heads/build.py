@@ -48,12 +48,13 @@ class PartitionSettings:
     group_size: int | None = None
     shortlist: int = 0
     seed: int = 0
-    clustered_from: str | None = None
+    clustered_from: str | None = field(default=None, metadata={"folder": True})
 
 
 @dataclass
 class HeadSettings:
-    """One node of conf/head. ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the
+    """One node of conf/head. ``type``, one of BUILDERS, is the class that builds it; ``name`` is what it is called, and
+    decides nothing. ``init_std`` None: that of torch's own Linear, see ``initial_std``. ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the
     logits; each is for every head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
     folded heads biases that start from the tokens' counts in the training stream. ``condition_width`` is that of
     linear_conditioned (None: see conditioned.default_width).
@@ -63,8 +64,9 @@ class HeadSettings:
     """
 
     name: str = "full"
+    type: str = "full"
     tied: bool = True
-    init_std: float = 0.02
+    init_std: float | None = 0.02
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     scorer: str = "scale_shift"
     rank: int = 4
@@ -96,13 +98,13 @@ def build_head(
     training stream start the biases that ``settings.count_biases`` asks for; None leaves them at 0, to be loaded.
     Raises UserError for a name or setting that no head has.
     """
-    if settings.name not in BUILDERS:
-        raise UserError(f"head.name is {settings.name!r}: choose one of {', '.join(BUILDERS)}")
+    if settings.type not in BUILDERS:
+        raise UserError(f"head.type is {settings.type!r}: choose one of {', '.join(BUILDERS)}")
     if settings.tied and embedding.num_embeddings != vocabulary_size:
         raise UserError(
             f"the embedding has {embedding.num_embeddings} rows for {vocabulary_size} tokens: use head.tied=false"
         )
-    head = BUILDERS[settings.name](settings, vocabulary_size, embedding, order)
+    head = BUILDERS[settings.type](settings, vocabulary_size, embedding, order)
     head.training_options = LossOptions(settings.label_smoothing, settings.z_loss)
     if settings.count_biases and counts is not None:
         head.start_from_counts(counts)
@@ -114,9 +116,9 @@ def token_order(settings: HeadSettings, vocabulary_size: int, tokens: TokenStrea
     for a head without a partition. Raises UserError for an order or sizes that no partition has, or where the run to
     cluster from cannot be read."""
     partition = settings.partition
-    if settings.name == "adaptive":
+    if settings.type == "adaptive":
         return frequency_order(token_counts(tokens, vocabulary_size))
-    if settings.name != "grouped":
+    if settings.type != "folded":
         return None
     _check_order(partition)
     if partition.order == "bpe":
@@ -138,10 +140,13 @@ def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
     """The columns of a result row that say which head was trained (empty where a head has no such thing)."""
     row: dict[str, Any] = {"head": settings.name, "tied": settings.tied}
     row |= head.described(settings)
-    extras = [f"{name}{value:g}" for name in EXTRAS if (value := getattr(settings, name))]
-    if extras:
-        row["scorer"] = "_".join(filter(None, [row.get("scorer"), *extras]))
-    return row
+    return row | {name: value for name in EXTRAS if (value := getattr(settings, name))}
+
+
+def initial_std(settings: HeadSettings, hidden_size: int) -> float:
+    """The standard deviation that fresh rows of a head are drawn with: as set or, where none is, that of torch's own
+    Linear, 1 / sqrt(3 D), to one significant digit."""
+    return float(f"{(3 * hidden_size) ** -0.5:.1g}") if settings.init_std is None else settings.init_std
 
 
 def saved_embedding(folder: Path, vocabulary_size: int) -> Tensor:
@@ -177,7 +182,12 @@ def _check_order(partition: PartitionSettings) -> None:
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
     return FullHead(
-        embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap, settings.count_biases
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.count_biases,
     )
 
 
@@ -185,13 +195,24 @@ def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
     if settings.softcap is not None:
         raise UserError("head=chunked cannot cap its logits, which torch computes: use head=full, or head.softcap=null")
     weight = _tied_weight(settings, embedding)
-    return ChunkedHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.chunk_rows)
+    return ChunkedHead(
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.chunk_rows,
+    )
 
 
 def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
     return FusedHead(
-        embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap, settings.kernel
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.kernel,
     )
 
 
@@ -205,7 +226,7 @@ def _build_adaptive(
     )
 
 
-def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
+def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
     _check_order(settings.partition)
     partition = equal_partition(
         vocabulary_size, settings.partition.group_size, order, shortlist=settings.partition.shortlist
@@ -214,7 +235,12 @@ def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
         raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
     scorer = SCORERS[settings.scorer](settings, partition, embedding)
     return FoldedHead(
-        embedding.embedding_dim, partition, scorer, settings.init_std, settings.softcap, settings.count_biases
+        embedding.embedding_dim,
+        partition,
+        scorer,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.count_biases,
     )
 
 
@@ -231,7 +257,7 @@ def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Paramete
 def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
-        return kind(embedding.embedding_dim, partition, settings.init_std)
+        return kind(embedding.embedding_dim, partition, initial_std(settings, embedding.embedding_dim))
 
     return build
 
@@ -239,14 +265,19 @@ def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
 def _low_rank(kind: type[LowRankScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
-        return kind(embedding.embedding_dim, partition, settings.rank, settings.init_std)
+        return kind(embedding.embedding_dim, partition, settings.rank, initial_std(settings, embedding.embedding_dim))
 
     return build
 
 
 def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
-        return kind(embedding.embedding_dim, partition, _tied_weight(settings, embedding), settings.init_std)
+        return kind(
+            embedding.embedding_dim,
+            partition,
+            _tied_weight(settings, embedding),
+            initial_std(settings, embedding.embedding_dim),
+        )
 
     return build
 
@@ -254,7 +285,11 @@ def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
 def _conditioned(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
     weight = _tied_weight(settings, embedding)
     return ConditionedLinearScorer(
-        embedding.embedding_dim, partition, settings.condition_width, weight, settings.init_std
+        embedding.embedding_dim,
+        partition,
+        settings.condition_width,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
     )
 
 
@@ -267,7 +302,7 @@ def _refuse_tied(settings: HeadSettings) -> None:
 
 BUILDERS = {
     "full": _build_full,
-    "grouped": _build_grouped,
+    "folded": _build_folded,
     "chunked": _build_chunked,
     "adaptive": _build_adaptive,
     "fused": _build_fused,

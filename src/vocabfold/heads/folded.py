@@ -172,12 +172,15 @@ class FoldedHead(Head):
     def described(self, settings: HeadSettings) -> dict[str, Any]:
         """See Head.described."""
         order = settings.partition.order
-        rank = f"_rank{settings.rank}" if settings.scorer.startswith("low_rank") else ""
-        seed = f"_seed{settings.partition.seed}" if order == "random" and settings.partition.seed else ""
-        source = "_run" if order == "clustered" and settings.partition.clustered_from else ""
+        own: dict[str, Any] = {"head_rank": settings.rank} if settings.scorer.startswith("low_rank") else {}
+        if order == "random":
+            own["partition_seed"] = settings.partition.seed
+        if order == "clustered" and settings.partition.clustered_from:
+            own["clustered_from"] = settings.partition.clustered_from
         return {
-            "scorer": settings.scorer + rank,
-            "partition_order": order + seed + source,
+            **own,
+            "scorer": settings.scorer,
+            "partition_order": order,
             "group_size": self.partition.num_slots,
             "num_groups": self.partition.num_groups,
             "shortlist": settings.partition.shortlist,
