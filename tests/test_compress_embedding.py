@@ -24,7 +24,7 @@ FORMS = {
     "tt_matrix": [],
 }
 COMPRESS = ["start=compress", "start.run=plain", "wandb.mode=disabled", "device=cpu"]
-UNTIED = ["head=grouped", "budget.steps=4"]
+UNTIED = ["head=paper", "budget.steps=4"]
 
 
 @pytest.fixture(scope="module")

@@ -248,7 +248,7 @@ def test_a_distillation_that_was_killed_goes_on_to_the_same_loss(run: Path, monk
         (["head.partition.order=alphabetical"], "order is 'alphabetical'"),
         (["head.partition.group_size=99999"], "group_size is 99999"),
         (["head.partition.shortlist=50257"], "shortlist is 50257"),
-        (["head.scorer=scale_shift"], "keeps the run's rows"),
+        (["head=paper"], "keeps the run's rows"),
         (["head.label_smoothing=0.1"], "leave head.label_smoothing out"),
         (["seed=4"], "takes seed from teacher"),
         (["model.hidden_size=32"], "takes model from teacher"),

@@ -41,7 +41,8 @@ from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.runs.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.runs.folder import occupied
-from vocabfold.runs.jobs import as_user_error, in_order, outcome, tell_failed_job
+from vocabfold.runs.identity import identify, refuse_other_run
+from vocabfold.runs.jobs import as_user_error, check_options, in_order, outcome, tell_failed_job
 from vocabfold.runs.load import autocast
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
@@ -244,6 +245,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     A run that has finished is not trained again. Raises UserError for bad settings or data and where the loss
     stops being finite.
     """
+    identify(settings)
     folder = Path(settings.run_dir)
     if (row := finished_row(folder)) is not None:
         tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
@@ -259,9 +261,9 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     with occupied(folder) if ranks.is_first else contextlib.nullcontext():
         if ranks.first_decides(finished_row(folder) is not None, device):  # by another process, just now
             return train(settings, command)
+        refuse_other_run(settings)  # which another process may have begun in the meantime
         trainer.begin()
-        tagged = {"corpus": corpus.name, "contender": settings.contender, **trainer.description}
-        record = RunRecord(folder, settings, trainer.step, tagged) if ranks.is_first else None
+        record = RunRecord(folder, settings, trainer.step, trainer.description) if ranks.is_first else None
         try:
             final = run(trainer, record)
         except BaseException:
@@ -336,12 +338,12 @@ def not_finite(trainer: Trainer, loss: float) -> str:
 def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[str, Any]:
     """The run's line in the results table."""
     settings = trainer.settings
-    extras: dict[str, Any] = {"contender": settings.contender, "vocabulary_size": trainer.corpus.vocabulary_size}
+    extras: dict[str, Any] = {"vocabulary_size": trainer.corpus.vocabulary_size}
     extras |= {name: value for name, value in final.items() if name.startswith(("validation_", "excess_"))}
     return {
+        "run": settings.run,
         "experiment": settings.experiment,
-        "scale": settings.scale,
-        "corpus": trainer.corpus.name,
+        **trainer.corpus.described,
         "seed": settings.seed,
         "model": settings.model.name,
         "hidden_size": settings.model.hidden_size,
@@ -390,6 +392,7 @@ def main() -> None:
     if not CONFIG_FOLDER.is_dir():
         raise UserError(f"{CONFIG_FOLDER} is missing: run from a checkout installed with `pip install -e .`")
     sys.argv[1:] = in_order(sys.argv[1:])
+    check_options(sys.argv[1:])
     # Without this Hydra prints a traceback's tail of its own; with it errors arrive here and become one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,16 +16,13 @@ from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.files import read_yaml_mapping
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.settings import EXTRAS
 from vocabfold.models.build import ModelSettings
+from vocabfold.runs.tables import read_table
 
 # the largest seed that every generator of random numbers takes
 MOST_SEED = 2**63 - 1
 CONFIG_FOLDER = Path(__file__).resolve().parents[3] / "conf"
-# What does not change a run's result does not change its name either.
-NAMELESS_KEYS = ("run_dir", "wandb", "hydra", "checkpoint_minutes")
-DENSE_EMBEDDING = {"name": "dense"}
-NAMELESS_DATA_KEYS = ("cache_dir", "workers", "store")
+NOT_IN_NAMES = ("/", "\\", "\0")
 
 
 @dataclass
@@ -77,11 +73,10 @@ class WandbSettings:
 class Settings:
     """One training run. conf/train.yaml says what each key means."""
 
-    scale: str = MISSING
     experiment: str = MISSING
-    contender: str | None = None
     seed: int = MISSING
-    run_dir: str = MISSING
+    run: str = ""  # which one it is, see identity.py: nobody sets it
+    run_dir: str = ""
     data: dict[str, Any] = MISSING
     development_share: float = MISSING
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -102,6 +97,11 @@ class Settings:
     precision: str = MISSING
     compile: bool = MISSING
     wandb: WandbSettings = field(default_factory=WandbSettings)
+
+    @property
+    def corpus(self) -> str:
+        """What tables, figures and folders call the text."""
+        return corpus_of(self.data)
 
     def check(self) -> None:
         """Raise UserError for the first setting that no run can have."""
@@ -127,6 +127,7 @@ class Settings:
             # A run made from a finished one may be wanted as it is, without a step of training.
             if value < 0 or (value == 0 and self.start.type == "none"):
                 raise UserError(f"budget.{key} is {value}: choose more than 0")
+        corpus_of(self.data)
         if self.model.max_positions < self.sequence_length:
             raise UserError(
                 f"model.max_positions {self.model.max_positions} is less than sequence_length {self.sequence_length}: "
@@ -196,56 +197,51 @@ def settings_from(config: DictConfig) -> Settings:
     return settings
 
 
+def refuse_interpolation(value: Any, path: Path) -> None:
+    """Raise UserError where the content of ``path`` has a ${..}, which would read the environment or other keys."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            refuse_interpolation(key, path)
+            refuse_interpolation(part, path)
+    elif isinstance(value, list):
+        for part in value:
+            refuse_interpolation(part, path)
+    elif isinstance(value, str) and "${" in value:
+        raise UserError(f"{path} holds {value!r}, which no run writes: put the value itself in its place")
+
+
 def load_settings(run_folder: Path) -> Settings:
-    """The settings of a run from its config.yaml (plain YAML: nothing in it is executed). Raises UserError."""
+    """The settings of a run from its config.yaml (plain YAML: nothing in it is executed or looked up).
+    Raises UserError."""
     path = run_folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_folder} holds no config.yaml: name the folder of a training run")
-    config = OmegaConf.create(read_yaml_mapping(path))
+    content = read_yaml_mapping(path)
+    refuse_interpolation(content, path)
     try:
-        return settings_from(config)
+        return settings_from(OmegaConf.create(content))
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is of another version ({reason}): delete the run folder and train again") from error
 
 
-def run_name(_root_: DictConfig) -> str:
-    """A run's folder name: what it is, for a person, and a hash of its whole configuration, for the program.
-
-    The same command finds the same folder again, and so continues or skips; any other setting gets another folder.
-    """
-    config = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in NAMELESS_KEYS])
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    for key in NAMELESS_DATA_KEYS:
-        plain["data"].pop(key, None)
-    for key in EXTRAS:
-        if not plain["head"].get(key):
-            plain["head"].pop(key, None)
-    embedding = plain.pop("embedding", None) or DENSE_EMBEDDING
-    if embedding != DENSE_EMBEDDING:  # plain ones keep the name they had before there was a choice
-        plain["embedding"] = embedding
-    partition = plain["head"].get("partition")
-    size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""
-    head = plain["contender"] or f"{plain['head']['name']}{size}"
-    kind = "" if embedding["name"] == "dense" else f"-{embedding['name']}"
-    start = plain.get("start", {}).get("type", "none")
-    if start == "none":
-        plain.pop("start", None)
-    digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
-    taken = "" if start == "none" else f"-{start}"
-    return f"{plain['model']['name']}-{head}{kind}{taken}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
+def corpus_of(data: Mapping[str, Any]) -> str:
+    """What tables, figures and folders call the text of a conf/data node. Raises UserError where no folder can have
+    that name."""
+    name = str(data.get("label") or data.get("name"))
+    if any(part in name for part in NOT_IN_NAMES) or name.startswith("."):
+        raise UserError(f"data.label is {name!r}: choose a name that a folder can have, such as tinystories")
+    return name
 
 
-def chosen_learning_rate(scale: str, contender: str) -> float:
-    """The learning rate with which ``contender`` did best in results/SCALE/learning_rates.csv, which is evaluated on
+def chosen_learning_rate(corpus: str, head: str) -> float:
+    """The learning rate with which ``head`` did best in results/CORPUS/learning_rates.csv, which is evaluated on
     held-out training documents. Raises UserError where that table does not have it."""
-    from vocabfold.runs.record import read_table  # which needs the settings above
-
-    rates = read_table("learning_rates", scale)
-    rates = rates[rates["contender"] == contender]
+    rates = read_table("learning_rates", corpus)
+    rates = rates[rates["head"] == head]
     if rates.empty:
         raise UserError(
-            f"results/{scale}/learning_rates.csv has no {contender}: run `make everything SCALE={scale}`, "
+            f"results/{corpus}/learning_rates.csv has no {head}: train experiment=learning_rates head={head} first, "
             "or set optimizer.learning_rate"
         )
     means = rates.groupby("learning_rate", as_index=False)["validation_loss_nats"].mean()
@@ -257,6 +253,6 @@ def model_has_tokens(_root_: DictConfig) -> bool:
     return "image_size" not in _root_.model
 
 
-OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("corpus", lambda _root_: corpus_of(_root_.data), replace=True)
 OmegaConf.register_new_resolver("chosen_learning_rate", chosen_learning_rate, replace=True)
 OmegaConf.register_new_resolver("model_has_tokens", model_has_tokens, replace=True)
