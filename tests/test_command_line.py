@@ -53,6 +53,7 @@ IMPOSSIBLE_SETTINGS = [
     ("data=zipf data.seed=x", "data.seed must be a whole number, not 'x'"),
     ("model=cnn", "pictures and their network need each other: use model=cnn with data=shapes, or neither"),
     ("model=cnn data=shapes data.workers=many", "data.workers is 'many': choose a whole number"),
+    ("model=cnn data=shapes data.attributes={shape:[oval]}", "data.attributes.shape is ['oval']: choose among circle"),
     ("--multirun --cfg job", "--multirun and --cfg exclude each other: leave one out"),
     ("--nonesuch", "unknown option --nonesuch; --help lists what there is"),
     ("--cfg nonesuch", "argument --cfg/-c: invalid choice: 'nonesuch'"),
