@@ -25,6 +25,7 @@ from vocabfold.runs import record as records
 from vocabfold.runs.checkpoint import save_checkpoint
 from vocabfold.runs.folder import disk_error
 from vocabfold.runs.settings import Settings
+from vocabfold.runs.stopping import stop_requests
 
 HOLD_A_FOLDER = """
 import sys, time
@@ -133,6 +134,17 @@ def test_the_program_ends_with_the_status_of_its_signal() -> None:
     step = torch.load("run/checkpoint.pt", weights_only=True)["step"]
     assert lines[-1] == f"interrupted at step {step}: the same command continues from there"
     assert "Traceback" not in "".join(lines)
+
+
+def test_a_second_request_ends_the_run_at_once_and_an_echo_of_the_first_does_not() -> None:
+    with stop_requests() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.status == 130
+        request.asked_at -= 2
+        with pytest.raises(Interrupted, match="interrupted again"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
 
 
 @pytest.mark.parametrize(("minutes", "step"), [("0", 4), ("60", None), ("null", None)])

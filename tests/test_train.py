@@ -38,8 +38,7 @@ TINY = [
     "wandb.mode=disabled",
     "log_every=1",
 ]
-PYTHON = (sys.executable, "-m")
-TORCHRUN = (*PYTHON, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
 # What a clock or the machine decides; everything else has to come out the same to the last bit.
 CLOCKED = ("tokens_per_second", "process_high_water_gib", "peak_memory_gib")
 
@@ -54,13 +53,6 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def settings_of(*overrides: str) -> Settings:
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         return settings_from(compose("train", [*TINY, *overrides]))
-
-
-def run_program(
-    *overrides: str, launcher: tuple[str, ...] = PYTHON, base: list[str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, "vocabfold.train", *(base or TINY), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def without_clocks(folder: Path) -> list[dict[str, Any]]:
@@ -157,7 +149,8 @@ def assert_two_processes_equal_one(*overrides: str, base: list[str]) -> None:
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         one = settings_from(compose("train", [*base, *overrides, "budget.steps=5", "run_dir=one"]))
     training.train(one, "")
-    done = run_program(*overrides, "budget.steps=5", "run_dir=two", launcher=TORCHRUN, base=base)
+    command = [*TORCHRUN, "vocabfold.train", *base, *overrides, "budget.steps=5", "run_dir=two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     runs = [without_clocks(Path(folder)) for folder in ("one", "two")]
     assert len(runs[0]) == 5

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.constants import MOST_SEED
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.data.tokenizer import Tokenizer
 from vocabfold.errors import UserError
@@ -21,7 +20,7 @@ from vocabfold.machine import BYTES_PER_MIB
 from vocabfold.models.build import ModelWithHead
 from vocabfold.runs.load import load_run
 from vocabfold.runs.record import finished_row
-from vocabfold.runs.settings import load_settings
+from vocabfold.runs.settings import MOST_SEED, load_settings
 
 TEMPERATURE = 0.8
 GIBBERISH_PERPLEXITY = 30  # above it hardly a sentence holds together

@@ -13,7 +13,6 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vocabfold.constants import MOST_SEED
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.files import read_yaml_mapping
@@ -21,6 +20,8 @@ from vocabfold.heads import HeadSettings
 from vocabfold.heads.build import EXTRAS
 from vocabfold.models.build import ModelSettings
 
+# the largest seed that every generator of random numbers takes
+MOST_SEED = 2**63 - 1
 CONFIG_FOLDER = Path(__file__).resolve().parents[3] / "conf"
 # What does not change a run's result does not change its name either.
 NAMELESS_KEYS = ("run_dir", "wandb", "hydra", "checkpoint_minutes")
