@@ -17,7 +17,7 @@ from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.errors import UserError
 from vocabfold.generate import generate
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import PartitionSettings
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 
 VOCABULARY_SIZE = 97

@@ -21,8 +21,9 @@ from vocabfold import train
 from vocabfold.coding.damage import DamagedStream
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import PartitionSettings
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.inference.model_coder import BITS, ROWS, cumulative_integers, decode_tokens, encode_tokens
+from vocabfold.inference.symbols import symbols_of
 from vocabfold.models.build import ModelWithHead
 
 SHORTLIST = PartitionSettings(shortlist=11, group_size=7)
@@ -61,17 +62,18 @@ def cross_entropy_bits(model: ModelWithHead, tokens: np.ndarray) -> float:
 def test_the_two_symbols_are_the_heads_distribution(model: ModelWithHead) -> None:
     hidden = torch.randn(5, 16)
     log_prob = model.head.log_prob(hidden)
-    both = model.head.two_symbols(hidden)
+    symbols = symbols_of(model.head)
+    both = symbols.weights(hidden)
     assert torch.allclose(both.groups.sum(dim=-1), torch.ones(5), atol=1e-5)
     for token in range(VOCABULARY_SIZE):
-        groups, slots = model.head.symbols_of(torch.full((5,), token))
-        assert (model.head.token_of(groups, slots) == token).all()
+        groups, slots = symbols.of(torch.full((5,), token))
+        assert (symbols.tokens(groups, slots) == token).all()
         weights = both.slots(groups)
         within = weights.gather(-1, slots[:, None]).squeeze(-1) / weights.sum(dim=-1)
         share = both.groups.gather(-1, groups[:, None]).squeeze(-1)
         assert torch.allclose((share * within).log(), log_prob[:, token], atol=1e-4)
         for row, slot in enumerate(weights.argmin(dim=-1).tolist()):
-            missing = model.head.token_of(groups[row : row + 1], torch.tensor([slot]))
+            missing = symbols.tokens(groups[row : row + 1], torch.tensor([slot]))
             assert (weights[row, slot] == 0) == (missing == VOCABULARY_SIZE)
 
 

@@ -24,7 +24,7 @@ from vocabfold.data.token_file import (
     write_token_file,
 )
 from vocabfold.errors import UserError
-from vocabfold.heads.orders import token_counts
+from vocabfold.tokens import token_counts
 
 CODED = [store for store in STORES if store != "raw"]
 VOCABULARY_SIZE = 5000

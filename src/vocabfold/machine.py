@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from vocabfold.measure.speed import synchronize
-
 BYTES_PER_MIB = 2**20
 BYTES_PER_GIB = 2**30
 CPU_INFORMATION = Path("/proc/cpuinfo")
@@ -124,6 +122,12 @@ def memory_bandwidth_bytes_per_second(device: torch.device, size_bytes: int = 2*
     source = torch.ones(size_bytes, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * size_bytes / least_seconds(lambda: target.copy_(source), device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that was given to `device`; nothing to do on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def least_seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -27,14 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from vocabfold.command_line import INTERRUPTED_STATUS, Interrupted, exit_with, one_line_errors
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_data
 from vocabfold.data.shapes import Shapes
 from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
-from vocabfold.heads.build import describe_head, token_order
+from vocabfold.heads.describe import describe_head
 from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
@@ -49,6 +48,8 @@ from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 from vocabfold.runs.stopping import stop_requests
+from vocabfold.runs.token_order import token_order
+from vocabfold.tokens import IGNORE_INDEX, token_counts
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3
@@ -70,7 +71,8 @@ class Trainer:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
         torch.manual_seed(settings.seed)
         order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
-        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding)
+        counts = token_counts(corpus.targets, corpus.vocabulary_size) if settings.head.count_biases else None
+        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding, counts)
         self.measured: dict[str, float] = begin_compressed(built, settings.embedding)
         self.model: ModelWithHead = built.to(device)
         self.kinds = describe_head(settings.head, built.head) | describe_embedding(settings.embedding, built.embedding)

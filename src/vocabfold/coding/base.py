@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 
 from vocabfold.coding.damage import DamagedStream
-from vocabfold.data.token_file import token_dtype
+from vocabfold.tokens import token_dtype
 
 Coded = tuple[bytes, np.ndarray]  # the bytes of some segments, one after the other, and the length of each
 

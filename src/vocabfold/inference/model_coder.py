@@ -18,6 +18,7 @@ from torch import Tensor
 from vocabfold.coding.damage import DamagedStream
 from vocabfold.coding.lanes import STATE_BYTES, LaneDecoder, LaneEncoder
 from vocabfold.errors import UserError
+from vocabfold.inference.symbols import symbols_of
 from vocabfold.models.build import ModelWithHead
 
 BITS = 24  # of the integer probabilities of a step's groups, or slots
@@ -34,7 +35,7 @@ def encode_tokens(model: ModelWithHead, tokens: np.ndarray, end_token: int) -> b
         steps = ModelSteps(model, rows.count, end_token)
         for places in rows.steps():
             current = torch.from_numpy(tokens[places].astype(np.int64))
-            symbols = list(steps.model.head.symbols_of(current))
+            symbols = list(steps.symbols.of(current))
             for cumulative, symbol in zip(steps.cumulatives(symbols), symbols, strict=True):
                 start, frequency = interval(cumulative[: len(places)], symbol.numpy())
                 parts = rows.turns(len(places))
@@ -67,7 +68,7 @@ def decode_tokens(model: ModelWithHead, data: bytes, num_tokens: int, end_token:
                     found[part] = (cumulative[part] <= wanted[:, None]).sum(axis=1)
                     decoder.pop(*interval(cumulative[part], found[part]), BITS, lanes[part])
                 symbols.append(torch.from_numpy(found))
-            current = steps.model.head.token_of(*symbols)
+            current = steps.symbols.tokens(*symbols)
             if int(current.max()) >= steps.model.head.vocabulary_size:
                 raise DamagedStream("a segment holds a token that the model does not have")
             tokens[places] = current.numpy()
@@ -111,6 +112,7 @@ class ModelSteps:
 
     def __init__(self, model: ModelWithHead, num_rows: int, end_token: int) -> None:
         self.model, self._num_rows = model, num_rows
+        self.symbols = symbols_of(model.head)
         self._max_positions = model.gpt.config.max_positions
         self._context = torch.full((num_rows, 1), end_token)
         self._restart(self._context)
@@ -123,7 +125,7 @@ class ModelSteps:
     @torch.inference_mode()
     def cumulatives(self, symbols: Sequence[Tensor]) -> Iterator[np.ndarray]:
         """[rows, G] of the groups and then, when ``symbols[0]`` holds each row's group, [rows, S] of their slots."""
-        both = self.model.head.two_symbols(self._hidden)
+        both = self.symbols.weights(self._hidden)
         yield cumulative_integers(both.groups)
         yield cumulative_integers(both.slots(self._all_rows(symbols[0])))
 

@@ -76,7 +76,7 @@ def _arithmetic(model: ModelWithHead, end_token: int) -> bytes:
             steps = ModelSteps(model, num_rows, end_token)
             for step in range(_PROBE_STEPS):
                 tokens = (torch.arange(num_rows) * 977 + step * 31) % model.head.vocabulary_size
-                for cumulative in steps.cumulatives(model.head.symbols_of(tokens)):
+                for cumulative in steps.cumulatives(steps.symbols.of(tokens)):
                     digest.update(cumulative.tobytes())
                 steps.advance(tokens)
     return digest.digest()[:8]

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from vocabfold.errors import UserError
+from vocabfold.machine import synchronize
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,6 @@ class Ratio:
     median: float
     low: float
     high: float
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the work that was given to `device`; nothing to do on a CPU."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def interleaved_seconds(

@@ -17,7 +17,7 @@ from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.files import read_yaml_mapping
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import EXTRAS
+from vocabfold.heads.settings import EXTRAS
 from vocabfold.models.build import ModelSettings
 
 # the largest seed that every generator of random numbers takes
