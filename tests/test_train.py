@@ -223,6 +223,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch: pytest.MonkeyPatch
     assert training.train(settings, "")["steps"] == 30
 
 
+def test_weights_that_the_last_step_spoils_make_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = training.Trainer.train_step
+
+    def spoiled(trainer: training.Trainer, learning_rate: float, with_accuracy: bool) -> dict[str, float]:
+        metrics = step(trainer, learning_rate, with_accuracy)
+        with torch.no_grad():
+            trainer.model.backbone.token_embedding.weight.fill_(torch.nan)  # type: ignore[union-attr, operator]
+        return metrics
+
+    monkeypatch.setattr(training.Trainer, "train_step", spoiled)
+    with pytest.raises(UserError, match="the loss is nan at step 1"):
+        training.train(settings_of("budget.steps=1", "run_dir=run"), "")
+    assert not Path("run/row.json").exists()
+
+
 def test_bfloat16_autocast_and_adamw_train() -> None:
     row = training.train(
         settings_of(

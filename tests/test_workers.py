@@ -60,4 +60,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, program: str, number: sig
     deadline = time.monotonic() + 20
     while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(is_running, children))
+    left = [child for child in children if is_running(child)]
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+    assert not left

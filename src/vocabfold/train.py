@@ -153,7 +153,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean losses and accuracies over every target of the validation set, in nats, and the perplexity."""
+        """Mean losses and accuracies over every target of the validation set, in nats, and the perplexity. Raises
+        UserError where the loss is not finite."""
         self.model.eval()
         sums = MeanLosses()
         bar = self.ranks.progress_bar(total=self.valid.num_evaluation_batches, desc="validation", leave=False, delay=1)
@@ -166,6 +167,8 @@ class Trainer:
         self.model.train()
         means = sums.means(self.ranks, "validation_")
         result = {"validation_loss_nats": means.pop("validation_loss"), **means}
+        if not math.isfinite(result["validation_loss_nats"]):
+            raise UserError(not_finite(self, result["validation_loss_nats"]))
         result["perplexity"] = math.exp(min(result["validation_loss_nats"], 700.0))
         if self.corpus.entropy_rate_nats is not None:
             result["excess_loss_nats"] = result["validation_loss_nats"] - self.corpus.entropy_rate_nats
