@@ -186,7 +186,7 @@ def test_a_configuration_of_aliases_is_refused_before_it_grows(refused: Refused,
 
 
 @pytest.mark.parametrize("name", ["row.json", "metrics.jsonl"])
-@pytest.mark.parametrize("content", ["{\n", "[]\n", "\xff\n"])
+@pytest.mark.parametrize("content", ["{\n", "[]\n", "{}\n", "\xff\n"])
 def test_a_damaged_record_is_named(refused: Refused, workplace: Path, tmp_path: Path, name: str, content: str) -> None:
     run = shutil.copytree(workplace / "run", tmp_path / "run")
     if name == "metrics.jsonl":

@@ -138,7 +138,7 @@ def test_texts_are_told_apart_and_a_short_run_is_said_to_write_nonsense(
     written = capfd.readouterr()
     headings = [line for line in written.out.splitlines() if line.startswith("--- text")]
     assert headings == ["--- text 1 of 2 ---", "--- text 2 of 2 ---"]
-    assert written.err.count("expect gibberish") == 1 and "after 64 tokens" in written.err
+    assert written.err.count("expect gibberish") == 1
 
 
 def test_the_blank_lines_that_end_a_likeliest_text_are_left_out(

@@ -22,7 +22,7 @@ from vocabfold.command_line import Interrupted
 from vocabfold.errors import UserError
 from vocabfold.files import replacing
 from vocabfold.runs import record as records
-from vocabfold.runs.checkpoint import save_checkpoint
+from vocabfold.runs.checkpoint import save_checkpoint, save_weights, weights_metadata
 from vocabfold.runs.folder import disk_error
 from vocabfold.runs.settings import Settings
 from vocabfold.runs.stopping import stop_requests
@@ -96,21 +96,22 @@ def test_a_run_that_another_process_has_finished_meanwhile_is_not_trained_again(
     assert training.train(settings, "this one")["command"] == "the other one"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# Steps whose evaluation must not be lost: one on the way, and the last.
+@pytest.mark.parametrize(("number", "status", "step"), [(signal.SIGINT, 130, 8), (signal.SIGTERM, 143, 12)])
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int, step: int
 ) -> None:
     overrides = ["budget.steps=12", "evaluate_every=4", "model.dropout=0.1", "checkpoint_every=null"]
     training.train(settings_of(*overrides, "run_dir=whole"), "")
     settings = settings_of(*overrides, "run_dir=stopped")
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        at_step(patch, 8, lambda: os.kill(os.getpid(), number))  # a step whose evaluation must not be lost
-        with pytest.raises(Interrupted, match="interrupted at step 8: the same command continues from there") as stop:
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match=f"interrupted at step {step}: the same command continues") as stop:
             training.train(settings, "")
     assert stop.value.status == status
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert torch.load("stopped/checkpoint.pt", weights_only=True)["step"] == 8
+    assert torch.load("stopped/checkpoint.pt", weights_only=True)["step"] == step
     training.train(settings, "")
     assert without_clocks(Path("stopped")) == without_clocks(Path("whole"))
     # equal runs are equal files, whoever may read them
@@ -118,6 +119,15 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
     assert whole.read_bytes() == stopped.read_bytes()
     Path("new").touch()
     assert whole.stat().st_mode == Path("new").stat().st_mode
+
+
+def test_equal_weights_are_equal_files() -> None:
+    words = {f"word{number}": str(number) for number in range(12)}
+    model = torch.nn.Linear(1, 1)
+    for folder in ("one", "two"):
+        save_weights(Path(folder), model, words)
+    one, two = (Path(folder, "model.safetensors").read_bytes() for folder in ("one", "two"))
+    assert one == two and weights_metadata(Path("one")).items() >= words.items()
 
 
 def test_the_program_ends_with_the_status_of_its_signal() -> None:

@@ -41,7 +41,7 @@ from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.checkpoint import PROGRESS, delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.runs.folder import occupied
-from vocabfold.runs.jobs import check_options, in_order, one_line_job, outcome
+from vocabfold.runs.jobs import check_options, check_row, in_order, one_line_job, outcome
 from vocabfold.runs.load import autocast, begin_compressed
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
@@ -239,6 +239,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     """
     folder = Path(settings.run_dir)
     if (row := finished_row(folder)) is not None:
+        check_row(folder, row)
         tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
         delete_checkpoint(folder)  # of a process that was killed after its last act but this
         return row

@@ -42,6 +42,13 @@ def check_options(arguments: Sequence[str]) -> None:
         raise UserError(f"{given[0]} and {given[1]} exclude each other: leave one out")
 
 
+def check_row(folder: Path, row: dict[str, Any]) -> None:
+    """Raise UserError where a finished run's row lacks what is told of it."""
+    numbers = ("validation_loss_nats", "perplexity", "tokens")
+    if not all(isinstance(row.get(name), int | float) for name in numbers) or not {"model", "corpus"} <= set(row):
+        raise UserError(f"{folder / 'row.json'} is damaged: delete the run folder and train again")
+
+
 def outcome(folder: Path, row: dict[str, Any]) -> str:
     """Two lines for a person: how good the run is and where it lies; what to do with it."""
     loss, perplexity = row["validation_loss_nats"], row["perplexity"]
