@@ -273,7 +273,7 @@ def test_asking_for_few_groups_reads_only_their_rows() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@every_fast_kind
+@pytest.mark.parametrize("kind", ["scale_shift_sorted", "sorted_tied"])
 def test_compiled_models_take_the_heads_as_they_are(kind: str) -> None:
     fast, plain = twins(kind, LAYOUTS["shortlist"])
     hidden, targets = batch(LAYOUTS["shortlist"])
