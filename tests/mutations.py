@@ -9,13 +9,22 @@ fault is caught. Without a fault the same tests must pass, which is seen to firs
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+import hypothesis  # noqa: F401  these are slow to import: once here, and every fault's own process has them
+import pandas  # noqa: F401
+import pytest
+import torch
 
 from faults import FAULTS, Fault
 
@@ -32,6 +41,8 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="WORD", help="faults whose file, text or tests hold this word")
     parser.add_argument("--tree", type=Path, default=REPOSITORY, metavar="FOLDER", help="another tree to try them on")
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    sys.path = [place for place in sys.path if Path(place or ".").resolve() != REPOSITORY / "tests"]
     faults = [fault for fault in FAULTS if options.only in f"{fault.file} {fault.old} {fault.new} {fault.tests}"]
     if options.quick:
         faults = list({fault.file: fault for fault in reversed(faults)}.values())[::-1]
@@ -70,6 +81,7 @@ def _try(fault: Fault, copy: Path) -> bool:
         status, last, seconds = _run(copy, fault.tests.split())
     finally:
         path.write_text(content, encoding="utf-8")
+        Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
     said = {PASSED: "NOT caught  ", FAILED: "caught      "}.get(status, "NO TEST RAN ")
     print(f"{said}{label}   [{seconds:.0f} s, {last}]", flush=True)
     return status == FAILED
@@ -88,26 +100,41 @@ def _place_of(fault: Fault, copy: Path) -> Path | None:
 
 
 def _run(copy: Path, tests: list[str]) -> tuple[int, str, float]:
-    """(pytest's exit status, its last failure or last line, seconds)."""
-    environment = os.environ | {"PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy}", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "VOCABFOLD_CACHE": str(copy / "cache")}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "--tb=no", "-m", "not slow", "--durations=0"]
-    paths = [f"tests/{name}" for name in tests]  # an older tree may lack some
+    """(pytest's exit status, its last failure or last line, seconds), in a process that has torch already."""
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            [*command, "--durations-min=1000", *(name for name in paths if (copy / name).exists())],
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=LONGEST_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return FAILED, f"no end within {LONGEST_SECONDS} s", time.monotonic() - start
-    lines = done.stdout.splitlines() or done.stderr.splitlines() or ["no output"]
+    printed = copy.parent / "printed.txt"
+    paths = [f"tests/{name}" for name in tests if (copy / "tests" / name).exists()]  # an older tree may lack some
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        _become_pytest(copy, paths, printed)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if time.monotonic() - start > LONGEST_SECONDS * len(paths):
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return FAILED, f"no end within {LONGEST_SECONDS * len(paths)} s", time.monotonic() - start
+        time.sleep(0.05)
+    lines = printed.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
     failed = [line.partition(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode, (failed or lines)[-1], time.monotonic() - start
+    return os.waitstatus_to_exitcode(status), (failed or lines)[-1], time.monotonic() - start
+
+
+def _become_pytest(copy: Path, paths: list[str], printed: Path) -> NoReturn:
+    """Run the tests of ``copy`` in this process, which has imported nothing of it, and end it."""
+    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = f"{copy / 'src'}{os.pathsep}{copy}"  # of the programs that tests start
+    os.environ["VOCABFOLD_CACHE"] = str(copy / "cache")
+    sys.path[:0] = [str(copy / "src"), str(copy), str(copy / "tests")]
+    options = ["-n", "0", "-x", "-q", "--tb=no", "-m", "not slow", "--durations=0", "--durations-min=1000"]
+    status = pytest.main([*options, *paths])
+    sys.stdout.flush()
+    os._exit(int(status))
 
 
 if __name__ == "__main__":

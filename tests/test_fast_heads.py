@@ -80,6 +80,19 @@ def test_each_rows_log_prob_may_be_weighted(kind: str, layout: Layout) -> None:
     torch.testing.assert_close(found_gradients, expected_gradients, rtol=1e-10, atol=1e-12)
 
 
+def test_rows_of_a_tied_weight_with_gaps_between_them() -> None:
+    """Where a shortlist comes from the middle of the vocabulary the others rise, but do not follow each other."""
+    layout = Layout(40, 6, shortlist=2)
+    order = torch.tensor([9, 25, *(token for token in range(40) if token not in (9, 25))])
+    _, fast = make_head("sorted_tied", layout, order=order)
+    _, plain = make_head("looped_tied", layout, order=order, seed=1)
+    plain.load_state_dict(fast.state_dict())
+    hidden, targets = batch(layout)
+    result, expected = fast.head.loss(hidden, targets), plain.head.loss(hidden, targets)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(result.loss, hidden, fast), gradients(expected.loss, hidden, plain))
+
+
 @every_fast_kind
 def test_nothing_of_the_size_of_the_logits_is_kept(kind: str) -> None:
     layout, num_rows = Layout(1021, None, shuffled=True, shortlist=60), 20_000
