@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,23 @@ class Fault:
     old: str
     new: str
     tests: str
+
+
+def sources_of(tree: Path) -> dict[Path, str]:
+    """The text of each file of code below ``tree``."""
+    paths = [path for room in ("src", "experiments") for path in (tree / room).rglob("*.py")]
+    return {path: path.read_text(encoding="utf-8") for path in paths}
+
+
+def place_of(fault: Fault, sources: dict[Path, str]) -> Path | None:
+    """The file that holds the text once: one of that name, else, where it was renamed, the only one that has it."""
+    having = [path for path, text in sources.items() if text.count(fault.old) == 1]
+    named = [path for path in having if path.as_posix().endswith("/" + fault.file)]
+    same_name = [path for path in having if path.name == Path(fault.file).name]
+    for found in (named, same_name, having):
+        if len(found) == 1:
+            return found[0]
+    return None
 
 
 FAULTS = [

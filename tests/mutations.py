@@ -26,7 +26,7 @@ import pandas  # noqa: F401
 import pytest
 import torch
 
-from faults import FAULTS, Fault
+from faults import FAULTS, Fault, place_of, sources_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST_SECONDS = 300  # a fault may make a loop endless
@@ -70,7 +70,7 @@ def _check_without_a_fault(copy: Path, tests: list[str]) -> None:
 
 def _try(fault: Fault, copy: Path) -> bool:
     """Whether the tests named notice ``fault``; the copy is whole again afterwards."""
-    path = _place_of(fault, copy)
+    path = place_of(fault, sources_of(copy))
     label = f"{fault.file}: {fault.old.strip()} -> {fault.new.strip()}".replace("\n", " ")
     if path is None:
         print(f"NOT FOUND   {label}", flush=True)
@@ -85,18 +85,6 @@ def _try(fault: Fault, copy: Path) -> bool:
     said = {PASSED: "NOT caught  ", FAILED: "caught      "}.get(status, "NO TEST RAN ")
     print(f"{said}{label}   [{seconds:.0f} s, {last}]", flush=True)
     return status == FAILED
-
-
-def _place_of(fault: Fault, copy: Path) -> Path | None:
-    """The file that holds the text once: one of that name, else, where it was renamed, the only one that has it."""
-    paths = [path for room in ("src", "experiments") for path in (copy / room).rglob("*.py")]
-    having = [path for path in paths if path.read_text(encoding="utf-8").count(fault.old) == 1]
-    named = [path for path in having if path.as_posix().endswith("/" + fault.file)]
-    same_name = [path for path in having if path.name == Path(fault.file).name]
-    for found in (named, same_name, having):
-        if len(found) == 1:
-            return found[0]
-    return None
 
 
 def _run(copy: Path, tests: list[str]) -> tuple[int, str, float]:
