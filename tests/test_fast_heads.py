@@ -153,6 +153,14 @@ def test_a_scaled_loss_keeps_small_gradients_in_half_precision(kind: str) -> Non
         assert (one.float() - other).norm() <= 0.01 * other.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_in_half_precision_is_multiplied_by_the_whole_factor(dtype: torch.dtype) -> None:
+    """1e-6, one over a million rows, has 4 bits in float16."""
+    gradient, factor = torch.linspace(900, 1100, 40).to(dtype), torch.tensor(1.003e-6)
+    expected = (gradient.double() * factor.double()).to(dtype)
+    torch.testing.assert_close(kernels._scaled(gradient, factor, True), expected, rtol=0, atol=0)
+
+
 @every_fast_kind
 def test_ways_of_calling_backward(kind: str) -> None:
     layout = LAYOUTS["group_size_not_dividing"]
