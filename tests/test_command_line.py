@@ -29,7 +29,7 @@ IMPOSSIBLE_SETTINGS = [
     ("seed=[1,", "cannot read 'seed=[1,': write key=value"),
     ("seed=1,2", "add --multirun"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
-    ("seed=-1", "the seed must be 0 or more"),
+    ("seed=-1", "seed is -1: choose 0 or more, at most 2**63 - 1"),
     ("batch_size=0", "batch_size is 0: choose at least 1"),
     ("sequence_length=100000", "lower the batch size or the sequence length"),
     ("model.max_positions=8", "less than sequence_length 16: raise the first or lower the second"),

@@ -13,10 +13,10 @@ from run_cases import TINY, call, write_corpus
 from vocabfold import compress_embedding, generate, train
 from vocabfold.embeddings import relative_error
 from vocabfold.errors import UserError
-from vocabfold.heads.build import saved_embedding
 from vocabfold.runs.checkpoint import load_weights
 from vocabfold.runs.load import load_run
 from vocabfold.runs.record import collect, read_table
+from vocabfold.runs.token_order import saved_embedding
 
 RUNS = Path("results/runs/smoke/single")
 

@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadLoss, HeadSettings, equal_partition
-from vocabfold.heads.build import ORDERS, PartitionSettings, describe_head, token_order
+from vocabfold.heads.describe import describe_head
 from vocabfold.heads.fold import distillation_loss, fold, foldable, group_logits
 from vocabfold.heads.kernels import chunks
+from vocabfold.heads.settings import ORDERS, PartitionSettings
 from vocabfold.machine import code_commit, hardware, torch_version
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.models.build import ModelWithHead
@@ -40,6 +40,8 @@ from vocabfold.runs.load import load_run
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RESULTS, RunRecord, finished_row
 from vocabfold.runs.settings import OptimizerSettings, Settings, load_settings
+from vocabfold.runs.token_order import token_order
+from vocabfold.tokens import IGNORE_INDEX
 
 START_TOKENS = 4096  # whose hidden states fit the groups in closed form; the distillation begins after them
 TOKENS = 65536

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.token_file import TokenFile
 from vocabfold.errors import UserError
+from vocabfold.tokens import IGNORE_INDEX
 
 STRETCH_BATCHES = 32  # decoded together: many segments side by side take hardly longer than one
 Batch = tuple[Tensor, Tensor]
@@ -122,6 +122,11 @@ class Batches:
             number: self._stretches.get(number) or self._thread.submit(self._stretch, number) for number in wanted
         }
         return self._stretches[stretch].result()[place]
+
+    @property
+    def num_evaluation_batches(self) -> int:
+        """How many ``evaluation_batches`` yields."""
+        return -(-len(self._starts) // self.batch_size)
 
     def evaluation_batches(self) -> Iterator[Batch]:
         """All rows in order, the shorter last window and the smaller last batch included; over the ranks each exactly

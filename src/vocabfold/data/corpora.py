@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -105,6 +106,7 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
     tokenizer = load_tokenizer(_required(data, "tokenizer"))
     # both are looked at before either is tokenised: a missing validation file must not cost an hour first
     described = {split: sources[name](data, split) for split in SPLITS}
+    _warn_of_shared_files(*(identity.get("files", ()) for identity, _ in described.values()))
     files = {}
     for split, (identity, documents) in described.items():
 
@@ -140,9 +142,23 @@ def _required(data: Mapping[str, Any], key: str) -> Any:
 
 
 def _count(data: Mapping[str, Any], key: str) -> int:
-    value = int(_required(data, key))
+    value = _whole(data, key)
     if value < 1:
         raise UserError(f"data.{key} must be 1 or more, not {value}")
+    return value
+
+
+def _whole(data: Mapping[str, Any], key: str) -> int:
+    value = _required(data, key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"data.{key} must be a whole number, not {value!r}")
+    return value
+
+
+def _number(data: Mapping[str, Any], key: str) -> float:
+    value = _required(data, key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"data.{key} must be a number, not {value!r}")
     return value
 
 
@@ -165,7 +181,7 @@ def _stories(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Calla
 
     num_train, num_valid = _count(data, "num_train_documents"), _count(data, "num_valid_documents")
     start, stop = (0, num_train) if split == "train" else (num_train, num_train + num_valid)
-    seed = int(_required(data, "seed"))
+    seed = _whole(data, "seed")
     code = hashlib.sha256()  # another generator tells other stories under the same seed
     for path in sorted(Path(stories.__file__).parent.glob("stor*.py")):
         code.update(path.read_bytes())
@@ -194,7 +210,10 @@ def _text(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Callable
 def _local_files(wanted: str | Sequence[str], key: str) -> list[Path]:
     """Existing files for a path, a glob or a list of them, in the order given, a glob's in the order of names."""
     paths: list[Path] = []
-    for pattern in [wanted] if isinstance(wanted, str | Path) else wanted:
+    patterns = [wanted] if isinstance(wanted, str | Path) else wanted
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str | Path) for pattern in patterns):
+        raise UserError(f"{key} is {wanted!r}: give the path of a UTF-8 text file, or a list of paths")
+    for pattern in patterns:
         expanded = Path(pattern).expanduser()
         anchor = Path(expanded.anchor)
         found = [expanded] if expanded.exists() else sorted(anchor.glob(str(expanded.relative_to(anchor))))
@@ -222,6 +241,15 @@ def _content_identity(paths: Sequence[Path]) -> list[dict[str, Any]]:
         gzipped = path.suffix == ".gz"
         identity.append({"size_bytes": path.stat().st_size, "sha256": digest.hexdigest(), "gzip": gzipped})
     return identity
+
+
+def _warn_of_shared_files(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, Any]]) -> None:
+    """Say in one line on stderr where both splits read the same file, or files of the same content."""
+    if {file["sha256"] for file in train} & {file["sha256"] for file in valid}:
+        print(
+            "vocabfold: data.train and data.valid hold the same file: the validation loss is one of text trained on",
+            file=sys.stderr,
+        )
 
 
 def _documents_of_file(path: Path) -> Iterator[str]:
@@ -256,7 +284,7 @@ def _data_set(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Call
     source, column = str(_required(data, "source")), _required(data, "text_column")
     settings = {key: data.get(key) for key in ("config_name", "revision", f"{split}_split", f"max_{split}_documents")}
     split_name = _required(data, f"{split}_split")
-    limit = data.get(f"max_{split}_documents")
+    limit = None if data.get(f"max_{split}_documents") is None else _count(data, f"max_{split}_documents")
     local = Path(source).expanduser()
     identity = {"kind": data["name"], "text_column": column, **settings}
     if local.exists():
@@ -322,11 +350,13 @@ def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
-    settings = {key: _required(data, key) for key in ("exponent", "offset", "num_topics", "stay", "seed", "id_order")}
-    law = zipf_law(int(_required(data, "vocabulary_size")), **settings)
+    settings: dict[str, Any] = {key: _number(data, key) for key in ("exponent", "offset", "stay")}
+    settings |= {"num_topics": _whole(data, "num_topics"), "seed": _whole(data, "seed")}
+    settings |= {"id_order": _required(data, "id_order")}
+    law = zipf_law(_whole(data, "vocabulary_size"), **settings)
     files = {}
     for split in SPLITS:
-        num_tokens = int(_required(data, f"num_{split}_tokens"))
+        num_tokens = _whole(data, f"num_{split}_tokens")
         identity = {"kind": "zipf", "law_sha256": _law_digest(law), "num_tokens": num_tokens, **settings}
 
         def build(folder: Path, key: dict[str, Any], split: str = split, num_tokens: int = num_tokens) -> TokenFile:

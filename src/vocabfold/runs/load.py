@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus
 from vocabfold.embeddings import EmbeddingSettings
@@ -17,6 +16,7 @@ from vocabfold.errors import UserError
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.checkpoint import load_weights, weights_metadata
 from vocabfold.runs.settings import load_settings
+from vocabfold.tokens import IGNORE_INDEX
 
 AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +33,7 @@ def load_run(folder: Path, device: torch.device) -> ModelWithHead:
     if not vocabulary_size.isdecimal():
         raise UserError(f"{folder} holds weights without their vocabulary size: train it again with this version")
     model = build_model(settings.model, settings.head, int(vocabulary_size), embedding=settings.embedding)
-    model.settle()
+    model.prepare_for_inference()
     load_weights(folder, model)
     return model.to(device).eval()
 

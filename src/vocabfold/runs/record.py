@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from tqdm import tqdm
 
 from vocabfold.command_line import one_line_errors
 from vocabfold.errors import UserError
@@ -60,6 +61,7 @@ OWN_IDENTITY_COLUMNS += ["embedding", "embedding_setting", "recovery_tokens", "w
 
 # Columns by which runs are told apart in Weights & Biases, each a tag such as head:grouped.
 TAG_COLUMNS = ("scale", "corpus", "model", "contender", "head", "scorer", "partition_order", "embedding")
+CONNECTING_SECONDS = 20  # that its server may take to answer before a run gives up
 MOST_TAG_LETTERS = 64  # that its server takes
 # What its summary keeps of a logged metric beside the last value: validation_loss_nats.min and so on.
 SUMMARIES = {
@@ -110,6 +112,9 @@ class RunRecord:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # a second of import time that runs without a mirror need not pay
 
+        if settings.wandb.mode == "online":
+            tqdm.write(f"connecting to Weights & Biases (at most {CONNECTING_SECONDS} s)", file=sys.stderr)
+
         try:
             run = wandb.init(
                 project=settings.wandb.project,
@@ -121,9 +126,11 @@ class RunRecord:
                 config=dataclasses.asdict(settings),
                 dir=str(folder),
                 mode="online" if settings.wandb.mode == "online" else "offline",
-                settings=wandb.Settings(console="off", x_disable_stats=True, disable_git=True),
+                settings=wandb.Settings(
+                    console="off", x_disable_stats=True, disable_git=True, init_timeout=CONNECTING_SECONDS
+                ),
             )
-        except wandb.Error as error:
+        except (wandb.Error, ValueError) as error:  # a key that is none is a ValueError
             raise UserError(
                 f"Weights & Biases cannot start ({error}): use wandb.mode=offline or wandb.mode=disabled"
             ) from error
@@ -175,14 +182,28 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in metrics):
+            raise ValueError("a line without a step")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete the run folder and train again") from error
+    return metrics
 
 
 def finished_row(folder: Path) -> dict[str, Any] | None:
     """The result row of a finished run, None for a run that has not finished."""
     path = folder / "row.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(row, dict):
+            raise ValueError("it holds no result row")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete the run folder and train again") from error
+    return row
 
 
 def finished_runs(experiment: str, scale: str, results: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
@@ -192,7 +213,7 @@ def finished_runs(experiment: str, scale: str, results: Path = RESULTS) -> list[
     paths = sorted(folder.glob("*/row.json"), key=lambda path: path.stat().st_mtime)
     if not paths:
         raise UserError(f"{folder} holds no finished run: run `make everything SCALE={scale}` first")
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    rows = [row for path in paths if (row := finished_row(path.parent)) is not None]
     names = IDENTITY_COLUMNS + [name for name in OWN_IDENTITY_COLUMNS if any(name in row for row in rows)]
     last = {tuple(row.get(name) for name in names): index for index, row in enumerate(rows)}
     return [(paths[index].parent, rows[index]) for index in sorted(last.values())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -14,13 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
+from vocabfold.files import read_yaml_mapping
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import EXTRAS
+from vocabfold.heads.settings import EXTRAS
 from vocabfold.models.build import ModelSettings
 
+# the largest seed that every generator of random numbers takes
+MOST_SEED = 2**63 - 1
 CONFIG_FOLDER = Path(__file__).resolve().parents[3] / "conf"
 # What does not change a run's result does not change its name either.
-NAMELESS_KEYS = ("run_dir", "wandb", "hydra")
+NAMELESS_KEYS = ("run_dir", "wandb", "hydra", "checkpoint_minutes")
 DENSE_EMBEDDING = {"name": "dense", "compressed_from": None}
 NAMELESS_DATA_KEYS = ("cache_dir", "workers", "store")
 
@@ -82,6 +86,7 @@ class Settings:
     evaluate_every: int | None = None
     log_every: int = MISSING
     checkpoint_every: int | None = None
+    checkpoint_minutes: float | None = None
     device: str = MISSING
     precision: str = MISSING
     compile: bool = MISSING
@@ -89,6 +94,11 @@ class Settings:
 
     def check(self) -> None:
         """Raise UserError for the first setting that no run can have."""
+        refuse_infinite("", dataclasses.asdict(self))
+        if not 0 <= self.seed <= MOST_SEED:
+            raise UserError(f"seed is {self.seed}: choose 0 or more, at most 2**63 - 1")
+        if self.head.init_std is not None and self.head.init_std < 0:
+            raise UserError(f"head.init_std is {self.head.init_std}: choose 0 or more")
         for name in ("sequence_length", "batch_size", "gradient_accumulation", "evaluation_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose at least 1")
@@ -97,6 +107,8 @@ class Settings:
         for name in ("evaluate_every", "checkpoint_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose at least 1, or null for only at the end")
+        if self.checkpoint_minutes is not None and self.checkpoint_minutes < 0:
+            raise UserError(f"checkpoint_minutes is {self.checkpoint_minutes}: choose 0 or more, or null for never")
         limits = {key: value for key, value in vars(self.budget).items() if value is not None}
         if not limits:
             raise UserError("training has no end: set budget.epochs, budget.steps, budget.tokens or budget.seconds")
@@ -142,6 +154,18 @@ class Settings:
         return 0 if min(limits) == 0 and self.embedding.compressed_from else max(1, min(limits))
 
 
+def refuse_infinite(key: str, value: Any) -> None:
+    """Raise UserError, with its key, for a number in ``value`` that is not finite; ``key`` is that of ``value``."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            refuse_infinite(f"{key}.{name}" if key else str(name), part)
+    elif isinstance(value, list):
+        for part in value:
+            refuse_infinite(key, part)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key} is {value}: choose a finite number")
+
+
 def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise UserError unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -162,10 +186,7 @@ def load_settings(run_folder: Path) -> Settings:
     path = run_folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_folder} holds no config.yaml: name the folder of a training run")
-    try:
-        config = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: delete the run folder and train again") from error
+    config = OmegaConf.create(read_yaml_mapping(path))
     try:
         return settings_from(config)
     except OmegaConfBaseException as error:
