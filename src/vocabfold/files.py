@@ -13,6 +13,8 @@ import yaml
 
 from vocabfold.errors import UserError
 
+MOST_YAML_BYTES, MOST_YAML_DEPTH = 1 << 18, 20
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -71,15 +73,22 @@ def write_text(path: Path, text: str) -> None:
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """The keys and values of a small YAML file. Raises UserError where it holds anything else.
 
-    An alias, which can make a few lines as large as memory, is refused before anything is built: no file that this
-    package writes has one.
+    An alias, which can make a few lines as large as memory, and deep nesting, which is slow to read, are refused before
+    anything is built: no file that this package writes has them.
     """
     try:
+        if (size := path.stat().st_size) > MOST_YAML_BYTES:
+            raise UserError(f"{path} has {size} bytes: no run writes more than {MOST_YAML_BYTES}")
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"{path} holds a YAML alias, which no run writes: write its values out")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{path} holds a YAML alias, which no run writes: write its values out")
+            if depth > MOST_YAML_DEPTH:
+                raise ValueError("it is nested too deeply")
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged: delete the run folder and train again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (it holds no keys): delete the run folder and train again")

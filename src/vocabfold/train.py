@@ -38,18 +38,18 @@ from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_versio
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
 from vocabfold.measure.memory import live_tensors, peak_memory_of
-from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.runs.folder import occupied
-from vocabfold.runs.jobs import as_user_error, in_order, outcome, tell_failed_job
-from vocabfold.runs.load import autocast, begin_compressed
+from vocabfold.runs.identity import identify, refuse_other_run
+from vocabfold.runs.jobs import as_user_error, check_options, in_order, outcome, tell_failed_job
+from vocabfold.runs.load import autocast
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 from vocabfold.runs.stopping import stop_requests
-from vocabfold.runs.token_order import token_order
-from vocabfold.tokens import IGNORE_INDEX, token_counts
+from vocabfold.start import adopt, begin, start_columns
+from vocabfold.tokens import IGNORE_INDEX
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3
@@ -69,27 +69,25 @@ class Trainer:
 
     def __init__(self, settings: Settings, corpus: Corpus | Shapes, ranks: Ranks, device: torch.device) -> None:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
-        torch.manual_seed(settings.seed)
-        order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
-        counts = token_counts(corpus.targets, corpus.vocabulary_size) if settings.head.count_biases else None
-        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding, counts)
-        self.measured: dict[str, float] = begin_compressed(built, settings.embedding)
-        self.model: ModelWithHead = built.to(device)
-        self.description = describe_head(settings.head, built.head) | describe_embedding(
-            settings.embedding, built.embedding
-        )
-        self.optimizer = build_optimizer(settings.optimizer, self.model)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         plan = BatchPlan(settings.sequence_length, settings.batch_size, settings.seed, ranks.rank, ranks.world_size)
         self.batches = corpus.batches("train", plan)
         self.valid = corpus.batches("valid", replace(plan, batch_size=settings.evaluation_batch_size))
+        torch.manual_seed(settings.seed)
+        begun = begin(settings, corpus, self.batches, device)
+        self.model, self.trained, self.first_batch = begun.model, begun.learner, begun.first_batch
+        self.measured = begun.measured
+        self.description = {
+            **describe_head(settings.head, self.model.head),
+            **describe_embedding(settings.embedding, self.model.embedding),
+        }
+        self.optimizer = build_optimizer(settings.optimizer, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.bytes_per_token = corpus.valid_bytes_per_token
         self.total_steps = settings.total_steps(self.batches.batches_per_epoch, self.batches.targets_per_batch)
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
         self.checkpoint_step: int | None = None
         self.saved_at = time.monotonic()
-        self.trained: nn.Module = self.model
 
     def begin(self) -> None:
         """Go on from the folder's checkpoint, if it has one. Raises UserError where it does not fit."""
@@ -115,7 +113,7 @@ class Trainer:
 
         def forward_and_backward() -> None:
             with self.autocast():
-                self.model(inputs, targets).loss.backward()
+                self.trained(inputs, targets).loss.backward()
 
         devices = [self.device] if self.device.type == "cuda" else []
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # batch norm's running means
@@ -139,7 +137,8 @@ class Trainer:
         Every counted target of the whole step, over all its batches and processes, weighs the same.
         """
         accumulation, world_size = self.settings.gradient_accumulation, self.ranks.world_size
-        batches = [self.batches.batch(self.step * accumulation + index) for index in range(accumulation)]
+        first = self.first_batch + self.step * accumulation
+        batches = [self.batches.batch(index) for index in range(first, first + accumulation)]
         counts = torch.tensor([float((targets != IGNORE_INDEX).sum()) for _, targets in batches], device=self.device)
         total = max(1.0, float(self.ranks.sum_of(counts.sum())))
         for group in self.optimizer.param_groups:
@@ -246,6 +245,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     A run that has finished is not trained again. Raises UserError for bad settings or data and where the loss
     stops being finite.
     """
+    identify(settings)
     folder = Path(settings.run_dir)
     if (row := finished_row(folder)) is not None:
         tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
@@ -261,9 +261,9 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     with occupied(folder) if ranks.is_first else contextlib.nullcontext():
         if ranks.first_decides(finished_row(folder) is not None, device):  # by another process, just now
             return train(settings, command)
+        refuse_other_run(settings)  # which another process may have begun in the meantime
         trainer.begin()
-        tagged = {"corpus": corpus.name, "contender": settings.contender, **trainer.description}
-        record = RunRecord(folder, settings, trainer.step, tagged) if ranks.is_first else None
+        record = RunRecord(folder, settings, trainer.step, trainer.description) if ranks.is_first else None
         try:
             final = run(trainer, record)
         except BaseException:
@@ -299,6 +299,11 @@ def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
         stop_requests() as request,
         progress_bar(ranks, total=trainer.total_steps, initial=trainer.step, desc=name) as bar,
     ):
+        if trainer.step == 0 and settings.start.type != "none":
+            evaluation = trainer.evaluate()
+            trainer.measured["at_once_loss_nats"] = evaluation["validation_loss_nats"]
+            if record is not None:
+                record.log(0, evaluation)
         while not trainer.has_ended():
             is_logged = (trainer.step + 1) % settings.log_every == 0
             metrics = trainer.timed_step(with_accuracy=is_logged)
@@ -333,12 +338,12 @@ def not_finite(trainer: Trainer, loss: float) -> str:
 def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[str, Any]:
     """The run's line in the results table."""
     settings = trainer.settings
-    extras: dict[str, Any] = {"contender": settings.contender, "vocabulary_size": trainer.corpus.vocabulary_size}
+    extras: dict[str, Any] = {"vocabulary_size": trainer.corpus.vocabulary_size}
     extras |= {name: value for name, value in final.items() if name.startswith(("validation_", "excess_"))}
     return {
+        "run": settings.run,
         "experiment": settings.experiment,
-        "scale": settings.scale,
-        "corpus": trainer.corpus.name,
+        **trainer.corpus.described,
         "seed": settings.seed,
         "model": settings.model.name,
         "hidden_size": settings.model.hidden_size,
@@ -353,7 +358,7 @@ def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[
         "num_parameters": trainer.model.num_parameters,
         "model_bytes": trainer.model.bytes_at_rest,
         **describe_embedding(settings.embedding, trainer.model.embedding),
-        "recovery_tokens": trainer.tokens if settings.embedding.compressed_from else None,
+        **start_columns(settings, trainer.tokens, trainer.measured),
         **extras,
         "hardware": hardware(),
         "torch": torch_version(),
@@ -368,7 +373,7 @@ def run_configured(config: DictConfig) -> float:
     job = HydraConfig.get()
     command = " ".join(["python -m vocabfold.train", *job.overrides.task])
     try:
-        settings = settings_from(config)
+        settings = adopt(settings_from(config), job.overrides.task)
         row = train(settings, command)
     except Exception as raised:
         if not isinstance(error := as_user_error(raised), UserError):
@@ -387,6 +392,7 @@ def main() -> None:
     if not CONFIG_FOLDER.is_dir():
         raise UserError(f"{CONFIG_FOLDER} is missing: run from a checkout installed with `pip install -e .`")
     sys.argv[1:] = in_order(sys.argv[1:])
+    check_options(sys.argv[1:])
     # Without this Hydra prints a traceback's tail of its own; with it errors arrive here and become one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,7 @@ from vocabfold.machine import usable_cores
 from vocabfold.tokens import IGNORE_INDEX
 
 SMALLEST_SIDE = 16
+SAMPLE_PICTURES = 8
 BATCHES_AHEAD_PER_WORKER = 4
 
 
@@ -50,6 +52,17 @@ class Shapes:
     @property
     def targets(self) -> np.ndarray:
         return np.arange(self.num_train) % len(self.classes)
+
+    @property
+    def sha256(self) -> str:
+        """Of a few of its pictures, which stand for all: the settings say how many there are and of what."""
+        numbers = np.linspace(0, self.num_train + self.num_valid - 1, SAMPLE_PICTURES).astype(np.int64)
+        return hashlib.sha256(_draw(self.classes, self.seed, numbers, self.image_size).tobytes()).hexdigest()
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The columns of a result row that name the set; its pictures are its documents."""
+        return {"corpus": self.name, "corpus_sha256": self.sha256, "corpus_documents": self.num_train}
 
     def with_development(self, share: float) -> Shapes:
         """The same set. Raises UserError unless ``share`` is 0: pictures for choosing settings have another seed."""

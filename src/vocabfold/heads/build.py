@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import cast
 
@@ -44,13 +43,13 @@ def build_head(
     training stream start the biases that ``settings.count_biases`` asks for; None leaves them at 0, to be loaded.
     Raises UserError for a name or setting that no head has.
     """
-    if settings.name not in BUILDERS:
-        raise UserError(f"head.name is {settings.name!r}: choose one of {', '.join(BUILDERS)}")
+    if settings.type not in BUILDERS:
+        raise UserError(f"head.type is {settings.type!r}: choose one of {', '.join(BUILDERS)}")
     if settings.tied and embedding.num_embeddings != vocabulary_size:
         raise UserError(
             f"the embedding has {embedding.num_embeddings} rows for {vocabulary_size} tokens: use head.tied=false"
         )
-    head = BUILDERS[settings.name](settings, vocabulary_size, embedding, order)
+    head = BUILDERS[settings.type](settings, vocabulary_size, embedding, order)
     head.training_options = LossOptions(settings.label_smoothing, settings.z_loss)
     if settings.count_biases and counts is not None:
         head.start_from_counts(counts)
@@ -62,9 +61,9 @@ def wanted_order(settings: HeadSettings) -> str | None:
 
     Raises UserError for an order that no partition has.
     """
-    if settings.name == "adaptive":
+    if settings.type == "adaptive":
         return "frequency"
-    if settings.name != "grouped":
+    if settings.type != "folded":
         return None
     _check_order(settings.partition)
     return settings.partition.order
@@ -92,6 +91,12 @@ def vocabulary_order(
     return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
 
 
+def initial_std(settings: HeadSettings, hidden_size: int) -> float:
+    """The standard deviation that fresh rows of a head are drawn with: as set or, where none is, that of torch's own
+    Linear, 1 / sqrt(3 D), to one significant digit."""
+    return float(f"{(3 * hidden_size) ** -0.5:.1g}") if settings.init_std is None else settings.init_std
+
+
 def folded_head(
     hidden_size: int,
     vocabulary_size: int,
@@ -112,10 +117,10 @@ def folded_head(
     if tokens is None and shortlist:
         raise UserError("a shortlist holds the most frequent tokens: give the tokens of the training text too")
     partition = PartitionSettings("bpe" if tokens is None else "clustered", group_size, shortlist)
-    settings = HeadSettings(name="grouped", partition=partition)
+    settings = HeadSettings(type="folded", partition=partition, init_std=None)
     order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
     groups = equal_partition(vocabulary_size, group_size, order, shortlist)
-    std = 1 / math.sqrt(3 * hidden_size)
+    std = initial_std(settings, hidden_size)
     return FoldedHead(hidden_size, groups, SortedLinearScorer(hidden_size, groups, tied_weight, std), std)
 
 
@@ -127,7 +132,12 @@ def _check_order(partition: PartitionSettings) -> None:
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
     return FullHead(
-        embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap, settings.count_biases
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.count_biases,
     )
 
 
@@ -135,13 +145,24 @@ def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
     if settings.softcap is not None:
         raise UserError("head=chunked cannot cap its logits, which torch computes: use head=full, or head.softcap=null")
     weight = _tied_weight(settings, embedding)
-    return ChunkedHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.chunk_rows)
+    return ChunkedHead(
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.chunk_rows,
+    )
 
 
 def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
     return FusedHead(
-        embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap, settings.kernel
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.kernel,
     )
 
 
@@ -164,7 +185,12 @@ def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Em
         raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
     scorer = SCORERS[settings.scorer](settings, partition, embedding)
     return FoldedHead(
-        embedding.embedding_dim, partition, scorer, settings.init_std, settings.softcap, settings.count_biases
+        embedding.embedding_dim,
+        partition,
+        scorer,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.count_biases,
     )
 
 
@@ -181,7 +207,7 @@ def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Paramete
 def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
-        return kind(embedding.embedding_dim, partition, settings.init_std)
+        return kind(embedding.embedding_dim, partition, initial_std(settings, embedding.embedding_dim))
 
     return build
 
@@ -189,14 +215,19 @@ def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
 def _low_rank(kind: type[LowRankScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
-        return kind(embedding.embedding_dim, partition, settings.rank, settings.init_std)
+        return kind(embedding.embedding_dim, partition, settings.rank, initial_std(settings, embedding.embedding_dim))
 
     return build
 
 
 def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
-        return kind(embedding.embedding_dim, partition, _tied_weight(settings, embedding), settings.init_std)
+        return kind(
+            embedding.embedding_dim,
+            partition,
+            _tied_weight(settings, embedding),
+            initial_std(settings, embedding.embedding_dim),
+        )
 
     return build
 
@@ -204,7 +235,11 @@ def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
 def _conditioned(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
     weight = _tied_weight(settings, embedding)
     return ConditionedLinearScorer(
-        embedding.embedding_dim, partition, settings.condition_width, weight, settings.init_std
+        embedding.embedding_dim,
+        partition,
+        settings.condition_width,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
     )
 
 
@@ -217,7 +252,7 @@ def _refuse_tied(settings: HeadSettings) -> None:
 
 BUILDERS = {
     "full": _build_full,
-    "grouped": _build_folded,
+    "folded": _build_folded,
     "chunked": _build_chunked,
     "adaptive": _build_adaptive,
     "fused": _build_fused,

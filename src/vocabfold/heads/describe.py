@@ -15,11 +15,8 @@ from vocabfold.heads.settings import EXTRAS, HeadSettings
 
 def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
     """The columns of a result row that say which head was trained (empty where a head has no such thing)."""
-    row: dict[str, Any] = {"head": settings.name, "tied": settings.tied, **columns(head, settings)}
-    extras = [f"{name}{value:g}" for name in EXTRAS if (value := getattr(settings, name))]
-    if extras:
-        row["scorer"] = "_".join(filter(None, [row.get("scorer"), *extras]))
-    return row
+    extras = {name: value for name in EXTRAS if (value := getattr(settings, name))}
+    return {"head": settings.name, "tied": settings.tied, **columns(head, settings), **extras}
 
 
 @singledispatch
@@ -31,12 +28,15 @@ def columns(head: Head, settings: HeadSettings) -> dict[str, Any]:
 @columns.register
 def _(head: FoldedHead, settings: HeadSettings) -> dict[str, Any]:
     order = settings.partition.order
-    rank = f"_rank{settings.rank}" if settings.scorer.startswith("low_rank") else ""
-    seed = f"_seed{settings.partition.seed}" if order == "random" and settings.partition.seed else ""
-    source = "_run" if order == "clustered" and settings.partition.clustered_from else ""
+    own: dict[str, Any] = {"head_rank": settings.rank} if settings.scorer.startswith("low_rank") else {}
+    if order == "random":
+        own["partition_seed"] = settings.partition.seed
+    if order == "clustered" and settings.partition.clustered_from:
+        own["clustered_from"] = settings.partition.clustered_from
     return {
-        "scorer": settings.scorer + rank,
-        "partition_order": order + seed + source,
+        **own,
+        "scorer": settings.scorer,
+        "partition_order": order,
         "group_size": head.partition.num_slots,
         "num_groups": head.partition.num_groups,
         "shortlist": settings.partition.shortlist,
@@ -46,7 +46,8 @@ def _(head: FoldedHead, settings: HeadSettings) -> dict[str, Any]:
 @columns.register
 def _(head: AdaptiveHead, settings: HeadSettings) -> dict[str, Any]:
     return {
-        "scorer": f"cutoffs{'-'.join(map(str, settings.cutoffs))}_div{settings.div_value:g}",
+        "cutoffs": ",".join(map(str, settings.cutoffs)),
+        "div_value": settings.div_value,
         "partition_order": "frequency",
         "group_size": head.partition.num_slots,
         "num_groups": head.partition.num_groups,
@@ -56,9 +57,9 @@ def _(head: AdaptiveHead, settings: HeadSettings) -> dict[str, Any]:
 
 @columns.register
 def _(head: ChunkedHead, settings: HeadSettings) -> dict[str, Any]:
-    return {"scorer": f"rows{settings.chunk_rows}"}
+    return {"chunk_rows": settings.chunk_rows}
 
 
 @columns.register
 def _(head: FusedHead, settings: HeadSettings) -> dict[str, Any]:
-    return {"scorer": settings.kernel}
+    return {"kernel": settings.kernel}

@@ -21,13 +21,16 @@ class PartitionSettings:
     group_size: int | None = None
     shortlist: int = 0
     seed: int = 0
-    clustered_from: str | None = None
+    clustered_from: str | None = field(default=None, metadata={"folder": True})
 
 
 @dataclass
 class HeadSettings:
-    """One node of conf/head. ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the
-    logits; each is for every head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
+    """One node of conf/head. ``type``, one of BUILDERS, is the class that builds it; ``name`` is what it is called, and
+    decides nothing. ``init_std`` None: that of torch's own Linear, see ``initial_std``.
+
+    ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the logits; each is for every
+    head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
     folded heads biases that start from the tokens' counts in the training stream. ``condition_width`` is that of
     linear_conditioned (None: see conditioned.default_width).
 
@@ -36,8 +39,9 @@ class HeadSettings:
     """
 
     name: str = "full"
+    type: str = "full"
     tied: bool = True
-    init_std: float = 0.02
+    init_std: float | None = 0.02
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     scorer: str = "scale_shift"
     rank: int = 4

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from tqdm import tqdm
 
 from vocabfold.command_line import is_out_of_memory, one_line, user_errors
@@ -20,6 +22,21 @@ def in_order(arguments: Sequence[str]) -> list[str]:
     """A command line as Hydra's parser reads it: it does not take overrides on both sides of ``--multirun``."""
     flags = [argument for argument in arguments if argument in SWEEP_FLAGS]
     return [*flags[:1], *(argument for argument in arguments if argument not in SWEEP_FLAGS)]
+
+
+def check_options(arguments: Sequence[str]) -> None:
+    """Raise UserError for options that Hydra would answer with a page of usage or a traceback."""
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; --help lists what there is") from error
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}; --help lists what there is")
+    given = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(options, name)]
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} exclude each other: leave one out")
 
 
 def outcome(folder: Path, row: dict[str, Any]) -> str:
