@@ -1,0 +1,136 @@
+"""README and docs: every command is one that the programs take, every link and file is there, and the README stays
+short and explains its words before it uses them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+MOST_LINES, MOST_COLUMNS = 120, 120
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"^(make|python -m|torchrun|pip install|wandb) ")
+FORBIDDEN = ("as usual", "not done again", "that no loss has", "needs nobody", "contender", "grouped head", "free rows")
+# The first place of each of these words in the README has to be the one that says what it means.
+DEFINITIONS = {"head": '("head")', "folded": "*folded*", "clustered": '("clustered")', "shortlist": "*shortlist*"}
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`]*`", "", FENCE.sub("", text))
+
+
+def commands_of(page: Path) -> Iterator[str]:
+    """The commands in fenced blocks and between backticks, a line each, without comments."""
+    text = text_of(page)
+    for _, block in FENCE.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.partition(" #")[0].strip()
+    yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands_of(page) if COMMAND.match(command)})
+
+
+def of(*beginnings: str) -> list[str]:
+    return [command for command in COMMANDS if command.startswith(beginnings)]
+
+
+def check_training(overrides: list[str]) -> None:
+    """The command line composes to settings that a run can have; of a sweep, its first run."""
+    firsts = [override.partition(",")[0] for override in overrides if not override.startswith("--")]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        if "--help" in overrides:
+            return
+        swept = compose("train", firsts, return_hydra_config=True).hydra.sweeper.params or {}
+        firsts += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
+        settings_from(compose("train", firsts))
+
+
+@pytest.mark.parametrize("command", of("python -m vocabfold.train", "torchrun"))
+def test_training_commands_compose(command: str) -> None:
+    words = shlex.split(command)
+    check_training(words[words.index("vocabfold.train") + 1 :])
+
+
+@pytest.mark.parametrize("command", of("make"))
+def test_make_knows_the_target(command: str) -> None:
+    asked = [word for word in shlex.split(command)[1:] if not word.endswith("=...")]
+    assert asked
+    done = subprocess.run(["make", "-n", *asked], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", of("pip"))
+def test_extras_are_there(command: str) -> None:
+    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    for named in re.findall(r"\[([\w,]+)\]", command):
+        assert set(named.split(",")) <= set(extras)
+
+
+def test_commands_are_found_and_all_are_of_a_kind_that_is_checked() -> None:
+    assert len(of("python -m vocabfold.train")) > 5 and len(of("python -m experiments")) > 3 and len(of("make")) > 3
+    checked = of("python -m vocabfold.", "python -m experiments", "torchrun", "make", "pip", "wandb")
+    assert checked == COMMANDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_are_there(page: Path) -> None:
+    text = text_of(page)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if not target.startswith("https://"):
+            assert (page.parent / target).is_file(), target
+    for name in re.findall(r"`((?:src|experiments|conf|tests|notebooks|results)/[\w/]+\.\w+)`", text):
+        assert (ROOT / name).is_file() or "NAME" in name or "EXPERIMENT" in name, name
+    for name in re.findall(r"\bdocs/\w+\.md", text):
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short_and_plain(page: Path) -> None:
+    text = text_of(page)
+    for number, line in enumerate(text.splitlines(), 1):
+        assert len(line) <= MOST_COLUMNS or line.startswith(("|", "![")), f"{page.name}:{number}"
+    for phrase in FORBIDDEN:
+        assert phrase not in text.lower(), phrase
+    assert not re.search(r"(?<![\w.])/(?:home|tmp|work|root|Users)/", text)
+
+
+def test_the_readme_is_short_and_explains_its_words() -> None:
+    text = text_of(README)
+    assert len(text.splitlines()) <= MOST_LINES
+    plain = without_code(text)
+    assert not re.search(r"\b[NVDSGKT]\b", plain)  # the symbols of docs/ are not explained here
+    assert "slot" not in plain
+    for word, definition in DEFINITIONS.items():
+        first = re.search(rf"\b{word}\b", plain)
+        assert first and definition in plain and plain.index(definition) <= first.start(), word
+    tables = [block for block in re.split(r"\n(?!\|)", text) if "\n|---" in block]
+    assert len(tables) == 1
+    assert tables[0].count("\n|") - 2 <= 8
+
+
+def test_the_headline_leads_to_the_line_that_computes_it() -> None:
+    """README -> table -> its experiment -> the statistics: four files, the number in the first two."""
+    text = text_of(README)
+    claim = "0.959"
+    (table,) = re.findall(r"`(results/[\w/]+heads_pareto\.md)`", text)
+    assert claim in text and claim in text_of(ROOT / table)
+    experiment = text_of(ROOT / "experiments/heads/heads_pareto.py")
+    assert "def perplexity_ratio" in experiment and "experiments.study.statistics" in experiment
