@@ -44,8 +44,8 @@ from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.runs.folder import occupied
-from vocabfold.runs.jobs import as_user_error, check_options, in_order, outcome, tell_failed_job
 from vocabfold.runs.identity import identify, refuse_other_run
+from vocabfold.runs.jobs import as_user_error, check_options, in_order, outcome, tell_failed_job
 from vocabfold.runs.load import autocast, begin_compressed
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row

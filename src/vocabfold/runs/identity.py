@@ -97,7 +97,7 @@ def _run_in(folder: Path) -> str:
 def _difference(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
     """The first setting in which two configurations differ, for a person."""
     for key, value in wanted.items():
-        if not prefix and key in OUTSIDE or prefix == "data." and key in ("cache_dir", "workers", "store"):
+        if (not prefix and key in OUTSIDE) or (prefix == "data." and key in ("cache_dir", "workers", "store")):
             continue
         before = kept.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
