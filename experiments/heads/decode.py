@@ -29,9 +29,10 @@ from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.heads import Head
-from vocabfold.heads.base import draw_from_sorted
+from vocabfold.heads.sampling import draw_from_sorted
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
+from vocabfold.measure.visits import visits_of
 from vocabfold.models.build import ModelWithHead
 from vocabfold.runs.load import load_run
 from vocabfold.runs.record import IDENTITY_COLUMNS, RESULTS, finished_row
@@ -129,7 +130,7 @@ def mean_entropy_nats(model: ModelWithHead, prompts: Tensor) -> float:
 
 def groups_visited(head: Head, work: Callable[[], Tensor]) -> float | None:
     """How many groups a token of ``work`` needs; None for a head without groups."""
-    if (visits := head.visits()) is None:
+    if (visits := visits_of(head)) is None:
         return None
     with visits:
         tokens = work().numel()

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from experiments.study.program import measuring_device, measuring_parser
 from vocabfold.command_line import one_line_errors
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.corpora import load_corpus
 from vocabfold.files import write_text
 from vocabfold.heads import HeadLoss
@@ -31,6 +30,7 @@ from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.runs.distributed import Ranks
 from vocabfold.runs.record import RESULTS
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.tokens import IGNORE_INDEX
 from vocabfold.train import Trainer
 
 FREE, REFERENCE = "free", "full_tied"

@@ -28,11 +28,11 @@ from experiments.study.statistics import summarise
 from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import load_corpus
 from vocabfold.files import write_text
-from vocabfold.heads.orders import token_counts
 from vocabfold.machine import code_commit, hardware, torch_version
 from vocabfold.runs.load import validation_losses
 from vocabfold.runs.record import RESULTS, read_table, write_table
 from vocabfold.runs.settings import load_settings
+from vocabfold.tokens import token_counts
 
 NUM_DECILES = 10
 RANK_LIMITS = (0, 10, 100, 1_000, 10_000)  # of classes of tokens by rank in the training text; the last has no end

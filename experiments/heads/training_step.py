@@ -31,8 +31,8 @@ from experiments.study.program import add_sizes, measuring_device, measuring_par
 from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.files import write_text
-from vocabfold.heads import HeadSettings, token_order
-from vocabfold.heads.build import PartitionSettings
+from vocabfold.heads import HeadSettings
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.machine import (
     BYTES_PER_GIB,
     hardware,
@@ -46,6 +46,7 @@ from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 from vocabfold.runs.record import RESULTS
 from vocabfold.runs.settings import CONFIG_FOLDER
+from vocabfold.runs.token_order import token_order
 
 CHUNKS = (256, 1024, 2048)  # rows at a time of torch's linear_cross_entropy: the fastest is compared
 HEAD_ROUNDS = 15  # of the folded heads alone, after the steps: they take milliseconds

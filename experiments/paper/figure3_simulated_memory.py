@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vocabfold.command_line import one_line_errors
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import PartitionSettings
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.machine import BYTES_PER_GIB, code_commit, torch_version
 from vocabfold.measure.simulate import SimulatedMemory, TrainingParts, simulated_peak_memory
 from vocabfold.models.build import ModelSettings, build_model

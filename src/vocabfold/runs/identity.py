@@ -52,7 +52,7 @@ def run_of(settings: Settings, content: Mapping[str, str]) -> str:
 
 def described(settings: Settings) -> str:
     """A run in a few words for a person, to begin the name of its folder with."""
-    size = settings.head.partition.group_size if settings.head.type == "folded" else None
+    size = settings.head.partition.group_size
     parts = [settings.model.name, settings.head.name + (f"-size{size}" if size else "")]
     parts += [settings.embedding.name] if settings.embedding.name != "dense" else []
     parts += [settings.start.type] if settings.start.type != "none" else []
