@@ -20,10 +20,10 @@ from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 
 MAX_POSITIONS = 9
 HEADS = {
-    "full": HeadSettings(name="full", tied=True),
-    "scale_shift": HeadSettings(name="grouped", tied=False),
+    "full": HeadSettings(tied=True),
+    "scale_shift": HeadSettings(type="folded", tied=False),
     "shortlist": HeadSettings(
-        name="grouped", tied=False, scorer="linear_sorted", partition=PartitionSettings(shortlist=2)
+        type="folded", tied=False, scorer="linear_sorted", partition=PartitionSettings(shortlist=2)
     ),
 }
 PROMPT = [1, 3, 2]

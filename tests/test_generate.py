@@ -23,9 +23,9 @@ from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 VOCABULARY_SIZE = 97
 MAX_POSITIONS = 12
 HEADS = {
-    "full": HeadSettings(name="full", tied=True),
-    "scale_shift": HeadSettings(name="grouped", tied=False, partition=PartitionSettings(group_size=10)),
-    "linear_looped": HeadSettings(name="grouped", tied=True, scorer="linear_looped"),
+    "full": HeadSettings(tied=True),
+    "scale_shift": HeadSettings(type="folded", tied=False, partition=PartitionSettings(group_size=10)),
+    "linear_looped": HeadSettings(type="folded", tied=True, scorer="linear_looped"),
 }
 PROMPT = [3, 14, 15]
 

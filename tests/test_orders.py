@@ -132,7 +132,7 @@ def test_neighbours_tell_tokens_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_token_order_dispatches(order: str, shortlist: int) -> None:
     tokens = np.random.default_rng(0).zipf(1.5, 5000).clip(1, 60).astype(np.uint16) - 1
     settings = HeadSettings(
-        name="grouped", tied=False, partition=PartitionSettings(order=order, shortlist=shortlist, seed=4)
+        type="folded", tied=False, partition=PartitionSettings(order=order, shortlist=shortlist, seed=4)
     )
     found = token_order(settings, 60, tokens)
     assert found is not None
@@ -166,7 +166,7 @@ def test_a_head_without_a_partition_has_no_order() -> None:
 )
 def test_token_order_names_what_is_wrong(partition: PartitionSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        token_order(HeadSettings(name="grouped", partition=partition), 60, STREAM)
+        token_order(HeadSettings(type="folded", partition=partition), 60, STREAM)
 
 
 def settings_of(*overrides: str) -> Settings:
