@@ -112,6 +112,14 @@ def test_prefixes_of_many_texts_are_exact_and_found_token_by_token(attention: st
         assert prefixes.restore([text], model.backbone.new_cache(1)) == longest
 
 
+def test_a_text_that_leaves_a_run_in_its_middle_does_not_go_on_in_what_follows_the_run() -> None:
+    model, prefixes = small_model(), PrefixCache(1 << 20)
+    for text in ([1, 2, 3, 4, 7, 8], [1, 2, 3, 4, 9, 9]):  # a run of four tokens, and two that follow it
+        read(model, text, prefixes)
+    assert prefixes.restore([[1, 2, 7, 8, 5]], model.backbone.new_cache(1)) == 2
+    torch.testing.assert_close(read(model, [1, 2, 7, 8, 5], prefixes), whole(model, [1, 2, 7, 8, 5]), **CLOSE)
+
+
 def common_length(text: list[int], other: list[int]) -> int:
     pairs = zip(text, other, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
