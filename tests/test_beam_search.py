@@ -177,7 +177,7 @@ def test_the_program_searches_and_refuses_what_does_not_go_together(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
     write_corpus(tmp_path)
-    assert call(train.main, monkeypatch, *TINY, "head=grouped", "run_dir=run") == 0
+    assert call(train.main, monkeypatch, *TINY, "head=paper", "run_dir=run") == 0
     texts = []
     for options in (["--beams", "1"], ["--temperature", "0"], ["--beams", "3", "--length-penalty", "0"]):
         capfd.readouterr()

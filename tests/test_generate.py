@@ -102,7 +102,7 @@ def test_an_empty_prompt_is_refused() -> None:
         next(generate(small_model("full"), [], 1))
 
 
-@pytest.mark.parametrize("head", ["full", "grouped"])
+@pytest.mark.parametrize("head", ["full", "paper"])
 def test_the_program_continues_a_text_without_the_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], head: str
 ) -> None:

@@ -181,7 +181,7 @@ def test_a_run_by_frequency_is_loaded_without_its_corpus(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
     settings = settings_of(
-        "head=grouped",
+        "head=paper",
         "head.partition.order=frequency",
         "head.partition.shortlist=9",
         "head.scorer=linear_sorted",
@@ -208,12 +208,12 @@ def test_a_run_by_frequency_is_loaded_without_its_corpus(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="trained on 101 tokens, this corpus has 102"):
         saved_embedding(Path("run"), 102)
     clustered = settings_of(
-        "head=grouped", "head.partition.order=clustered", "head.partition.clustered_from=run", "run_dir=clustered"
+        "head=paper", "head.partition.order=clustered", "head.partition.clustered_from=run", "run_dir=clustered"
     )
-    assert training.train(clustered, "")["partition_order"] == "clustered_run"
+    assert training.train(clustered, "")["clustered_from"] == "run"
 
 
-@pytest.mark.parametrize("head", ["full", "grouped"])
+@pytest.mark.parametrize("head", ["full", "paper"])
 def test_the_saved_embedding_is_found_under_any_head(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

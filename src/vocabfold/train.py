@@ -166,7 +166,10 @@ class Trainer:
             bar.update()
         bar.close()
         self.model.train()
-        return evaluation_columns(sums.means(self.ranks, "validation_"), self.corpus)
+        result = evaluation_columns(sums.means(self.ranks, "validation_"), self.corpus)
+        if not math.isfinite(result["validation_loss_nats"]):
+            raise UserError(not_finite(self, result["validation_loss_nats"]))
+        return result
 
     def save(self) -> None:
         """Write a checkpoint of this very step."""
