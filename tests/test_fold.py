@@ -144,7 +144,7 @@ def test_the_fit_is_better_than_mean_rows_and_near_what_descent_finds(name: str)
         loss.backward()
         return loss.detach()
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     descended = kl(folded, head, held_out)
     print(at_once, mean_rows, descended)
     assert at_once < 0.9 * mean_rows

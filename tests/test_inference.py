@@ -40,7 +40,7 @@ def small_model(attention: str = "gpt2") -> ModelWithHead:
         max_positions=MAX_POSITIONS,
         window=5,
     )
-    model = build_model(settings, HeadSettings(name="full", tied=True), VOCABULARY_SIZE).double().eval()
+    model = build_model(settings, HeadSettings(tied=True), VOCABULARY_SIZE).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))  # else every token is about as likely as any other
@@ -266,7 +266,7 @@ def test_what_comes_out_of_a_cache_does_not_depend_on_how_a_text_was_cut(attenti
 
 def test_bytes_of_a_position_count_codes_and_scales() -> None:
     settings = ModelSettings(hidden_size=128, num_layers=2, num_heads=8, max_positions=MAX_POSITIONS)
-    model = build_model(settings, HeadSettings(name="full", tied=True), VOCABULARY_SIZE).eval()
+    model = build_model(settings, HeadSettings(tied=True), VOCABULARY_SIZE).eval()
     sizes = {}
     for name, layer_cache in LAYER_CACHES.items():
         cache = model.backbone.new_cache(2, layer_cache)

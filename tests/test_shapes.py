@@ -199,7 +199,7 @@ def test_the_network_is_the_published_one() -> None:
         CNN(8, 5, 24)
 
 
-@pytest.mark.parametrize("head", [HeadSettings(tied=False), HeadSettings(name="grouped", tied=False)])
+@pytest.mark.parametrize("head", [HeadSettings(tied=False), HeadSettings(type="folded", tied=False)])
 def test_accuracy_is_that_of_the_likeliest_class(head: HeadSettings) -> None:
     torch.manual_seed(0)
     settings = ModelSettings(name="cnn", hidden_size=16, num_layers=2, image_size=16)

@@ -102,7 +102,7 @@ def folded_head(
     vocabulary_size: int,
     tokens: TokenStream | None = None,
     *,
-    tied_weight: nn.Parameter | None = None,
+    tied_weight: Tensor | None = None,
     group_size: int | None = None,
     shortlist: int = 0,
 ) -> FoldedHead:
@@ -121,7 +121,9 @@ def folded_head(
     order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
     groups = equal_partition(vocabulary_size, group_size, order, shortlist)
     std = initial_std(settings, hidden_size)
-    return FoldedHead(hidden_size, groups, SortedLinearScorer(hidden_size, groups, tied_weight, std), std)
+    return FoldedHead(
+        hidden_size, groups, SortedLinearScorer(hidden_size, groups, cast(nn.Parameter | None, tied_weight), std), std
+    )
 
 
 def _check_order(partition: PartitionSettings) -> None:
