@@ -115,8 +115,8 @@ FAULTS = [
     # sampling
     Fault(
         "heads/base.py",
-        "probability.cumsum(dim=-1) - probability",
-        "probability.cumsum(dim=-1)",
+        "mass_before = probability.cumsum(dim=-1) - probability",
+        "mass_before = probability.cumsum(dim=-1)",
         "test_head_sampling.py",
     ),
     Fault("heads/base.py", "& (ids < token)", "", "test_head_sampling.py"),
