@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vocabfold.heads import (
     AdaptiveHead,
     ChunkedHead,
+    ConditionedLinearScorer,
     FoldedHead,
     FullHead,
     Head,
@@ -34,12 +35,14 @@ SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
     "low_rank": lambda partition, _: LowRankScorer(HIDDEN_SIZE, partition, rank=2),
     "sorted_free": lambda partition, _: SortedLinearScorer(HIDDEN_SIZE, partition),
     "sorted_tied": lambda partition, weight: SortedLinearScorer(HIDDEN_SIZE, partition, weight),
+    "conditioned_free": lambda partition, _: ConditionedLinearScorer(HIDDEN_SIZE, partition, 5),
+    "conditioned_tied": lambda partition, weight: ConditionedLinearScorer(HIDDEN_SIZE, partition, 5, weight),
     "looped_free": lambda partition, _: LoopedLinearScorer(HIDDEN_SIZE, partition),
     "looped_tied": lambda partition, weight: LoopedLinearScorer(HIDDEN_SIZE, partition, weight),
 }
-FOLDED_KINDS = tuple(SCORERS)
-FAST_KINDS = ("scale_shift_sorted", "low_rank_sorted", "sorted_free", "sorted_tied")
-FULL_KINDS = ("full_tied", "full_free", "chunked_tied", "chunked_free")
+FOLDED_KINDS = (*SCORERS, "sorted_free_bias", "looped_free_bias", "scale_shift_bias")
+FAST_KINDS = ("scale_shift_sorted", "low_rank_sorted", "sorted_free", "sorted_tied", "sorted_free_bias")
+FULL_KINDS = ("full_tied", "full_free", "full_bias_tied", "chunked_tied", "chunked_free")
 KINDS = (*FULL_KINDS, *FOLDED_KINDS, "adaptive")
 
 
@@ -102,7 +105,8 @@ def make_head(
     head: Head
     order = layout.order() if order is None else order
     if kind.startswith("full"):
-        head = FullHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, softcap=softcap)
+        with_bias = kind.startswith("full_bias")
+        head = FullHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, softcap=softcap, with_bias=with_bias)
     elif kind.startswith("chunked"):
         head = ChunkedHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, chunk_rows=4)
     elif kind == "adaptive":
@@ -110,8 +114,8 @@ def make_head(
         head = AdaptiveHead(HIDDEN_SIZE, layout.vocabulary_size, cutoffs, 2.0, order, softcap)
     else:
         partition = equal_partition(layout.vocabulary_size, layout.group_size, order, layout.shortlist)
-        scorer = SCORERS[kind](partition, tied_weight)
-        head = FoldedHead(HIDDEN_SIZE, partition, scorer, softcap=softcap)
+        scorer = SCORERS[kind.removesuffix("_bias")](partition, tied_weight)
+        head = FoldedHead(HIDDEN_SIZE, partition, scorer, softcap=softcap, with_bias=kind.endswith("_bias"))
     module = Model(embedding, head).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=weight_std)
@@ -149,7 +153,8 @@ def naive_logits(
     """
     assert isinstance(head, FullHead | FoldedHead)
     if isinstance(head, FullHead):
-        logits = [hidden @ head.weight[token] for token in range(layout.vocabulary_size)]
+        bias = hidden.new_zeros(layout.vocabulary_size) if head.bias is None else head.bias
+        logits = [hidden @ head.weight[token] + bias[token] for token in range(layout.vocabulary_size)]
         return _capped(logits, head), [([token], hidden[:, :0]) for token in range(layout.vocabulary_size)]
     members = []
     place = index = 0  # among the tokens, and the groups, that have parameters
@@ -158,8 +163,13 @@ def naive_logits(
             members.append((tokens, hidden[:, :0]))
             continue
         scores = []
+        scorer, seen = head.scorer, hidden
+        if isinstance(scorer, ConditionedLinearScorer):
+            centred = hidden - hidden.mean(dim=1, keepdim=True)
+            norm = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+            inner = norm @ scorer.into.weight.t() + scorer.group_embedding[index]
+            hidden = hidden + (inner * 0.5 * (1 + torch.erf(inner / 2**0.5))) @ scorer.out.t()
         for slot, token in enumerate(tokens):
-            scorer = head.scorer
             if isinstance(scorer, ScaleShiftScorer):
                 score = scorer.scale[index, slot] * (hidden @ scorer.shared[slot]) + scorer.shift[index, slot]
                 if isinstance(scorer, LowRankScorer):
@@ -175,7 +185,11 @@ def naive_logits(
             place += 1
         members.append((tokens, _capped(scores, head)))
         index += 1
-    return _capped([hidden @ row for row in head.group_weight], head), members
+        hidden = seen
+    group_scores = [hidden @ row for row in head.group_weight]
+    if head.group_bias is not None:
+        group_scores = [score + bias for score, bias in zip(group_scores, head.group_bias, strict=True)]
+    return _capped(group_scores, head), members
 
 
 def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Tensor:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from tqdm import tqdm
 
 from run_cases import TINY, call, start, write_corpus
 from vocabfold import generate, train
-from vocabfold.command_line import one_line_errors
+from vocabfold.command_line import one_line, one_line_errors
+from vocabfold.errors import UserError
 from vocabfold.runs import record as records
+from vocabfold.runs.checkpoint import save_weights, weights_metadata
+from vocabfold.runs.load import load_run
 
 Refused = Callable[..., str]
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -29,7 +37,25 @@ IMPOSSIBLE_SETTINGS = [
     ("seed=[1,", "cannot read 'seed=[1,': write key=value"),
     ("seed=1,2", "add --multirun"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
-    ("seed=-1", "the seed must be 0 or more"),
+    ("seed=-1", "seed is -1: choose 0 or more, at most 2**63 - 1"),
+    (f"seed={2**70}", f"seed is {2**70}: choose 0 or more, at most 2**63 - 1"),
+    ("head.init_std=-1", "head.init_std is -1.0: choose 0 or more"),
+    ("budget.seconds=nan", "budget.seconds is nan: choose a finite number"),
+    ("budget.epochs=inf", "budget.epochs is inf: choose a finite number"),
+    ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan: choose a finite number"),
+    ("optimizer.betas=[nan,0.9]", "optimizer.betas is nan: choose a finite number"),
+    ("checkpoint_minutes=-1", "checkpoint_minutes is -1.0: choose 0 or more, or null"),
+    ("data.train=5", "data.train is 5: give the path of a UTF-8 text file, or a list of paths"),
+    ("data.train=[5]", "data.train is [5]: give the path of a UTF-8 text file, or a list of paths"),
+    ("data.workers=many", "data.workers must be a whole number, not 'many'"),
+    ("data=stories data.num_train_documents=lots", "data.num_train_documents must be a whole number, not 'lots'"),
+    ("data=zipf data.stay=long", "data.stay must be a number, not 'long'"),
+    ("data=zipf data.seed=x", "data.seed must be a whole number, not 'x'"),
+    ("model=cnn", "pictures and their network need each other: use model=cnn with data=shapes, or neither"),
+    ("model=cnn data=shapes data.workers=many", "data.workers is 'many': choose a whole number"),
+    ("--multirun --cfg job", "--multirun and --cfg exclude each other: leave one out"),
+    ("--nonesuch", "unknown option --nonesuch; --help lists what there is"),
+    ("--cfg nonesuch", "argument --cfg/-c: invalid choice: 'nonesuch'"),
     ("batch_size=0", "batch_size is 0: choose at least 1"),
     ("sequence_length=100000", "lower the batch size or the sequence length"),
     ("model.max_positions=8", "less than sequence_length 16: raise the first or lower the second"),
@@ -62,10 +88,12 @@ IMPOSSIBLE_SETTINGS = [
 IMPOSSIBLE_SAMPLING = [
     (["--temperature", "-1"], "temperature is -1.0: choose 0"),
     (["--temperature", "nan"], "temperature is nan: choose 0"),
-    (["--top-k", "0"], "choose between 1 and the vocabulary size 50257"),
-    (["--top-k", "50258"], "choose between 1 and the vocabulary size 50257"),
+    (["--top-k", "0"], "--top-k is 0: choose between 1 and"),
+    (["--top-k", "50258"], "--top-k is 50258: choose between 1 and the vocabulary size 50257"),
     (["--top-p", "0"], "top_p is 0.0: choose more than 0 and at most 1"),
     (["--top-p", "1.5"], "top_p is 1.5: choose more than 0 and at most 1"),
+    (["--seed", "18446744073709551616"], "--seed is 18446744073709551616: choose 0 or more, at most 2**63 - 1"),
+    (["--seed", "-1"], "--seed is -1: choose 0 or more"),
     (["--max-tokens", "0"], "--max-tokens is 0: choose at least 1"),
     (["--top-k", "many"], "argument --top-k: invalid int value: 'many'; --help"),
     pytest.param(["--device", "cuda"], "use --device cpu", marks=NO_CUDA),
@@ -107,7 +135,8 @@ def refused(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 
 @pytest.mark.parametrize(("overrides", "words"), IMPOSSIBLE_SETTINGS)
 def test_impossible_settings_are_refused(refused: Refused, overrides: str, words: str) -> None:
-    assert words in refused(train.main, *TINY, *overrides.split())
+    kept = [key for key in TINY if not (key.startswith("data") and "data=" in overrides)]
+    assert words in refused(train.main, *kept, *overrides.split())
 
 
 @pytest.mark.parametrize("launcher", ["ray", "ray_local"])
@@ -141,8 +170,109 @@ def test_a_folder_that_is_no_finished_run_is_refused(refused: Refused, workplace
     assert "holds no config.yaml: name the folder of a training run" in refused(generate.main, str(tmp_path), "the")
     shutil.copy(workplace / "run" / "config.yaml", tmp_path)
     assert "has not finished; run its command again first" in refused(generate.main, str(tmp_path), "the")
-    (tmp_path / "config.yaml").write_text("seed: [1,")
-    assert "config.yaml is damaged" in refused(generate.main, str(tmp_path), "the")
+    for damaged in ("seed: [1,", "", "hello", "[" * 10_000):
+        (tmp_path / "config.yaml").write_text(damaged)
+        assert "config.yaml is damaged" in refused(generate.main, str(tmp_path), "the")
+
+
+def test_a_configuration_of_aliases_is_refused_before_it_grows(refused: Refused, tmp_path: Path) -> None:
+    """Nine lists of nine lists of ...: a few hundred letters that stand for 9 ** 9 words."""
+    levels = [f"l{level}: &l{level} [{', '.join(['*l' + str(level - 1)] * 9)}]" for level in range(1, 10)]
+    (tmp_path / "config.yaml").write_text("\n".join(["l0: &l0 word", *levels]))
+    started = time.monotonic()
+    assert "config.yaml holds a YAML alias" in refused(generate.main, str(tmp_path), "the")
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", ["row.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", ["{\n", "[]\n", "\xff\n"])
+def test_a_damaged_record_is_named(refused: Refused, workplace: Path, tmp_path: Path, name: str, content: str) -> None:
+    run = shutil.copytree(workplace / "run", tmp_path / "run")
+    if name == "metrics.jsonl":
+        (run / "row.json").unlink()  # else the run counts as finished
+    (run / name).write_bytes(content.encode("latin-1"))
+    written = refused(train.main, *TINY, f"run_dir={run}")
+    assert f"{run / name} is damaged" in written and "delete the run folder and train again" in written
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(refused: Refused, workplace: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(workplace / "run", tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("tokenizer: gpt2", "tokenizer: cl100k"))
+    written = refused(generate.main, str(run), "the")
+    assert "the tokenizer cl100k has 100277 tokens and the model in" in written and "50257" in written
+
+
+def test_weights_that_are_no_numbers_are_refused(refused: Refused, workplace: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(workplace / "run", tmp_path / "run")
+    model = load_run(run, torch.device("cpu"))
+    next(model.parameters()).data.view(-1)[3] = torch.nan
+    save_weights(run, model, weights_metadata(run))
+    assert "holds weights that are no finite numbers" in refused(generate.main, str(run), "the")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_too_little_memory_is_one_line(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, workplace: Path, error: Exception
+) -> None:
+    def starved(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "Trainer", starved)
+    assert "out of memory: lower batch_size" in refused(train.main, *TINY, "seed=9")
+
+
+def test_a_sweep_takes_its_keys_in_any_order_and_names_each_job_that_fails(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    GlobalHydra.instance().clear()
+    assert call(train.main, monkeypatch, *TINY, "run_dir=sweep", "--multirun", "batch_size=-1,0") == 2
+    written = capfd.readouterr().err
+    shutil.rmtree(workplace / "results", ignore_errors=True)  # Hydra writes down a sweep before it launches it
+    for size in ("-1", "0"):
+        assert re.search(f"^failed: .*batch_size={size} .*: batch_size is {size}: choose at least 1$", written, re.M)
+    assert written.endswith("a job of the sweep failed, as told above; the same command runs what has not finished\n")
+
+
+def test_an_error_begins_below_a_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        bar = tqdm(total=3, file=sys.stderr)
+        bar.update()
+        raise UserError("too far")
+
+    with pytest.raises(SystemExit):
+        one_line_errors(stopped)()
+    lines = re.split(r"[\r\n]", capfd.readouterr().err)
+    assert any(line.endswith(": too far") and "%" not in line for line in lines)
+
+
+def test_a_reason_is_told_once() -> None:
+    cause = UserError("the file is cut short")
+    error = UserError(f"cannot unpack a.vfz: {cause}")
+    error.__cause__ = cause
+    assert one_line(error) == "cannot unpack a.vfz: the file is cut short"
+
+
+def test_a_reader_that_has_enough_ends_the_program_quietly(tmp_path: Path) -> None:
+    program = (
+        "from vocabfold.command_line import one_line_errors\n"
+        "one_line_errors(lambda: [print('word', flush=True) for _ in range(100_000)])()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_command_lines_without_hydra_do_not_load_it() -> None:
+    program = "import sys, vocabfold.command_line; assert 'hydra' not in sys.modules and 'omegaconf' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "header", "weights"])
@@ -188,4 +318,4 @@ def test_other_errors_keep_their_traceback_and_an_interrupt_its_status(
     with pytest.raises(RuntimeError, match="a fault of the program"):
         one_line_errors(broken)()
     assert call(one_line_errors(interrupted), monkeypatch) == 130
-    assert capfd.readouterr().err.count("\n") == 1
+    assert capfd.readouterr().err == "interrupted\n"  # not every command goes on from where it was

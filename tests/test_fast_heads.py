@@ -27,6 +27,7 @@ PLAIN = {
     "scale_shift_sorted": "scale_shift",
     "low_rank_sorted": "low_rank",
     "sorted_free": "looped_free",
+    "sorted_free_bias": "looped_free_bias",
     "sorted_tied": "looped_tied",
 }
 every_fast_kind = pytest.mark.parametrize("kind", FAST_KINDS)

@@ -25,7 +25,7 @@ from head_cases import (
     naive_log_prob,
 )
 from vocabfold.constants import IGNORE_INDEX
-from vocabfold.heads import FoldedHead, FullHead, loss_options
+from vocabfold.heads import FoldedHead, FullHead, loss_options, visiting
 
 TARGETS = ("mixed", "one_group", "some_ignored", "all_ignored", "empty", "one_row")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -237,6 +237,8 @@ def test_only_the_full_head_builds_n_times_v(kind: str, method: str, monkeypatch
     elif kind == "adaptive":  # at most all rows times the tokens of its largest cluster
         assert isinstance(head, FoldedHead)
         assert largest.num_elements <= num_rows * head.partition.num_slots
+    elif kind.startswith("conditioned") and method in SAMPLING:  # such weights make most of its rows flat
+        assert largest.num_elements <= visiting.WHOLE_ROWS_ELEMENTS
     else:
         assert largest.num_elements <= num_rows * layout.vocabulary_size // (3 if method in SAMPLING else 16)
 
@@ -257,7 +259,9 @@ def test_under_autocast(kind: str) -> None:
                 assert loss.dtype == torch.float32
                 torch.testing.assert_close(loss, expected, rtol=0, atol=0.03)
             log_prob = head.log_prob(given)
-            torch.testing.assert_close(log_prob, expected_log_prob, rtol=0, atol=0.15)
+            # A hidden state that was rounded on its way through two more layers is off by more.
+            atol = 0.4 if kind.startswith("conditioned") else 0.15
+            torch.testing.assert_close(log_prob, expected_log_prob, rtol=0, atol=atol)
             sums = log_prob.exp().sum(dim=-1)
             torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
 

@@ -120,7 +120,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     expected = torch.rand(3)
     other = nn.Linear(3, 2)
     other_optimizer = torch.optim.Adam(other.parameters())
-    assert load_checkpoint(tmp_path, other, other_optimizer, CPU) == {"step": 7}
+    assert load_checkpoint(tmp_path, other, other_optimizer, CPU, {"step": int}) == {"step": 7}
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(other.weight, model.weight)
     assert other_optimizer.state_dict()["state"][0]["step"] == 1
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str
         model = nn.Linear(4, 4)
         optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(UserError, match="delete it to start this run again") as caught:
-        load_checkpoint(tmp_path, model, optimizer, CPU)
+        load_checkpoint(tmp_path, model, optimizer, CPU, {"step": int})
     assert "\n" not in str(caught.value)
 
 
@@ -165,7 +165,7 @@ def test_a_malicious_checkpoint_executes_nothing(tmp_path: Path) -> None:
     trace.rmdir()
     torch.save({"model": Malicious(trace)}, tmp_path / CHECKPOINT_NAME)
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_checkpoint(tmp_path, *small_state(), CPU)
+        load_checkpoint(tmp_path, *small_state(), CPU, {"step": int})
     assert not trace.exists()
 
 

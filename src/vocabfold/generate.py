@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vocabfold.command_line import ArgumentParser, one_line_errors
+from vocabfold.constants import MOST_SEED
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.data.tokenizer import Tokenizer
 from vocabfold.errors import UserError
@@ -19,9 +20,11 @@ from vocabfold.inference.beam_search import beam_search
 from vocabfold.machine import BYTES_PER_MIB
 from vocabfold.models.build import ModelWithHead
 from vocabfold.runs.load import load_run
+from vocabfold.runs.record import finished_row
 from vocabfold.runs.settings import load_settings
 
 TEMPERATURE = 0.8
+GIBBERISH_PERPLEXITY = 30  # above it hardly a sentence holds together
 
 
 @torch.inference_mode()
@@ -89,6 +92,10 @@ def parse_arguments() -> Namespace:
 
 def check_arguments(arguments: Namespace) -> None:
     """Raise UserError for values that cannot be, and for options that do not go together."""
+    if not 0 <= arguments.seed <= MOST_SEED:
+        raise UserError(f"--seed is {arguments.seed}: choose 0 or more, at most 2**63 - 1")
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise UserError(f"--top-k is {arguments.top_k}: choose between 1 and the size of the vocabulary")
     if arguments.max_tokens < 1:
         raise UserError(f"--max-tokens is {arguments.max_tokens}: choose at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -115,9 +122,41 @@ def main() -> None:
     if tokenizer is None:
         raise UserError(f"{arguments.run} was trained on data without a text form: there is nothing to read")
     model = load_run(arguments.run, torch.device(arguments.device))
+    check_fit(model, tokenizer, arguments)
+    if (row := finished_row(arguments.run)) is not None and row.get("perplexity", 0) > GIBBERISH_PERPLEXITY:
+        print(
+            f"this run's perplexity is {row['perplexity']:.0f} after {row['tokens']:,} tokens: expect gibberish; "
+            "a larger budget.tokens writes better",
+            file=sys.stderr,
+        )
     answer = answers(model, arguments, tokenizer.end_token)
-    for prompt in arguments.prompt:
-        write(prompt, answer(tokenizer.encode(prompt) or [tokenizer.end_token]), tokenizer)
+    for number, prompt in enumerate(arguments.prompt, 1):
+        if len(arguments.prompt) > 1:
+            print(f"--- text {number} of {len(arguments.prompt)} ---")
+        tokens = answer(tokenizer.encode(prompt) or [tokenizer.end_token])
+        if arguments.beams is None:
+            write(prompt, tokens, tokenizer)
+        else:
+            print((prompt + tokenizer.decode(list(tokens))).rstrip())  # the likeliest text may end in blank lines
+
+
+def check_fit(model: ModelWithHead, tokenizer: Tokenizer, arguments: Namespace) -> None:
+    """Raise UserError where the tokenizer numbers other tokens than the model, or the model cannot draw as asked."""
+    size = model.head.vocabulary_size
+    if tokenizer.vocabulary_size != size:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocabulary_size} tokens and the model in {arguments.run} "
+            f"{size}: its config.yaml names another data.tokenizer than it was trained with"
+        )
+    if arguments.top_k is not None and arguments.top_k > size:
+        raise UserError(f"--top-k is {arguments.top_k}: choose between 1 and the vocabulary size {size}")
+    if arguments.beams is None:
+        model.head.check_sampling(temperature_of(arguments), arguments.top_k, arguments.top_p)
+
+
+def temperature_of(arguments: Namespace) -> float:
+    """What is asked for, or else the default."""
+    return TEMPERATURE if arguments.temperature is None else float(arguments.temperature)
 
 
 def answers(model: ModelWithHead, arguments: Namespace, end_token: int) -> Callable[[list[int]], Iterator[int]]:
@@ -127,7 +166,7 @@ def answers(model: ModelWithHead, arguments: Namespace, end_token: int) -> Calla
         beams = {"num_beams": arguments.beams, "length_penalty": penalty, "end_token": end_token}
         return lambda prompt: iter(beam_search(model, prompt, arguments.max_tokens, **beams)[0])
     sampling = {name: getattr(arguments, name) for name in ("max_tokens", "top_k", "top_p", "key_values")}
-    sampling["temperature"] = TEMPERATURE if arguments.temperature is None else arguments.temperature
+    sampling["temperature"] = temperature_of(arguments)
     prefixes = responses = None
     if arguments.prefix_cache_mib:
         prefixes = PrefixCache(limit_bytes("--prefix-cache-mib", arguments.prefix_cache_mib))
@@ -158,14 +197,18 @@ def write(prompt: str, tokens: Iterator[int], tokenizer: Tokenizer) -> None:
     written: list[int] = []
     shown = 0
     sys.stdout.write(prompt)
-    for token in tokens:
-        written.append(token)
-        text = tokenizer.decode(written)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character waits for its other half
-            sys.stdout.write(text[shown:])
-            sys.stdout.flush()
-            shown = len(text)
-    sys.stdout.write(tokenizer.decode(written)[shown:] + "\n")
+    try:
+        for token in tokens:
+            written.append(token)
+            text = tokenizer.decode(written)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character waits for its other half
+                sys.stdout.write(text[shown:])
+                sys.stdout.flush()
+                shown = len(text)
+    except (UserError, KeyboardInterrupt):
+        print(flush=True)  # what is told then begins on a line of its own
+        raise
+    print(tokenizer.decode(written)[shown:], flush=True)
 
 
 if __name__ == "__main__":

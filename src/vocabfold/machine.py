@@ -21,6 +21,8 @@ BYTES_PER_GIB = 2**30
 CPU_INFORMATION = Path("/proc/cpuinfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 GIT_TIMEOUT_SECONDS = 5.0
+# The folders of a checkout that decide what is measured: tables and pages that a program rewrites are no part of it.
+MEASURING = ("src", "conf", "experiments")
 REPETITIONS = 5
 
 
@@ -69,22 +71,31 @@ def memory_bytes() -> int:
 
 @functools.cache
 def code_commit(directory: Path = Path(__file__).parent) -> str:
-    """Short git hash of the work tree around `directory`, with "+" where tracked files differ; "unknown" outside git.
+    """Short git hash of the work tree around `directory`, with "+" where a tracked file of MEASURING differs; "unknown"
+    outside git.
 
     Asked once a process: what a run imported is what stood there when it began.
     """
-    command = ["git", "-C", str(directory), "describe", "--always", "--dirty=+", "--exclude=*"]
+    if (commit := _git(directory, "rev-parse", "--short", "HEAD")) is None:
+        return "unknown"
+    root = Path(_git(directory, "rev-parse", "--show-toplevel") or directory)
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *MEASURING)
+    return commit + ("+" if changed else "")
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """What git answers in `directory`; None where it does not."""
     try:
         answer = subprocess.run(
-            command,
+            ["git", "-C", str(directory), *arguments],
             capture_output=True,
             text=True,
             timeout=GIT_TIMEOUT_SECONDS,
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.strip() or "unknown" if answer.returncode == 0 else "unknown"
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def torch_version() -> str:

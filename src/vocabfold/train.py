@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import torch
@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from vocabfold.command_line import USER_ERRORS, exit_with, one_line_errors
+from vocabfold.command_line import INTERRUPTED_STATUS, Interrupted, exit_with, one_line_errors
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_data
@@ -35,6 +35,7 @@ from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
 from vocabfold.heads.build import describe_head, token_order
+from vocabfold.heads.orders import token_counts
 from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
@@ -42,13 +43,26 @@ from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
+from vocabfold.runs.folder import occupied
+from vocabfold.runs.jobs import as_user_error, check_options, in_order, outcome, tell_failed_job
+from vocabfold.runs.identity import identify, refuse_other_run
 from vocabfold.runs.load import autocast, begin_compressed
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.stopping import stop_requests
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3
+# What a checkpoint keeps beside model, optimizer and random states: attributes of Trainer.
+PROGRESS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "tokens": int,
+    "timed_tokens": int,
+    "timed_seconds": (int, float),
+    "measured": dict,
+    "scaler": dict,
+}
 
 
 class Trainer:
@@ -58,7 +72,8 @@ class Trainer:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
         torch.manual_seed(settings.seed)
         order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
-        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding)
+        counts = token_counts(corpus.targets, corpus.vocabulary_size) if settings.head.count_biases else None
+        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding, counts)
         self.measured: dict[str, float] = begin_compressed(built, settings.embedding)
         self.model: ModelWithHead = built.to(device)
         self.kinds = describe_head(settings.head, built.head) | describe_embedding(settings.embedding, built.embedding)
@@ -72,17 +87,21 @@ class Trainer:
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
         self.checkpoint_step: int | None = None
-        folder = Path(settings.run_dir)
-        if (progress := load_checkpoint(folder, self.model, self.optimizer, device)) is not None:
+        self.saved_at = time.monotonic()
+        self.trained: nn.Module = self.model
+
+    def begin(self) -> None:
+        """Go on from the folder's checkpoint, if it has one. Raises UserError where it does not fit."""
+        folder = Path(self.settings.run_dir)
+        if (progress := load_checkpoint(folder, self.model, self.optimizer, self.device, PROGRESS)) is not None:
             self.scaler.load_state_dict(progress.pop("scaler"))
             vars(self).update(progress)
             self.checkpoint_step = self.step
         else:
             self.measured["flops_per_token"] = self.flops_per_token()
-        self.trained: nn.Module = self.model
-        if settings.compile:
+        if self.settings.compile:
             self.trained = torch.compile(self.trained)  # type: ignore[assignment]
-        if ranks.world_size > 1:
+        if self.ranks.world_size > 1:
             self.trained = DistributedDataParallel(self.trained)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -148,10 +167,13 @@ class Trainer:
         """Mean losses and accuracies over every target of the validation set, in nats, and the perplexity."""
         self.model.eval()
         sums = MeanLosses()
+        bar = progress_bar(self.ranks, total=self.valid.num_evaluation_batches, desc="validation", leave=False, delay=1)
         for inputs, targets in self.valid.evaluation_batches():
             with self.autocast():
                 inputs, targets = inputs.to(self.device), targets.to(self.device)
                 sums.add(self.model(inputs, targets, True, self.corpus.reports_accuracy))
+            bar.update()
+        bar.close()
         self.model.train()
         means = sums.means(self.ranks, "validation_")
         result = {"validation_loss_nats": means.pop("validation_loss"), **means}
@@ -164,11 +186,17 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this very step."""
-        kept = ("step", "tokens", "timed_tokens", "timed_seconds", "measured")
-        progress = {name: getattr(self, name) for name in kept}
+        progress = {name: getattr(self, name) for name in PROGRESS if name != "scaler"}
         folder = Path(self.settings.run_dir)
         save_checkpoint(folder, self.model, self.optimizer, scaler=self.scaler.state_dict(), **progress)
-        self.checkpoint_step = self.step
+        self.checkpoint_step, self.saved_at = self.step, time.monotonic()
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether the settings want a checkpoint of this step."""
+        every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
+        if every is not None and self.step % every == 0:
+            return True
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def has_ended(self) -> bool:
         """Whether a budget is used up."""
@@ -217,9 +245,11 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     A run that has finished is not trained again. Raises UserError for bad settings or data and where the loss
     stops being finite.
     """
+    identify(settings)
     folder = Path(settings.run_dir)
     if (row := finished_row(folder)) is not None:
         tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
+        delete_checkpoint(folder)  # of a process that was killed after its last act but this
         return row
     code_commit()  # read now, and remembered: the tree may change while the run goes on
     device = choose_device(settings.device, settings.precision, int(os.environ.get("LOCAL_RANK", "0")))
@@ -228,59 +258,73 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     ranks = join_ranks(device.type)
     corpus = load_data(settings.data).with_development(settings.development_share)
     trainer = Trainer(settings, corpus, ranks, device)
-    tagged = {"corpus": corpus.name, "contender": settings.contender, **trainer.kinds}
-    record = RunRecord(folder, settings, trainer.step, tagged) if ranks.is_first else None
-    try:
-        final = run(trainer, record)
-    except BaseException:
+    with occupied(folder) if ranks.is_first else contextlib.nullcontext():
+        if ranks.first_decides(finished_row(folder) is not None, device):  # by another process, just now
+            return train(settings, command)
+        refuse_other_run(settings)  # which another process may have begun in the meantime
+        trainer.begin()
+        record = RunRecord(folder, settings, trainer.step, trainer.kinds) if ranks.is_first else None
+        try:
+            final = run(trainer, record)
+        except BaseException:
+            if record is not None:
+                record.fail()
+            raise
+        row = result_row(trainer, final, command)
+        trainer.model.settle()
         if record is not None:
-            record.fail()
-        raise
-    row = result_row(trainer, final, command)
-    trainer.model.settle()
-    if record is not None:
-        save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
-        record.finish(row)
-        delete_checkpoint(folder)
-    return row
+            save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
+            record.finish(row)
+            delete_checkpoint(folder)
+        return row
+
+
+def progress_bar(ranks: Ranks, **options: Any) -> tqdm[NoReturn]:
+    """A bar on stderr, of the first process alone."""
+    # a log file wants few lines
+    return tqdm(**options, disable=not ranks.is_first, mininterval=0.5 if sys.stderr.isatty() else 20.0)
 
 
 def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
-    """The loop: steps until a budget is used up, logging, evaluations and checkpoints; return the last evaluation."""
-    settings = trainer.settings
+    """The loop: steps until a budget is used up, logging, evaluations and checkpoints; return the last evaluation.
+
+    Ctrl-C and SIGTERM raise Interrupted after the step that is under way, when its checkpoint is written.
+    """
+    settings, ranks = trainer.settings, trainer.ranks
     evaluation: dict[str, float] = {}
-    bar = tqdm(
-        total=trainer.total_steps,
-        initial=trainer.step,
-        desc=Path(settings.run_dir).name,
-        disable=record is None,
-        mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a log file wants few lines
-    )
-    while not trainer.has_ended():
-        is_logged = (trainer.step + 1) % settings.log_every == 0
-        metrics = trainer.timed_step(with_accuracy=is_logged)
-        if not math.isfinite(metrics["train_loss"]):
-            raise UserError(not_finite(trainer, metrics["train_loss"]))
-        bar.update()
-        bar.set_postfix(loss=f"{metrics['train_loss']:.3f}", refresh=False)
-        ended = trainer.has_ended()
-        evaluation = {}
-        if ended or (settings.evaluate_every and trainer.step % settings.evaluate_every == 0):
-            evaluation = trainer.evaluate()
-        if record is not None and (is_logged or evaluation):
-            record.log(trainer.step, metrics | trainer.speed_and_memory() | evaluation)
-        if settings.checkpoint_every and trainer.step % settings.checkpoint_every == 0 and not ended:
-            if record is not None:
+    name = Path(settings.run_dir).name
+    if settings.compile and ranks.is_first:
+        tqdm.write("torch.compile compiles during the first steps: that takes a minute or more", file=sys.stderr)
+    with (
+        stop_requests() as request,
+        progress_bar(ranks, total=trainer.total_steps, initial=trainer.step, desc=name) as bar,
+    ):
+        while not trainer.has_ended():
+            is_logged = (trainer.step + 1) % settings.log_every == 0
+            metrics = trainer.timed_step(with_accuracy=is_logged)
+            if not math.isfinite(metrics["train_loss"]):
+                raise UserError(not_finite(trainer, metrics["train_loss"]))
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['train_loss']:.3f}", refresh=False)
+            ended = trainer.has_ended()
+            evaluation = {}
+            if ended or (settings.evaluate_every and trainer.step % settings.evaluate_every == 0):
+                evaluation = trainer.evaluate()
+            if record is not None and (is_logged or evaluation):
+                record.log(trainer.step, metrics | trainer.speed_and_memory() | evaluation)
+            stopped = ranks.any_of(request.status is not None, trainer.device)
+            if record is not None and (stopped or (trainer.checkpoint_is_due() and not ended)):
                 trainer.save()
-            trainer.checkpoint_step = trainer.step
-    bar.close()
+            if stopped:
+                message = f"interrupted at step {trainer.step}: the same command continues from there"
+                raise Interrupted(message, request.status or INTERRUPTED_STATUS)
     return evaluation or trainer.evaluate()
 
 
 def not_finite(trainer: Trainer, loss: float) -> str:
     """What happened, where, and how to go on."""
     if trainer.checkpoint_step is None:
-        last_good = "no checkpoint was written before (checkpoint_every)"
+        last_good = "no checkpoint was written before"
     else:
         last_good = f"the last good checkpoint is of step {trainer.checkpoint_step} in {trainer.settings.run_dir}"
     return f"the loss is {loss} at {trainer.position()}; {last_good}; try a lower optimizer.learning_rate"
@@ -289,12 +333,12 @@ def not_finite(trainer: Trainer, loss: float) -> str:
 def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[str, Any]:
     """The run's line in the results table."""
     settings = trainer.settings
-    extras: dict[str, Any] = {"contender": settings.contender, "vocabulary_size": trainer.corpus.vocabulary_size}
+    extras: dict[str, Any] = {"vocabulary_size": trainer.corpus.vocabulary_size}
     extras |= {name: value for name, value in final.items() if name.startswith(("validation_", "excess_"))}
     return {
+        "run": settings.run,
         "experiment": settings.experiment,
-        "scale": settings.scale,
-        "corpus": trainer.corpus.name,
+        **trainer.corpus.described,
         "seed": settings.seed,
         "model": settings.model.name,
         "hidden_size": settings.model.hidden_size,
@@ -324,11 +368,17 @@ def run_configured(config: DictConfig) -> float:
     job = HydraConfig.get()
     command = " ".join(["python -m vocabfold.train", *job.overrides.task])
     try:
-        return float(train(settings_from(config), command)["validation_loss_nats"])
-    except USER_ERRORS as error:
-        if job.mode == RunMode.MULTIRUN:
-            raise  # Hydra's launchers, which may be other processes, carry it on and say which job it was
+        settings = settings_from(config)
+        row = train(settings, command)
+    except Exception as raised:
+        if not isinstance(error := as_user_error(raised), UserError):
+            raise
+        if job.mode == RunMode.MULTIRUN:  # Hydra's launchers, which may be other processes, carry the error on
+            raise tell_failed_job(error, job.overrides.task) from None
         exit_with(error)
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(outcome(Path(settings.run_dir), row))
+    return float(row["validation_loss_nats"])
 
 
 @one_line_errors
@@ -336,6 +386,8 @@ def main() -> None:
     """Command line; see --help."""
     if not CONFIG_FOLDER.is_dir():
         raise UserError(f"{CONFIG_FOLDER} is missing: run from a checkout installed with `pip install -e .`")
+    sys.argv[1:] = in_order(sys.argv[1:])
+    check_options(sys.argv[1:])
     # Without this Hydra prints a traceback's tail of its own; with it errors arrive here and become one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

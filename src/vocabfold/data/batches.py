@@ -123,6 +123,11 @@ class Batches:
         }
         return self._stretches[stretch].result()[place]
 
+    @property
+    def num_evaluation_batches(self) -> int:
+        """How many ``evaluation_batches`` yields."""
+        return -(-len(self._starts) // self.batch_size)
+
     def evaluation_batches(self) -> Iterator[Batch]:
         """All rows in order, the shorter last window and the smaller last batch included; over the ranks each exactly
         once.

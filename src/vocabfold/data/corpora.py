@@ -4,10 +4,14 @@ sequences.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
 import hashlib
+import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +29,9 @@ from vocabfold.data.tokenise import build_token_file
 from vocabfold.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from vocabfold.data.zipf import ZipfLaw, entropy_rate_nats, zipf_law, zipf_tokens
 from vocabfold.errors import UserError
+from vocabfold.files import write_text
 
+Source = tuple[dict[str, Any], Callable[[], Iterable[str]]]
 SPLITS = ("train", "valid")
 _HASH_BLOCK_BYTES = 1 << 22
 _ARTICLE_HEADING = re.compile(r"^ = (?!= ).*(?<! =) = $")
@@ -36,7 +42,8 @@ class Corpus:
     """Both token files and what a model must know of them.
 
     tokenizer and end_token are None for sequences that are no text; entropy_rate_nats is the least reachable loss in
-    nats a token where it is known (zipf), else None.
+    nats a token where it is known (zipf), else None. described: the columns of a result row that name the text, of which
+    ``train`` may be a part.
     """
 
     name: str
@@ -47,6 +54,7 @@ class Corpus:
     end_token: int | None
     entropy_rate_nats: float | None
     layout: str
+    described: dict[str, Any]
     reports_accuracy: bool = False
 
     @property
@@ -94,24 +102,18 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
         raise UserError("data.name=shapes is a set of pictures: choose a corpus of text with data=NAME")
     if name == "zipf":
         return _zipf_corpus(data)
-    sources: dict[str, Callable[[Mapping[str, Any], str], tuple[dict[str, Any], Callable[[], Iterable[str]]]]] = {
-        "stories": _stories,
-        "text": _text,
-        "tinystories": _data_set,
-        "wikitext": _data_set,
-    }
-    if name not in sources:
-        raise UserError(f"unknown data.name {name!r}: choose one of {', '.join([*sources, 'zipf', 'shapes'])}")
-    tokenizer = load_tokenizer(_required(data, "tokenizer"))
     # both are looked at before either is tokenised: a missing validation file must not cost an hour first
-    described = {split: sources[name](data, split) for split in SPLITS}
+    described = _sources(data)
+    tokenizer = load_tokenizer(_required(data, "tokenizer"))
+    workers = _workers(data)
+    _warn_of_shared_files(*(identity.get("files", ()) for identity, _ in described.values()))
     files = {}
     for split, (identity, documents) in described.items():
 
         def build(
             folder: Path, key: dict[str, Any], split: str = split, documents: Callable[[], Iterable[str]] = documents
         ) -> TokenFile:
-            return build_token_file(folder, documents(), tokenizer, _workers(data), f"tokenising {name} {split}", key)
+            return build_token_file(folder, documents(), tokenizer, workers, f"tokenising {name} {split}", key)
 
         key = {"source": identity, "tokenizer": tokenizer.name} | _store(data)
         files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"{name}-{split}", key, build)
@@ -124,12 +126,81 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
         end_token=tokenizer.end_token,
         entropy_rate_nats=None,
         layout=_required(data, "layout"),
+        described=_text_columns(data, files["train"]),
     )
+
+
+def content_sha256(data: Mapping[str, Any]) -> dict[str, str]:
+    """{train: .., valid: ..}: the SHA-256 of what a resolved conf/data node holds, wherever it lies.
+
+    Of a local file it is that of its bytes, of several that of theirs, one a line; of documents from elsewhere that of
+    the file of text that would hold them; of what is drawn at random that of what decides it. Raises UserError for data
+    that cannot be read.
+    """
+    name = _required(data, "name")
+    if name == "shapes":
+        return dict.fromkeys(SPLITS, load_shapes(data).sha256)
+    if name == "zipf":
+        _, identities = _zipf_identities(data)
+        return {split: _json_sha256(identity) for split, identity in identities.items()}
+    if name == "text":
+        return {split: _files_sha256(identity["files"]) for split, (identity, _) in _sources(data).items()}
+    return {
+        split: _documents_sha256(Path(_required(data, "cache_dir")), identity, documents)
+        for split, (identity, documents) in _sources(data).items()
+    }
 
 
 def load_for_generation(data: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer alone, without touching the corpus; None where there is no text (zipf, shapes)."""
     return None if _required(data, "name") in ("zipf", "shapes") else load_tokenizer(_required(data, "tokenizer"))
+
+
+def _sources(data: Mapping[str, Any]) -> dict[str, Source]:
+    """{split: (what its documents are made from, as a key of caches, and the documents)} of a corpus of text."""
+    name = _required(data, "name")
+    sources: dict[str, Callable[[Mapping[str, Any], str], Source]] = {
+        "stories": _stories,
+        "text": _text,
+        "tinystories": _data_set,
+        "wikitext": _data_set,
+    }
+    if name not in sources:
+        raise UserError(f"unknown data.name {name!r}: choose one of {', '.join([*sources, 'zipf', 'shapes'])}")
+    return {split: sources[name](data, split) for split in SPLITS}
+
+
+def _text_columns(data: Mapping[str, Any], train: TokenFile) -> dict[str, Any]:
+    """The columns of a result row that name a text."""
+    return {
+        "corpus": data.get("label") or data["name"],
+        "corpus_sha256": content_sha256(data)["train"],
+        "corpus_documents": train.num_documents,
+        "corpus_tokens": len(train),
+    }
+
+
+def _files_sha256(files: Sequence[Mapping[str, Any]]) -> str:
+    sums = [file["sha256"] for file in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _documents_sha256(cache_dir: Path, identity: dict[str, Any], documents: Callable[[], Iterable[str]]) -> str:
+    """The SHA-256 of documents, each with a line <|endoftext|> behind it; kept under ``cache_dir`` by ``identity``."""
+    path = cache_dir.expanduser() / f"content-{_json_sha256(identity)[:16]}.sha256"
+    with contextlib.suppress(OSError):
+        if re.fullmatch("[0-9a-f]{64}", kept := path.read_text(encoding="ascii", errors="replace").strip()):
+            return kept
+    digest = hashlib.sha256()
+    for document in documents():
+        digest.update(f"{document}\n{END_OF_TEXT}\n".encode())
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no result
+        write_text(path, digest.hexdigest() + "\n")
+    return digest.hexdigest()
 
 
 def _required(data: Mapping[str, Any], key: str) -> Any:
@@ -140,9 +211,23 @@ def _required(data: Mapping[str, Any], key: str) -> Any:
 
 
 def _count(data: Mapping[str, Any], key: str) -> int:
-    value = int(_required(data, key))
+    value = _whole(data, key)
     if value < 1:
         raise UserError(f"data.{key} must be 1 or more, not {value}")
+    return value
+
+
+def _whole(data: Mapping[str, Any], key: str) -> int:
+    value = _required(data, key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"data.{key} must be a whole number, not {value!r}")
+    return value
+
+
+def _number(data: Mapping[str, Any], key: str) -> float:
+    value = _required(data, key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"data.{key} must be a number, not {value!r}")
     return value
 
 
@@ -160,12 +245,12 @@ def _workers(data: Mapping[str, Any]) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _stories(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Callable[[], Iterable[str]]]:
+def _stories(data: Mapping[str, Any], split: str) -> Source:
     from vocabfold.data import stories
 
     num_train, num_valid = _count(data, "num_train_documents"), _count(data, "num_valid_documents")
     start, stop = (0, num_train) if split == "train" else (num_train, num_train + num_valid)
-    seed = int(_required(data, "seed"))
+    seed = _whole(data, "seed")
     code = hashlib.sha256()  # another generator tells other stories under the same seed
     for path in sorted(Path(stories.__file__).parent.glob("stor*.py")):
         code.update(path.read_bytes())
@@ -173,7 +258,7 @@ def _stories(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Calla
     return identity, lambda: stories.stories(seed, start, stop)
 
 
-def _text(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Callable[[], Iterable[str]]]:
+def _text(data: Mapping[str, Any], split: str) -> Source:
     for key in SPLITS:
         if not data.get(key):
             raise UserError(f"data=text needs data.train=FILE and data.valid=FILE; data.{key} is missing")
@@ -194,7 +279,10 @@ def _text(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Callable
 def _local_files(wanted: str | Sequence[str], key: str) -> list[Path]:
     """Existing files for a path, a glob or a list of them, in the order given, a glob's in the order of names."""
     paths: list[Path] = []
-    for pattern in [wanted] if isinstance(wanted, str | Path) else wanted:
+    patterns = [wanted] if isinstance(wanted, str | Path) else wanted
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str | Path) for pattern in patterns):
+        raise UserError(f"{key} is {wanted!r}: give the path of a UTF-8 text file, or a list of paths")
+    for pattern in patterns:
         expanded = Path(pattern).expanduser()
         anchor = Path(expanded.anchor)
         found = [expanded] if expanded.exists() else sorted(anchor.glob(str(expanded.relative_to(anchor))))
@@ -211,17 +299,33 @@ def _content_identity(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Size and sha256 of each file: a copied, moved or touched file keeps its cache, a changed one does not."""
     identity = []
     for path in paths:
-        digest = hashlib.sha256()
-        try:
-            with path.open("rb") as file:
-                while block := file.read(_HASH_BLOCK_BYTES):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from error
+        status = path.stat()
+        digest = _file_sha256(path, status.st_size, status.st_mtime_ns)
         # the name decides only whether the content is unpacked
-        gzipped = path.suffix == ".gz"
-        identity.append({"size_bytes": path.stat().st_size, "sha256": digest.hexdigest(), "gzip": gzipped})
+        identity.append({"size_bytes": status.st_size, "sha256": digest, "gzip": path.suffix == ".gz"})
     return identity
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
+    """Of the bytes of a file; asked again for the same size and time of change it is not read again."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_HASH_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from error
+    return digest.hexdigest()
+
+
+def _warn_of_shared_files(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, Any]]) -> None:
+    """Say in one line on stderr where both splits read the same file, or files of the same content."""
+    if {file["sha256"] for file in train} & {file["sha256"] for file in valid}:
+        print(
+            "vocabfold: data.train and data.valid hold the same file: the validation loss is one of text trained on",
+            file=sys.stderr,
+        )
 
 
 def _documents_of_file(path: Path) -> Iterator[str]:
@@ -252,11 +356,11 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"cannot read {path} to its end ({error}); fetch or unpack it again") from error
 
 
-def _data_set(data: Mapping[str, Any], split: str) -> tuple[dict[str, Any], Callable[[], Iterable[str]]]:
+def _data_set(data: Mapping[str, Any], split: str) -> Source:
     source, column = str(_required(data, "source")), _required(data, "text_column")
     settings = {key: data.get(key) for key in ("config_name", "revision", f"{split}_split", f"max_{split}_documents")}
     split_name = _required(data, f"{split}_split")
-    limit = data.get(f"max_{split}_documents")
+    limit = None if data.get(f"max_{split}_documents") is None else _count(data, f"max_{split}_documents")
     local = Path(source).expanduser()
     identity = {"kind": data["name"], "text_column": column, **settings}
     if local.exists():
@@ -321,13 +425,21 @@ def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
         yield text
 
 
+def _zipf_identities(data: Mapping[str, Any]) -> tuple[ZipfLaw, dict[str, dict[str, Any]]]:
+    """The law of a zipf corpus, and for each split what decides its tokens."""
+    settings: dict[str, Any] = {key: _number(data, key) for key in ("exponent", "offset", "stay")}
+    settings |= {"num_topics": _whole(data, "num_topics"), "seed": _whole(data, "seed")}
+    settings |= {"id_order": _required(data, "id_order")}
+    law = zipf_law(_whole(data, "vocabulary_size"), **settings)
+    fixed = {"kind": "zipf", "law_sha256": _law_digest(law), **settings}
+    return law, {split: {**fixed, "num_tokens": _whole(data, f"num_{split}_tokens")} for split in SPLITS}
+
+
 def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
-    settings = {key: _required(data, key) for key in ("exponent", "offset", "num_topics", "stay", "seed", "id_order")}
-    law = zipf_law(int(_required(data, "vocabulary_size")), **settings)
+    law, identities = _zipf_identities(data)
     files = {}
-    for split in SPLITS:
-        num_tokens = int(_required(data, f"num_{split}_tokens"))
-        identity = {"kind": "zipf", "law_sha256": _law_digest(law), "num_tokens": num_tokens, **settings}
+    for split, identity in identities.items():
+        num_tokens = identity["num_tokens"]
 
         def build(folder: Path, key: dict[str, Any], split: str = split, num_tokens: int = num_tokens) -> TokenFile:
             # the whole sequence is one document: its length comes with the last chunk
@@ -349,6 +461,7 @@ def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
         end_token=None,
         entropy_rate_nats=entropy_rate_nats(law),
         layout=_required(data, "layout"),
+        described=_text_columns(data, files["train"]),
     )
 
 

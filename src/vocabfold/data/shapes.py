@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from torch import Tensor
 from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.drawing import Classes, classes_of, picture
+from vocabfold.data.workers import worker_processes
 from vocabfold.errors import UserError
 from vocabfold.machine import usable_cores
 
 SMALLEST_SIDE = 16
+SAMPLE_PICTURES = 8
 BATCHES_AHEAD_PER_WORKER = 4
 
 
@@ -51,6 +53,17 @@ class Shapes:
     def targets(self) -> np.ndarray:
         return np.arange(self.num_train) % len(self.classes)
 
+    @property
+    def sha256(self) -> str:
+        """Of a few of its pictures, which stand for all: the settings say how many there are and of what."""
+        numbers = np.linspace(0, self.num_train + self.num_valid - 1, SAMPLE_PICTURES).astype(np.int64)
+        return hashlib.sha256(_draw(self.classes, self.seed, numbers, self.image_size).tobytes()).hexdigest()
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The columns of a result row that name the set; its pictures are its documents."""
+        return {"corpus": self.name, "corpus_sha256": self.sha256, "corpus_documents": self.num_train}
+
     def with_development(self, share: float) -> Shapes:
         """The same set. Raises UserError unless ``share`` is 0: pictures for choosing settings have another seed."""
         if share:
@@ -64,6 +77,10 @@ class Shapes:
 
 def load_shapes(data: Mapping[str, Any]) -> Shapes:
     """The image set of a resolved conf/data/shapes.yaml. Raises UserError for a setting that no set has."""
+    whole = ("train_images_per_class", "valid_images_per_class", "image_size", "seed", "workers")
+    for key in whole:
+        if not isinstance(data[key], int) and not (key == "workers" and data[key] is None):
+            raise UserError(f"data.{key} is {data[key]!r}: choose a whole number")
     for key in ("train_images_per_class", "valid_images_per_class"):
         if data[key] < 1:
             raise UserError(f"data.{key} is {data[key]}: choose at least 1")
@@ -75,7 +92,7 @@ def load_shapes(data: Mapping[str, Any]) -> Shapes:
     workers = usable_cores() - 1 if data["workers"] is None else data["workers"]
     if workers < 0:
         raise UserError(f"data.workers is {workers}: choose 0 (draw in the training process) or more")
-    classes = classes_of(data["attributes"])
+    classes = classes_of(data["attributes"] or {})
     num_train, num_valid = (len(classes) * data[f"{split}_images_per_class"] for split in ("train", "valid"))
     return Shapes(data["name"], classes, data["image_size"], num_train, num_valid, data["seed"], workers)
 
@@ -101,14 +118,18 @@ class PictureBatches:
         """This rank's part of training batch ``index`` >= 0, which may lie in any epoch."""
         return self._drawn(index, None)
 
+    @property
+    def num_evaluation_batches(self) -> int:
+        """How many ``evaluation_batches`` yields."""
+        return -(-self.count // self.plan.batch_size)
+
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All pictures in order, the smaller last batch included; over the ranks each exactly once.
 
         Every rank yields the same number of batches: one without a picture gets one that no loss counts.
         """
-        num_batches = -(-self.count // self.plan.batch_size)
-        for index in range(num_batches):
-            yield self._drawn(index, num_batches)
+        for index in range(self.num_evaluation_batches):
+            yield self._drawn(index, self.num_evaluation_batches)
 
     def _drawn(self, index: int, end: int | None) -> tuple[Tensor, Tensor]:
         """Batch ``index``; those before ``end`` (None: without end) may be drawn ahead."""
@@ -156,7 +177,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 @functools.cache
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Processes that outlive a run: the next run of a sweep need not wait for their start."""
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    return worker_processes(workers)
 
 
 def _draw(classes: Classes, seed: int, numbers: np.ndarray, side: int) -> np.ndarray:

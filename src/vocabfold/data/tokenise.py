@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vocabfold.data.token_file import Chunk, TokenFile, token_dtype, write_token_file
 from vocabfold.data.tokenizer import Tokenizer, load_tokenizer
+from vocabfold.data.workers import worker_processes
 from vocabfold.errors import UserError
 
 CHARACTERS_PER_CHUNK = 1_000_000
@@ -36,11 +37,14 @@ def build_token_file(
     A few chunks of about a million characters are in memory at a time. With ``workers`` > 1 and enough text, that many
     processes tokenise. ``description`` labels the progress bar. Raises UserError if there is no document.
     """
-    chunks = _encoded_chunks(documents, tokenizer, workers, description)
-    return write_token_file(folder, chunks, tokenizer.vocabulary_size, key)
+    # closed at once where writing fails, so that the bar is gone before the error is told
+    with contextlib.closing(_encoded_chunks(documents, tokenizer, workers, description)) as chunks:
+        return write_token_file(folder, chunks, tokenizer.vocabulary_size, key)
 
 
-def _encoded_chunks(documents: Iterable[str], tokenizer: Tokenizer, workers: int, description: str) -> Iterator[Chunk]:
+def _encoded_chunks(
+    documents: Iterable[str], tokenizer: Tokenizer, workers: int, description: str
+) -> Generator[Chunk, None, None]:
     with tqdm(desc=description, unit=" documents", unit_scale=True, disable=None) as progress:
         for tokens, lengths in _encoded(_text_chunks(documents), tokenizer.name, workers):
             progress.update(len(lengths))
@@ -77,8 +81,7 @@ def _encoded(chunks: Iterator[list[str]], tokenizer_name: str, workers: int) -> 
 
 def _encoded_by_workers(chunks: Iterable[list[str]], tokenizer_name: str, workers: int) -> Iterator[Chunk]:
     in_flight: deque[Future[Chunk]] = deque()
-    # spawn, not fork: this process may hold threads (torch, tokenizers) that a fork would copy in mid-step
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with worker_processes(workers) as pool:
         try:
             for chunk in chunks:
                 in_flight.append(pool.submit(_encode_chunk, tokenizer_name, chunk))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class EmbeddingSettings:
     rank: int | None = None
     compression: float | None = None
     group_size: int | None = None
-    compressed_from: str | None = None
+    compressed_from: str | None = field(default=None, metadata={"folder": True})
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Method:
     kind: type[TokenEmbedding]
     resolve: Callable[[EmbeddingSettings, Tensor], EmbeddingSettings]
     arguments: Callable[[EmbeddingSettings], dict[str, Any]]
-    describe: Callable[[EmbeddingSettings], str]
+    describe: Callable[[EmbeddingSettings], dict[str, Any]]
 
 
 def resolve_settings(settings: EmbeddingSettings, weight: Tensor) -> EmbeddingSettings:
@@ -77,7 +77,7 @@ def describe_embedding(settings: EmbeddingSettings, embedding: TokenEmbedding | 
     method = _method(settings)
     return {
         "embedding": settings.name,
-        "embedding_setting": method.describe(method.resolve(settings, shape)),
+        **{f"embedding_{name}": value for name, value in method.describe(method.resolve(settings, shape)).items()},
         "embedding_compression": embedding.compression,
         "embedding_bytes": embedding.bytes_at_rest,
         "embedding_parameters": embedding.num_parameters,
@@ -136,9 +136,9 @@ def _resolve_low_rank(settings: EmbeddingSettings, weight: Tensor) -> EmbeddingS
     return dataclasses.replace(settings, rank=min(rank, size), compression=None)
 
 
-def _modes(settings: EmbeddingSettings) -> str:
+def _modes(settings: EmbeddingSettings) -> dict[str, str]:
     sizes, ranks = settings.mode_sizes or [], settings.ranks or []
-    return "x".join(map(str, sizes)) + " r" + ",".join(map(str, ranks))
+    return {"mode_sizes": "x".join(map(str, sizes)), "ranks": ",".join(map(str, ranks))}
 
 
 def _quantized(bits: int) -> Method:
@@ -146,12 +146,12 @@ def _quantized(bits: int) -> Method:
         QuantizedEmbedding,
         lambda settings, weight: settings,
         lambda settings: {"bits": bits, "group_size": settings.group_size},
-        lambda settings: f"group {settings.group_size}" if settings.group_size else "row",
+        lambda settings: {"group_size": settings.group_size},
     )
 
 
 METHODS = {
-    "dense": Method(DenseEmbedding, lambda settings, weight: settings, lambda settings: {}, lambda settings: ""),
+    "dense": Method(DenseEmbedding, lambda settings, weight: settings, lambda settings: {}, lambda settings: {}),
     "tensor_train": Method(
         TensorTrainEmbedding,
         _resolve_tensor_train,
@@ -162,13 +162,13 @@ METHODS = {
         TTMatrixEmbedding,
         _resolve_tt_matrix,
         lambda settings: {"rank": settings.rank},
-        lambda settings: f"rank {settings.rank}",
+        lambda settings: {"rank": settings.rank},
     ),
     "low_rank": Method(
         LowRankEmbedding,
         _resolve_low_rank,
         lambda settings: {"rank": settings.rank},
-        lambda settings: f"rank {settings.rank}",
+        lambda settings: {"rank": settings.rank},
     ),
     "int8": _quantized(8),
     "int4": _quantized(4),

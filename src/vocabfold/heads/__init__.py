@@ -4,6 +4,7 @@ from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head, HeadLoss
 from vocabfold.heads.build import HeadSettings, build_head, token_order
 from vocabfold.heads.chunked import ChunkedHead
+from vocabfold.heads.conditioned import ConditionedLinearScorer
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.fused import FusedHead
@@ -16,6 +17,7 @@ from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, To
 __all__ = [
     "AdaptiveHead",
     "ChunkedHead",
+    "ConditionedLinearScorer",
     "FoldedHead",
     "FullHead",
     "FusedHead",

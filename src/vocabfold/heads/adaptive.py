@@ -128,7 +128,8 @@ class AdaptiveHead(FoldedHead):
     def described(self, settings: HeadSettings) -> dict[str, Any]:
         """See Head.described."""
         return {
-            "scorer": f"cutoffs{'-'.join(map(str, settings.cutoffs))}_div{settings.div_value:g}",
+            "cutoffs": ",".join(map(str, settings.cutoffs)),
+            "div_value": settings.div_value,
             "partition_order": "frequency",
             "group_size": self.partition.num_slots,
             "num_groups": self.partition.num_groups,

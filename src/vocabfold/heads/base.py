@@ -75,6 +75,11 @@ class Head(nn.Module, ABC):
         """(log P(target) [N], the log normaliser [N] of each softmax that the target takes part in). Anything may stand
         in the rows of ignored targets."""
 
+    def start_from_counts(self, counts: Tensor) -> None:
+        """Make the biases the logs of the tokens' frequencies in a text: ``counts`` [V]. At h = 0 the head then gives
+        that text's unigram distribution, which it would have to learn otherwise. Raises UserError without biases."""
+        raise UserError("this head has no biases to start from counts: use head.count_biases=false")
+
     def _mean_log_prob(self, hidden: Tensor, normalisers: list[Tensor]) -> Tensor:
         """The mean of log P(v) over the V tokens [N]. ``normalisers``: what _log_prob_and_normalisers returned."""
         return in_row_chunks(lambda rows: self.log_prob(rows).mean(dim=-1), hidden, self.vocabulary_size)
@@ -204,8 +209,7 @@ class Head(nn.Module, ABC):
         return self.log_prob(hidden).exp()
 
     def described(self, settings: HeadSettings) -> dict[str, Any]:
-        """Which head of its kind this is, made from ``settings``, as columns of a result row. Runs that differ must
-        differ in these columns: a table keeps one row of each combination."""
+        """Which head of its kind this is, made from ``settings``, as columns of a result row."""
         return {}
 
     def visits(self) -> Visits | None:
@@ -272,6 +276,13 @@ def draw_from_whole(
 def log_softmax(logits: Tensor) -> Tensor:
     """Over the last dimension, in float32 at least: autocast on a CPU would leave log-probabilities in bfloat16."""
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def smoothed_log_frequency(counts: Tensor) -> Tensor:
+    """``counts`` [V] of each token in a text -> the log of its frequency [V], float64; each is counted once more, so
+    that none is 0."""
+    frequency = counts.double() + 1.0
+    return (frequency / frequency.sum()).log()
 
 
 def counted_targets(targets: Tensor) -> tuple[Tensor, Tensor]:

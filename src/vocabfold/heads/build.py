@@ -15,6 +15,7 @@ from vocabfold.errors import UserError
 from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
 from vocabfold.heads.chunked import ChunkedHead
+from vocabfold.heads.conditioned import ConditionedLinearScorer
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.fused import FusedHead
@@ -47,21 +48,25 @@ class PartitionSettings:
     group_size: int | None = None
     shortlist: int = 0
     seed: int = 0
-    clustered_from: str | None = None
+    clustered_from: str | None = field(default=None, metadata={"folder": True})
 
 
 @dataclass
 class HeadSettings:
-    """One node of conf/head. ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the
-    logits; each is for every head that does not refuse it, and 0 or None is off.
+    """One node of conf/head. ``type``, one of BUILDERS, is the class that builds it; ``name`` is what it is called, and
+    decides nothing. ``init_std`` None: that of torch's own Linear, see ``initial_std``. ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the
+    logits; each is for every head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
+    folded heads biases that start from the tokens' counts in the training stream. ``condition_width`` is that of
+    linear_conditioned (None: see conditioned.default_width).
 
     ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head, ``chunk_rows`` the
     chunked, ``cutoffs`` and ``div_value`` the adaptive and ``kernel`` the fused one; the others leave them unread.
     """
 
     name: str = "full"
+    type: str = "full"
     tied: bool = True
-    init_std: float = 0.02
+    init_std: float | None = 0.02
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     scorer: str = "scale_shift"
     rank: int = 4
@@ -72,28 +77,37 @@ class HeadSettings:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None
+    count_biases: bool = False
+    condition_width: int | None = None
 
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
 
 
 def build_head(
-    settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None = None
+    settings: HeadSettings,
+    vocabulary_size: int,
+    embedding: nn.Embedding,
+    order: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Head:
     """The head that ``settings`` names; a tied head lends the rows of ``embedding`` [V, D].
 
     ``order`` [V], the token at each position of a partition, comes from ``token_order``; None stands in with token
-    order, as for a head whose weights, and with them its order, are loaded next. Raises UserError for a name or
-    setting that no head has.
+    order, as for a head whose weights, and with them its order, are loaded next. ``counts`` [V] of the tokens in the
+    training stream start the biases that ``settings.count_biases`` asks for; None leaves them at 0, to be loaded.
+    Raises UserError for a name or setting that no head has.
     """
-    if settings.name not in BUILDERS:
-        raise UserError(f"head.name is {settings.name!r}: choose one of {', '.join(BUILDERS)}")
+    if settings.type not in BUILDERS:
+        raise UserError(f"head.type is {settings.type!r}: choose one of {', '.join(BUILDERS)}")
     if settings.tied and embedding.num_embeddings != vocabulary_size:
         raise UserError(
             f"the embedding has {embedding.num_embeddings} rows for {vocabulary_size} tokens: use head.tied=false"
         )
-    head = BUILDERS[settings.name](settings, vocabulary_size, embedding, order)
+    head = BUILDERS[settings.type](settings, vocabulary_size, embedding, order)
     head.training_options = LossOptions(settings.label_smoothing, settings.z_loss)
+    if settings.count_biases and counts is not None:
+        head.start_from_counts(counts)
     return head
 
 
@@ -102,9 +116,9 @@ def token_order(settings: HeadSettings, vocabulary_size: int, tokens: TokenStrea
     for a head without a partition. Raises UserError for an order or sizes that no partition has, or where the run to
     cluster from cannot be read."""
     partition = settings.partition
-    if settings.name == "adaptive":
+    if settings.type == "adaptive":
         return frequency_order(token_counts(tokens, vocabulary_size))
-    if settings.name != "grouped":
+    if settings.type != "folded":
         return None
     _check_order(partition)
     if partition.order == "bpe":
@@ -126,10 +140,13 @@ def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
     """The columns of a result row that say which head was trained (empty where a head has no such thing)."""
     row: dict[str, Any] = {"head": settings.name, "tied": settings.tied}
     row |= head.described(settings)
-    extras = [f"{name}{value:g}" for name in EXTRAS if (value := getattr(settings, name))]
-    if extras:
-        row["scorer"] = "_".join(filter(None, [row.get("scorer"), *extras]))
-    return row
+    return row | {name: value for name in EXTRAS if (value := getattr(settings, name))}
+
+
+def initial_std(settings: HeadSettings, hidden_size: int) -> float:
+    """The standard deviation that fresh rows of a head are drawn with: as set or, where none is, that of torch's own
+    Linear, 1 / sqrt(3 D), to one significant digit."""
+    return float(f"{(3 * hidden_size) ** -0.5:.1g}") if settings.init_std is None else settings.init_std
 
 
 def saved_embedding(folder: Path, vocabulary_size: int) -> Tensor:
@@ -164,20 +181,38 @@ def _check_order(partition: PartitionSettings) -> None:
 
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
-    return FullHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap)
+    return FullHead(
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.count_biases,
+    )
 
 
 def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     if settings.softcap is not None:
         raise UserError("head=chunked cannot cap its logits, which torch computes: use head=full, or head.softcap=null")
     weight = _tied_weight(settings, embedding)
-    return ChunkedHead(embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.chunk_rows)
+    return ChunkedHead(
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.chunk_rows,
+    )
 
 
 def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     weight = _tied_weight(settings, embedding)
     return FusedHead(
-        embedding.embedding_dim, vocabulary_size, weight, settings.init_std, settings.softcap, settings.kernel
+        embedding.embedding_dim,
+        vocabulary_size,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.kernel,
     )
 
 
@@ -191,7 +226,7 @@ def _build_adaptive(
     )
 
 
-def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
+def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
     _check_order(settings.partition)
     partition = equal_partition(
         vocabulary_size, settings.partition.group_size, order, shortlist=settings.partition.shortlist
@@ -199,7 +234,14 @@ def _build_grouped(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
     if settings.scorer not in SCORERS:
         raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
     scorer = SCORERS[settings.scorer](settings, partition, embedding)
-    return FoldedHead(embedding.embedding_dim, partition, scorer, settings.init_std, settings.softcap)
+    return FoldedHead(
+        embedding.embedding_dim,
+        partition,
+        scorer,
+        initial_std(settings, embedding.embedding_dim),
+        settings.softcap,
+        settings.count_biases,
+    )
 
 
 def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Parameter | None:
@@ -215,7 +257,7 @@ def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Paramete
 def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
-        return kind(embedding.embedding_dim, partition, settings.init_std)
+        return kind(embedding.embedding_dim, partition, initial_std(settings, embedding.embedding_dim))
 
     return build
 
@@ -223,16 +265,32 @@ def _scale_shift(kind: type[ScaleShiftScorer]) -> ScorerBuilder:
 def _low_rank(kind: type[LowRankScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
         _refuse_tied(settings)
-        return kind(embedding.embedding_dim, partition, settings.rank, settings.init_std)
+        return kind(embedding.embedding_dim, partition, settings.rank, initial_std(settings, embedding.embedding_dim))
 
     return build
 
 
 def _linear(kind: type[LoopedLinearScorer]) -> ScorerBuilder:
     def build(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
-        return kind(embedding.embedding_dim, partition, _tied_weight(settings, embedding), settings.init_std)
+        return kind(
+            embedding.embedding_dim,
+            partition,
+            _tied_weight(settings, embedding),
+            initial_std(settings, embedding.embedding_dim),
+        )
 
     return build
+
+
+def _conditioned(settings: HeadSettings, partition: Partition, embedding: nn.Embedding) -> TokenScorer:
+    weight = _tied_weight(settings, embedding)
+    return ConditionedLinearScorer(
+        embedding.embedding_dim,
+        partition,
+        settings.condition_width,
+        weight,
+        initial_std(settings, embedding.embedding_dim),
+    )
 
 
 def _refuse_tied(settings: HeadSettings) -> None:
@@ -244,7 +302,7 @@ def _refuse_tied(settings: HeadSettings) -> None:
 
 BUILDERS = {
     "full": _build_full,
-    "grouped": _build_grouped,
+    "folded": _build_folded,
     "chunked": _build_chunked,
     "adaptive": _build_adaptive,
     "fused": _build_fused,
@@ -256,6 +314,7 @@ SCORERS: dict[str, ScorerBuilder] = {
     "scale_shift_sorted": _scale_shift(SortedScaleShiftScorer),
     "linear_looped": _linear(LoopedLinearScorer),
     "linear_sorted": _linear(SortedLinearScorer),
+    "linear_conditioned": _conditioned,
     "low_rank": _low_rank(LowRankScorer),
     "low_rank_sorted": _low_rank(SortedLowRankScorer),
 }

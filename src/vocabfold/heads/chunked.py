@@ -44,7 +44,7 @@ class ChunkedHead(LeanFullHead):
 
     def described(self, settings: HeadSettings) -> dict[str, Any]:
         """See Head.described."""
-        return {"scorer": f"rows{settings.chunk_rows}"}
+        return {"chunk_rows": settings.chunk_rows}
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         dtype = sum_dtype(hidden.dtype)

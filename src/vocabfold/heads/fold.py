@@ -45,8 +45,11 @@ def fold(head: FullHead, partition: Partition, hidden: Tensor | None = None, tie
             "make one for this vocabulary"
         )
     scorer = SortedLinearScorer(head.hidden_size, partition, head.weight if tied else None)
-    folded = FoldedHead(head.hidden_size, partition, scorer).to(head.weight)
+    folded = FoldedHead(head.hidden_size, partition, scorer, with_bias=head.bias is not None).to(head.weight)
     with torch.no_grad():
+        if head.bias is not None and folded.group_bias is not None:
+            scorer.bias.copy_(head.bias[partition.multi_tokens])
+            folded.group_bias.copy_(_group_bias(head, partition))
         if not tied:
             scorer.weight.copy_(head.weight[partition.multi_tokens])
         if hidden is None:
@@ -68,9 +71,10 @@ def group_logits(head: FullHead, partition: Partition, hidden: Tensor) -> Tensor
     for size in partition.sizes.unique().tolist():
         for groups in (partition.sizes == size).nonzero().squeeze(-1).split(max(1, CHUNK_TOKENS // size)):
             positions = partition.boundaries[groups].unsqueeze(-1) + torch.arange(size, device=groups.device)
-            rows = head.weight[partition.order[positions].flatten()]
+            tokens = partition.order[positions].flatten()
+            rows, bias = head.weight[tokens], None if head.bias is None else head.bias[tokens]
             for part in chunks(len(hidden), len(rows)):
-                logits = F.linear(hidden[part], rows).to(result.dtype)
+                logits = F.linear(hidden[part], rows, bias).to(result.dtype)
                 result[part, groups] = logits.view(-1, len(groups), size).logsumexp(dim=-1)
     return result
 
@@ -79,18 +83,19 @@ def group_logits(head: FullHead, partition: Partition, hidden: Tensor) -> Tensor
 def fitted_group_weight(head: FullHead, partition: Partition, hidden: Tensor) -> Tensor:
     """W_group [G, D] that is near the teacher's P(g|h) on ``hidden`` [N, D], in closed form: row w of group g minimises
 
-    sum_n P(g|h_n) (w . h_n - z_g(h_n))^2 + PRIOR_ROWS * mean |h|^2 / D * |w - mean row of g|^2
+    sum_n P(g|h_n) (w . h_n + b_g - z_g(h_n))^2 + PRIOR_ROWS * mean |h|^2 / D * |w - mean row of g|^2
 
     To second order KL is half the variance over the groups of their logits' errors, under P(g|h): these squares bound
-    it, where equal weights would spend the fit on groups that nobody expects. The group scorer needs no bias after a
-    LayerNorm with one, whose hidden states agree in one direction. A group of one token is exact.
+    it, where equal weights would spend the fit on groups that nobody expects. b_g is z_g(0), less the log of the
+    group's size, of a teacher with a bias, else 0: the group scorer needs none after a LayerNorm with one, whose
+    hidden states agree in one direction. A group of one token is exact.
     """
     if len(hidden) == 0:
         raise UserError("no hidden states to fit the groups on: give a few thousand rows, or None")
     target = group_logits(head, partition, hidden).double()
     probability = target.softmax(dim=-1)
     rows, weight = hidden.double(), _mean_rows(head, partition).double()
-    error = target - rows @ weight.t()
+    error = target - rows @ weight.t() - _group_bias(head, partition)
     prior = PRIOR_ROWS * rows.square().mean() * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     for group in partition.multi_groups.tolist():
         weighted = rows * probability[:, group, None]
@@ -113,3 +118,11 @@ def _mean_rows(head: FullHead, partition: Partition) -> Tensor:
     """[G, D]: the mean of the teacher's rows of each group."""
     sums = head.weight.new_zeros(partition.num_groups, head.hidden_size)
     return sums.index_add_(0, partition.group_of, head.weight) / partition.sizes.unsqueeze(-1)
+
+
+def _group_bias(head: FullHead, partition: Partition) -> Tensor:
+    """[G]: the log of the mean of exp(bias) over the tokens of each group, 0 without a bias; float64."""
+    sums = torch.zeros(partition.num_groups, dtype=torch.float64, device=head.weight.device)
+    if head.bias is None:
+        return sums
+    return (sums.index_add_(0, partition.group_of, head.bias.double().exp()) / partition.sizes).log()

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.errors import UserError
-from vocabfold.heads.base import Head, HeadLoss, TwoSymbols, counted_targets, log_softmax
+from vocabfold.heads.base import (
+    Head,
+    HeadLoss,
+    TwoSymbols,
+    counted_targets,
+    log_softmax,
+    smoothed_log_frequency,
+)
 from vocabfold.heads.kernels import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
 from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
@@ -27,7 +34,8 @@ if TYPE_CHECKING:
 class FoldedHead(Head):
     """A group scorer W_group [G, D] and a token scorer on a partition of the vocabulary.
 
-    W_group starts as normal(0, ``init_std``). A ``softcap`` bounds the logits of both: cap * tanh(logit / cap). Raises
+    W_group starts as normal(0, ``init_std``). ``with_bias`` adds a bias [G] to the groups' logits, 0 at first: see
+    ``start_from_counts``. A ``softcap`` bounds the logits of both: cap * tanh(logit / cap). Raises
     UserError for one that is not positive, or with a scorer that computes its gradients in the forward pass.
     """
 
@@ -38,6 +46,7 @@ class FoldedHead(Head):
         scorer: TokenScorer,
         init_std: float = 0.02,
         softcap: float | None = None,
+        with_bias: bool = False,
     ) -> None:
         check_softcap(softcap)
         if softcap is not None and scorer.gradients_in_forward:
@@ -51,10 +60,30 @@ class FoldedHead(Head):
         self.scorer = scorer
         self.group_weight = nn.Parameter(torch.empty(partition.num_groups, hidden_size))
         nn.init.normal_(self.group_weight, std=init_std)
+        self.group_bias = nn.Parameter(torch.zeros(partition.num_groups)) if with_bias else None
+
+    @property
+    def _group_parameters(self) -> tuple[Tensor, ...]:
+        return (self.group_weight,) if self.group_bias is None else (self.group_weight, self.group_bias)
+
+    @torch.no_grad()
+    def start_from_counts(self, counts: Tensor) -> None:
+        """See Head.start_from_counts. A group's bias is the log of its tokens' frequency, and so within it."""
+        if self.group_bias is None:
+            super().start_from_counts(counts)
+            return
+        log_frequency = smoothed_log_frequency(counts.to(self.group_bias.device))
+        frequency = log_frequency.new_zeros(self.partition.num_groups)
+        frequency.index_add_(0, self.partition.group_of, log_frequency.exp())
+        self.group_bias.copy_(frequency.log())
+        self.scorer.start_from(log_frequency)
+
+    def _group_logits(self, hidden: Tensor) -> Tensor:
+        return soft_cap(F.linear(hidden, self.group_weight, self.group_bias), self.softcap)
 
     def group_log_prob(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> log P(g | h) [N, G] in nats."""
-        return log_softmax(soft_cap(F.linear(hidden, self.group_weight), self.softcap))
+        return log_softmax(self._group_logits(hidden))
 
     def _group_and_slot(self, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         tokens = targets.masked_fill(~counted, 0)  # an ignored target takes any token's place; it never counts
@@ -82,8 +111,8 @@ class FoldedHead(Head):
         """(sum of log P(group) over the rows ``counted``, how many are the likeliest group, where asked for)."""
         if self.scorer.gradients_in_forward:
             kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
-            return total_log_prob(kernel, (hidden, self.group_weight), with_hits)
-        logits = soft_cap(F.linear(hidden, self.group_weight), self.softcap)
+            return total_log_prob(kernel, (hidden, *self._group_parameters), with_hits)
+        logits = self._group_logits(hidden)
         log_prob = -F.cross_entropy(logits, groups, reduction="none")
         hits = ((logits.detach().argmax(dim=-1) == groups) & counted).sum() if with_hits else None
         return torch.where(counted, log_prob, 0.0).sum(), hits
@@ -99,7 +128,7 @@ class FoldedHead(Head):
         if self.softcap is not None:
             return self.group_log_prob(hidden).gather(-1, groups.unsqueeze(-1)).squeeze(-1)
         kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
-        return each_log_prob(kernel, (hidden, self.group_weight))
+        return each_log_prob(kernel, (hidden, *self._group_parameters))
 
     def _log_prob_and_normalisers(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
         counted, _ = counted_targets(targets)
@@ -107,7 +136,10 @@ class FoldedHead(Head):
         group_log_prob = self._each_group_log_prob(hidden, groups, counted)
         token_log_prob = self.scorer.target_log_prob(hidden, groups, slots)
         # log P = logit - log normaliser: one more logit a row tells each normaliser.
-        group_logit = soft_cap(rowwise_product(hidden, F.embedding(groups, self.group_weight)), self.softcap)
+        group_logit = rowwise_product(hidden, F.embedding(groups, self.group_weight))
+        if self.group_bias is not None:
+            group_logit = group_logit + self.group_bias[groups]
+        group_logit = soft_cap(group_logit, self.softcap)
         token_logit = self.scorer.target_logit(hidden, groups, slots)
         return group_log_prob + token_log_prob, [group_logit - group_log_prob, token_logit - token_log_prob]
 
@@ -140,12 +172,15 @@ class FoldedHead(Head):
     def described(self, settings: HeadSettings) -> dict[str, Any]:
         """See Head.described."""
         order = settings.partition.order
-        rank = f"_rank{settings.rank}" if settings.scorer.startswith("low_rank") else ""
-        seed = f"_seed{settings.partition.seed}" if order == "random" and settings.partition.seed else ""
-        source = "_run" if order == "clustered" and settings.partition.clustered_from else ""
+        own: dict[str, Any] = {"head_rank": settings.rank} if settings.scorer.startswith("low_rank") else {}
+        if order == "random":
+            own["partition_seed"] = settings.partition.seed
+        if order == "clustered" and settings.partition.clustered_from:
+            own["clustered_from"] = settings.partition.clustered_from
         return {
-            "scorer": settings.scorer + rank,
-            "partition_order": order + seed + source,
+            **own,
+            "scorer": settings.scorer,
+            "partition_order": order,
             "group_size": self.partition.num_slots,
             "num_groups": self.partition.num_groups,
             "shortlist": settings.partition.shortlist,

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.constants import IGNORE_INDEX
-from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax
+from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax, smoothed_log_frequency
 from vocabfold.heads.loss_options import check_softcap, in_row_chunks, rowwise_product, soft_cap
 
 
 class FullHead(Head):
     """P(v|h) = softmax(W h)_v with W [V, D]: the input embedding's rows (``tied_weight``) or rows of its own.
 
-    Free rows start as normal(0, ``init_std``); tied rows stay as the embedding has them. With a ``softcap`` the logits
-    are cap * tanh(W h / cap). Raises UserError for a softcap that is not positive.
+    Free rows start as normal(0, ``init_std``); tied rows stay as the embedding has them. ``with_bias`` adds a bias [V],
+    0 at first: see ``start_from_counts``. With a ``softcap`` the logits are cap * tanh((W h + b) / cap). Raises
+    UserError for a softcap that is not positive.
     """
 
     def __init__(
@@ -27,10 +28,12 @@ class FullHead(Head):
         tied_weight: nn.Parameter | None = None,
         init_std: float = 0.02,
         softcap: float | None = None,
+        with_bias: bool = False,
     ) -> None:
         check_softcap(softcap)
         super().__init__(hidden_size, vocabulary_size)
         self.softcap = softcap
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size)) if with_bias else None
         if tied_weight is None:
             tied_weight = nn.Parameter(torch.empty(vocabulary_size, hidden_size))
             nn.init.normal_(tied_weight, std=init_std)
@@ -38,7 +41,15 @@ class FullHead(Head):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> [N, V]."""
-        return soft_cap(F.linear(hidden, self.weight), self.softcap)
+        return soft_cap(F.linear(hidden, self.weight, self.bias), self.softcap)
+
+    @torch.no_grad()
+    def start_from_counts(self, counts: Tensor) -> None:
+        """See Head.start_from_counts."""
+        if self.bias is None:
+            super().start_from_counts(counts)
+        else:
+            self.bias.copy_(smoothed_log_frequency(counts))
 
     def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
         """See Head.loss. Parts: ``accuracy`` (the likeliest token is the target) where asked for."""
@@ -62,15 +73,19 @@ class FullHead(Head):
 
     def _log_prob_and_normalisers(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
         log_prob = self.target_log_prob(hidden, targets)
-        rows = F.embedding(targets.masked_fill(targets == IGNORE_INDEX, 0), self.weight)
+        tokens = targets.masked_fill(targets == IGNORE_INDEX, 0)
+        logit = rowwise_product(hidden, F.embedding(tokens, self.weight))
+        if self.bias is not None:
+            logit = logit + self.bias[tokens]
         # log P = logit - log normaliser: one more logit a row tells the normaliser.
-        return log_prob, [soft_cap(rowwise_product(hidden, rows), self.softcap) - log_prob]
+        return log_prob, [soft_cap(logit, self.softcap) - log_prob]
 
     def _mean_log_prob(self, hidden: Tensor, normalisers: list[Tensor]) -> Tensor:
         if self.softcap is not None:
             return super()._mean_log_prob(hidden, normalisers)
         # The mean of all logits is the logit of the mean row.
-        return rowwise_product(hidden, self.weight.mean(dim=0)) - normalisers[0]
+        mean_bias = 0.0 if self.bias is None else self.bias.mean()
+        return rowwise_product(hidden, self.weight.mean(dim=0)) + mean_bias - normalisers[0]
 
     def _probability(self, hidden: Tensor) -> Tensor:
         return self.logits(hidden).softmax(dim=-1)  # a pass over [N, V] less than exp(log_prob)

@@ -50,7 +50,7 @@ class FusedHead(LeanFullHead):
 
     def described(self, settings: HeadSettings) -> dict[str, Any]:
         """See Head.described."""
-        return {"scorer": settings.kernel}
+        return {"kernel": settings.kernel}
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         counted = targets != IGNORE_INDEX

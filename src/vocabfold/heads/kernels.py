@@ -185,9 +185,10 @@ def log_prob_and_slope(
 
 
 class SoftmaxKernel:
-    """log softmax(W h) of a target: inputs hidden [N, D] and W [C, D]. The plain form, with logits of [N, C]:
+    """log softmax(W h + b) of a target: inputs hidden [N, D], W [C, D] and, where there is one, b [C]. The plain form,
+    with logits of [N, C]:
 
-    F.cross_entropy(F.linear(hidden, W), targets, reduction="none")
+    F.cross_entropy(F.linear(hidden, W, b), targets, reduction="none")
     """
 
     def __init__(self, targets: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
@@ -195,25 +196,30 @@ class SoftmaxKernel:
 
     def __call__(self, inputs: tuple[Tensor, ...], weights: Tensor | None, needs: list[bool], with_hits: bool) -> Rows:
         """See Kernel."""
-        hidden, weight = inputs
+        hidden, weight, *biases = inputs
         rows_of_weight = weight.to(self.dtype)
         log_prob = hidden.new_zeros(len(hidden), dtype=sum_dtype(self.dtype))
         hits = torch.zeros_like(self.counted) if with_hits else None
         grad_hidden = torch.zeros_like(hidden) if any(needs) else None
         grad_weight = torch.zeros_like(weight, dtype=log_prob.dtype) if any(needs) else None
+        grad_biases = [torch.zeros_like(bias, dtype=log_prob.dtype) for bias in biases]
         kept = self.counted.nonzero().squeeze(-1)
         for part in chunks(len(kept), len(weight)):
             # A row that does not count costs nothing; where all count, nothing is copied.
             rows = part if len(kept) == len(hidden) else kept[part]
             some, targets = hidden[rows].to(self.dtype), self.targets[rows]
             logits = (some @ rows_of_weight.t()).to(log_prob.dtype)
+            for bias in biases:
+                logits += bias
             if hits is not None:
                 hits[rows] = logits.argmax(dim=-1) == targets
             some_weights = None if weights is None else weights[rows].to(log_prob.dtype)
             chosen, slope = log_prob_and_slope(logits, targets, some_weights, grad_hidden is not None)
             log_prob[rows] = chosen
             if slope is not None and grad_hidden is not None and grad_weight is not None:
+                for grad_bias in grad_biases:
+                    grad_bias += slope.sum(dim=0)
                 slope = slope.to(self.dtype)
                 grad_hidden[rows] = (slope @ rows_of_weight).to(grad_hidden.dtype)
                 add_product(grad_weight, slope.t(), some)
-        return Rows(log_prob, hits, [grad_hidden, grad_weight])
+        return Rows(log_prob, hits, [grad_hidden, grad_weight, *(grad_biases if any(needs) else [None] * len(biases))])

@@ -47,6 +47,11 @@ class LoopedLinearScorer(TokenScorer):
         self.weight = tied_weight
         self.bias = nn.Parameter(torch.zeros(num_tokens))
 
+    @torch.no_grad()
+    def start_from(self, log_frequency: Tensor) -> None:
+        """See TokenScorer.start_from."""
+        self.bias.copy_(log_frequency[self.partition.multi_tokens])
+
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
         """(W_g, b_g) of each of the M groups, cut once: the gradient of each slice would be as large as all rows."""
         sizes = self.partition.sizes[self.partition.multi_groups].tolist()

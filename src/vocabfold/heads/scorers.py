@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vocabfold.errors import UserError
 from vocabfold.heads.base import log_softmax
 from vocabfold.heads.kernels import (
     Kernel,
@@ -50,6 +51,10 @@ class TokenScorer(nn.Module, ABC):
     @abstractmethod
     def _target_logit(self, hidden: Tensor, index: Tensor, slots: Tensor) -> Tensor:
         """``hidden`` [N, D], ``index`` [N] among the M groups, ``slots`` [N] -> their logits [N], without softcap."""
+
+    def start_from(self, log_frequency: Tensor) -> None:
+        """Make the biases of the slots ``log_frequency`` [V] of their tokens. Raises UserError without such biases."""
+        raise UserError("this token scorer has no biases to start from counts: use head.count_biases=false")
 
     def target_logit(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
         """``hidden`` [N, D], ``groups`` [N], ``slots`` [N] -> the logit [N], which minus its log-probability is the log
@@ -221,6 +226,11 @@ class ScaleShiftScorer(TokenScorer):
         nn.init.normal_(self.shared, std=init_std)
         self.scale = nn.Parameter(torch.ones(num_groups, num_slots))
         self.shift = nn.Parameter(torch.zeros(num_groups, num_slots))
+
+    @torch.no_grad()
+    def start_from(self, log_frequency: Tensor) -> None:
+        """See TokenScorer.start_from."""
+        self.shift[self.partition.multi_slot_exists] = log_frequency[self.partition.multi_tokens].to(self.shift.dtype)
 
     def _masked_shift(self) -> Tensor:
         # Masking the [M, S] parameter instead of the [N, S] logits costs nothing that grows with N.

@@ -125,9 +125,10 @@ def build_model(
     vocabulary_size: int,
     order: Tensor | None = None,
     embedding: EmbeddingSettings | None = None,
+    counts: Tensor | None = None,
 ) -> ModelWithHead:
-    """A model with fresh weights from torch's global generator; ``order`` as in ``build_head``; ``embedding`` None is a
-    dense one.
+    """A model with fresh weights from torch's global generator; ``order`` and ``counts`` as in ``build_head``;
+    ``embedding`` None is a dense one.
 
     Raises UserError for impossible settings.
     """
@@ -149,4 +150,4 @@ def build_model(
     backbone = GPT(config, build_embedding(embedding or EmbeddingSettings(), vocabulary_size, model.hidden_size))
     # A head reads the sizes of any embedding, and asks before it borrows the rows of a dense one.
     rows = cast(nn.Embedding, backbone.token_embedding)
-    return ModelWithHead(backbone, build_head(head, vocabulary_size, rows, order))
+    return ModelWithHead(backbone, build_head(head, vocabulary_size, rows, order, counts))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors
@@ -15,6 +18,7 @@ from torch import nn
 from vocabfold.errors import UserError
 from vocabfold.files import replacing
 
+MISSING = object()
 CHECKPOINT_NAME = "checkpoint.pt"
 WEIGHTS_NAME = "model.safetensors"
 
@@ -28,16 +32,22 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         **progress,
     }
-    with replacing(folder / CHECKPOINT_NAME) as beside:
-        torch.save(state, beside)
+    # through a Python file: of one that it opens itself, torch does not tell why it could not be written
+    with replacing(folder / CHECKPOINT_NAME) as beside, beside.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    progress: Mapping[str, type | tuple[type, ...]],
 ) -> dict[str, Any] | None:
-    """Put the folder's checkpoint into ``model``, ``optimizer`` and the random generators; return the rest of it.
+    """Put the folder's checkpoint into ``model``, ``optimizer`` and the random generators; return the rest of it, which
+    is ``progress``: what its values are called and of which type they are.
 
-    None where there is no checkpoint. Raises UserError where the file is damaged or of another model.
+    None where there is no checkpoint. Raises UserError where the file is damaged, incomplete or of another model.
     """
     path = folder / CHECKPOINT_NAME
     if not path.is_file():
@@ -47,10 +57,14 @@ def load_checkpoint(
             if (part := archive.testzip()) is not None:
                 raise UserError(f"wrong checksum in {part}")
         state = torch.load(path, map_location=device, weights_only=True)
+        wanted = {**progress, "cpu_random_state": torch.Tensor, "cuda_random_state": (torch.Tensor, NoneType)}
+        for name, kind in wanted.items():
+            if not isinstance(state.get(name, MISSING), kind):
+                raise UserError(f"it has no {name}, or one of another type")
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be loaded ({reason}): delete it to start this run again") from error
     torch.set_rng_state(state.pop("cpu_random_state").cpu())
     cuda_random_state = state.pop("cuda_random_state")
@@ -69,6 +83,21 @@ def save_weights(folder: Path, model: nn.Module, metadata: dict[str, str]) -> No
     metadata = {**metadata, "crc32": checksum(model)}
     with replacing(folder / WEIGHTS_NAME) as beside:
         safetensors.torch.save_model(model, str(beside), metadata)
+        sort_metadata(beside)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put a safetensors file's words in the order of their keys, which safetensors leaves to chance: the same weights
+    are the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ValueError(f"the header of {path} does not fit its place")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -78,6 +107,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         safetensors.torch.load_model(model, path)
         if (expected := weights_metadata(folder).get("crc32")) is not None and expected != checksum(model):
             raise UserError(f"{path} is damaged (checksum): delete the run folder and train again")
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise UserError(f"{path} holds weights that are no finite numbers: train again, with a lower learning rate")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be loaded: {reason}") from error

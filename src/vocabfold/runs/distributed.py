@@ -40,6 +40,12 @@ class Ranks:
         dist.broadcast(told, src=0)
         return bool(told.item())
 
+    def any_of(self, told: bool, device: torch.device) -> bool:
+        """Whether any process was told, in every process: all must stop at the same step."""
+        if self.world_size == 1:
+            return told
+        return bool(self.sum_of(torch.tensor(float(told), device=device)) > 0)
+
 
 def join_ranks(device_name: str) -> Ranks:
     """Read torchrun's environment and join its process group (NCCL on CUDA, gloo elsewhere)."""

@@ -1,8 +1,8 @@
 """What a run leaves behind: config.yaml and metrics.jsonl in its folder first, Weights & Biases as their mirror.
 
-A finished run adds row.json, its line in the results table. ``python -m vocabfold.runs.record EXPERIMENT SCALE``
-gathers the rows of an experiment's finished runs into results/SCALE/EXPERIMENT.csv, one row a run, nothing averaged,
-and, where runs are evaluated on their way, what they logged into results/SCALE/EXPERIMENT_curves.csv.
+A finished run adds row.json, its line in the results table. ``python -m vocabfold.runs.record EXPERIMENT CORPUS``
+gathers the rows of an experiment's finished runs into results/CORPUS/EXPERIMENT.csv, one row a run, nothing averaged,
+and, where runs are evaluated on their way, what they logged into results/CORPUS/EXPERIMENT_curves.csv.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,48 +17,17 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from tqdm import tqdm
 
 from vocabfold.command_line import one_line_errors
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.runs.settings import Settings
+from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS, SORTED_BY, WHOLE_COLUMNS, write_table
 
-RESULTS = Path("results")
-RUN_COLUMNS = [
-    "experiment",
-    "scale",
-    "corpus",
-    "seed",
-    "model",
-    "hidden_size",
-    "num_layers",
-    "head",
-    "scorer",
-    "partition_order",
-    "group_size",
-    "num_groups",
-    "shortlist",
-    "tied",
-    "learning_rate",
-    "steps",
-    "tokens",
-    "validation_loss_nats",
-    "perplexity",
-    "group_accuracy",
-    "tokens_per_second",
-    "peak_memory_gib",
-    "flops_per_token",
-    "num_parameters",
-]
-ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
-# Two runs that agree in these are the same measurement; the table keeps the newer one.
-IDENTITY_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("learning_rate") + 1]
-# The same of an experiment's own columns, where its rows have them.
-OWN_IDENTITY_COLUMNS = ["vocabulary_size", "distillation_tokens", "sorted_by", "class"]
-OWN_IDENTITY_COLUMNS += ["embedding", "embedding_setting", "recovery_tokens", "writer", "judge"]
-
-# Columns by which runs are told apart in Weights & Biases, each a tag such as head:grouped.
-TAG_COLUMNS = ("scale", "corpus", "model", "contender", "head", "scorer", "partition_order", "embedding")
+# Columns by which runs are told apart in Weights & Biases, each a tag such as head:folded.
+TAG_COLUMNS = ("corpus", "model", "head", "scorer", "partition_order", "embedding")
+CONNECTING_SECONDS = 20  # that its server may take to answer before a run gives up
 MOST_TAG_LETTERS = 64  # that its server takes
 # What its summary keeps of a logged metric beside the last value: validation_loss_nats.min and so on.
 SUMMARIES = {
@@ -100,7 +68,7 @@ class RunRecord:
         kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
-        tags = tags_of({"scale": settings.scale, "model": settings.model.name, **(tagged or {})})
+        tags = tags_of({"corpus": settings.corpus, "model": settings.model.name, **(tagged or {})})
         self.wandb_run = self._start_mirror(folder, settings, tags, job_type or job_type_of(settings))
 
     @staticmethod
@@ -110,20 +78,25 @@ class RunRecord:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # a second of import time that runs without a mirror need not pay
 
+        if settings.wandb.mode == "online":
+            tqdm.write(f"connecting to Weights & Biases (at most {CONNECTING_SECONDS} s)", file=sys.stderr)
+
         try:
             run = wandb.init(
                 project=settings.wandb.project,
                 entity=settings.wandb.entity,
-                group=f"{settings.scale}/{settings.experiment}",
+                group=f"{settings.corpus}/{settings.experiment}",
                 job_type=job_type,
                 tags=tags,
                 name=folder.name,
                 config=dataclasses.asdict(settings),
                 dir=str(folder),
                 mode="online" if settings.wandb.mode == "online" else "offline",
-                settings=wandb.Settings(console="off", x_disable_stats=True, disable_git=True),
+                settings=wandb.Settings(
+                    console="off", x_disable_stats=True, disable_git=True, init_timeout=CONNECTING_SECONDS
+                ),
             )
-        except wandb.Error as error:
+        except (wandb.Error, ValueError) as error:  # a key that is none is a ValueError
             raise UserError(
                 f"Weights & Biases cannot start ({error}): use wandb.mode=offline or wandb.mode=disabled"
             ) from error
@@ -165,9 +138,8 @@ def job_type_of(settings: Settings) -> str:
 
 
 def tags_of(row: Mapping[str, Any]) -> list[str]:
-    """A tag for each of TAG_COLUMNS that has a value, without the seed of a random order."""
-    values = {name: re.sub(r"_seed\d+$", "", str(row[name])) for name in TAG_COLUMNS if row.get(name)}
-    return [f"{name}:{value}"[:MOST_TAG_LETTERS] for name, value in values.items()]
+    """A tag for each of TAG_COLUMNS that has a value."""
+    return [f"{name}:{row[name]}"[:MOST_TAG_LETTERS] for name in TAG_COLUMNS if row.get(name)]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -175,86 +147,81 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in metrics):
+            raise ValueError("a line without a step")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete the run folder and train again") from error
+    return metrics
 
 
 def finished_row(folder: Path) -> dict[str, Any] | None:
     """The result row of a finished run, None for a run that has not finished."""
     path = folder / "row.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(row, dict):
+            raise ValueError("it holds no result row")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete the run folder and train again") from error
+    return row
 
 
-def finished_runs(experiment: str, scale: str, results: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, result row) of each finished run of an experiment, the last finished of those that are the same
-    measurement, oldest first. Raises UserError where no run has finished."""
-    folder = results / "runs" / scale / experiment
+def finished_runs(experiment: str, corpus: str, results: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, result row) of each finished run of an experiment on a text, oldest first; of folders that hold the
+    same run the last finished. Raises UserError where no run has finished."""
+    folder = results / "runs" / corpus / experiment
     paths = sorted(folder.glob("*/row.json"), key=lambda path: path.stat().st_mtime)
     if not paths:
-        raise UserError(f"{folder} holds no finished run: run `make everything SCALE={scale}` first")
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    names = IDENTITY_COLUMNS + [name for name in OWN_IDENTITY_COLUMNS if any(name in row for row in rows)]
-    last = {tuple(row.get(name) for name in names): index for index, row in enumerate(rows)}
-    return [(paths[index].parent, rows[index]) for index in sorted(last.values())]
+        raise UserError(f"{folder} holds no finished run: train experiment={experiment} on that text first")
+    last: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in paths:
+        if (row := finished_row(path.parent)) is not None:
+            if "run" not in row:
+                raise UserError(f"{path} has no run: another version wrote it; delete the run folder and train again")
+            last.pop(row["run"], None)
+            last[row["run"]] = (path.parent, row)
+    return list(last.values())
 
 
-def collect(experiment: str, scale: str, results: Path = RESULTS) -> Path:
+def collect(experiment: str, corpus: str, results: Path = RESULTS) -> Path:
     """Gather the finished runs of an experiment into its table; return the table's path.
 
     Raises UserError where no run has finished.
     """
-    runs = finished_runs(experiment, scale, results)
+    runs = finished_runs(experiment, corpus, results)
     rows = [row for _, row in runs]
     metrics = [read_metrics(folder) for folder, _ in runs]
     if any(sum("validation_loss_nats" in line for line in lines) > 1 for lines in metrics):
-        write_curves(rows, metrics, results / scale / f"{experiment}_curves.csv")
-    return write_table(pd.DataFrame(rows), results / scale / f"{experiment}.csv")
+        write_curves(rows, metrics, results / corpus / f"{experiment}_curves.csv")
+    return write_table(pd.DataFrame(rows), results / corpus / f"{experiment}.csv")
 
 
 def write_curves(rows: list[dict[str, Any]], metrics: list[list[dict[str, Any]]], path: Path) -> None:
     """Write what runs that are evaluated on their way logged: a line for each run and logged step."""
-    identity = [name for name in [*IDENTITY_COLUMNS, "contender"] if any(name in row for row in rows)]
     curves = pd.DataFrame(
         [
-            line | {name: row.get(name) for name in identity}
+            line | {name: row.get(name) for name in IDENTITY_COLUMNS}
             for row, lines in zip(rows, metrics, strict=True)
             for line in lines
         ]
     )
     # Of the whole run, and noisy from line to line: they stand in the run's own row.
     curves = curves.drop(columns=["flops_per_token", "peak_memory_gib", "process_high_water_gib"], errors="ignore")
-    curves = curves.drop_duplicates([*identity, "step"], keep="last").sort_values([*identity, "step"])
+    curves[WHOLE_COLUMNS] = curves[WHOLE_COLUMNS].astype("Int64")
+    curves = curves.drop_duplicates(["run", "step"], keep="last").sort_values([*SORTED_BY, "run", "step"])
     write_text(path, curves.to_csv(index=False))
-
-
-def write_table(rows: pd.DataFrame, path: Path) -> Path:
-    """Write a results table with its columns in the agreed order and one row for each measurement."""
-    own = [name for name in rows.columns if name not in RUN_COLUMNS + ORIGIN_COLUMNS]
-    table = rows.reindex(columns=RUN_COLUMNS + own + ORIGIN_COLUMNS)
-    whole = ["group_size", "num_groups", "shortlist"]
-    table[whole] = table[whole].astype("Int64")
-    identity = IDENTITY_COLUMNS + [name for name in OWN_IDENTITY_COLUMNS if name in own]
-    table = table.drop_duplicates(identity, keep="last").sort_values(identity)
-    write_text(path, table.to_csv(index=False))
-    return path
-
-
-def read_table(experiment: str, scale: str, results: Path = RESULTS) -> pd.DataFrame:
-    """The committed or collected table of an experiment. Raises UserError where there is none or it is another's."""
-    path = results / scale / f"{experiment}.csv"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `make everything SCALE={scale}` first")
-    table = pd.read_csv(path)
-    if missing := [name for name in RUN_COLUMNS + ORIGIN_COLUMNS if name not in table.columns]:
-        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make everything` again")
-    return table
 
 
 @one_line_errors
 def main() -> None:
-    """Command line: EXPERIMENT SCALE."""
+    """Command line: EXPERIMENT CORPUS."""
     if len(sys.argv) != 3:
-        raise UserError("usage: python -m vocabfold.runs.record EXPERIMENT SCALE")
+        raise UserError("usage: python -m vocabfold.runs.record EXPERIMENT CORPUS")
     print(f"wrote {collect(sys.argv[1], sys.argv[2])}")
 
 

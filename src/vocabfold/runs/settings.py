@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vocabfold.constants import MOST_SEED
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
+from vocabfold.files import read_yaml_mapping
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import EXTRAS
 from vocabfold.models.build import ModelSettings
+from vocabfold.runs.tables import read_table
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[3] / "conf"
-# What does not change a run's result does not change its name either.
-NAMELESS_KEYS = ("run_dir", "wandb", "hydra")
-DENSE_EMBEDDING = {"name": "dense", "compressed_from": None}
-NAMELESS_DATA_KEYS = ("cache_dir", "workers", "store")
+NOT_IN_NAMES = ("/", "\\", "\0")
 
 
 @dataclass
@@ -51,6 +50,16 @@ class BudgetSettings:
 
 
 @dataclass
+class StartSettings:
+    """What a run starts from: ``type`` none (fresh weights), fold or compress, and for these ``run``, the folder of a
+    finished run. ``share``: for how much of that run's tokens a compressed one is trained on."""
+
+    type: str = "none"
+    run: str | None = field(default=None, metadata={"folder": True})
+    share: float = 0.0
+
+
+@dataclass
 class WandbSettings:
     """How metrics are mirrored to Weights & Biases: offline, online or disabled."""
 
@@ -63,16 +72,16 @@ class WandbSettings:
 class Settings:
     """One training run. conf/train.yaml says what each key means."""
 
-    scale: str = MISSING
     experiment: str = MISSING
-    contender: str | None = None
     seed: int = MISSING
-    run_dir: str = MISSING
+    run: str = ""  # which one it is, see identity.py: nobody sets it
+    run_dir: str = ""
     data: dict[str, Any] = MISSING
     development_share: float = MISSING
     model: ModelSettings = field(default_factory=ModelSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    start: StartSettings = field(default_factory=StartSettings)
     sequence_length: int = MISSING
     batch_size: int = MISSING
     gradient_accumulation: int = MISSING
@@ -82,13 +91,24 @@ class Settings:
     evaluate_every: int | None = None
     log_every: int = MISSING
     checkpoint_every: int | None = None
+    checkpoint_minutes: float | None = None
     device: str = MISSING
     precision: str = MISSING
     compile: bool = MISSING
     wandb: WandbSettings = field(default_factory=WandbSettings)
 
+    @property
+    def corpus(self) -> str:
+        """What tables, figures and folders call the text."""
+        return corpus_of(self.data)
+
     def check(self) -> None:
         """Raise UserError for the first setting that no run can have."""
+        refuse_infinite("", dataclasses.asdict(self))
+        if not 0 <= self.seed <= MOST_SEED:
+            raise UserError(f"seed is {self.seed}: choose 0 or more, at most 2**63 - 1")
+        if self.head.init_std is not None and self.head.init_std < 0:
+            raise UserError(f"head.init_std is {self.head.init_std}: choose 0 or more")
         for name in ("sequence_length", "batch_size", "gradient_accumulation", "evaluation_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose at least 1")
@@ -97,6 +117,8 @@ class Settings:
         for name in ("evaluate_every", "checkpoint_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose at least 1, or null for only at the end")
+        if self.checkpoint_minutes is not None and self.checkpoint_minutes < 0:
+            raise UserError(f"checkpoint_minutes is {self.checkpoint_minutes}: choose 0 or more, or null for never")
         limits = {key: value for key, value in vars(self.budget).items() if value is not None}
         if not limits:
             raise UserError("training has no end: set budget.epochs, budget.steps, budget.tokens or budget.seconds")
@@ -104,6 +126,7 @@ class Settings:
             # A compressed model may be used as it is, without a step of training.
             if value < 0 or (value == 0 and self.embedding.compressed_from is None):
                 raise UserError(f"budget.{key} is {value}: choose more than 0")
+        corpus_of(self.data)
         if self.model.max_positions < self.sequence_length:
             raise UserError(
                 f"model.max_positions {self.model.max_positions} is less than sequence_length {self.sequence_length}: "
@@ -122,6 +145,11 @@ class Settings:
         for name in ("weight_decay", "warmup_steps", "final_fraction"):
             if not getattr(self.optimizer, name) >= 0:
                 raise UserError(f"optimizer.{name} is {getattr(self.optimizer, name)}: choose 0 or more")
+        choose("start.type", self.start.type, ("none", "fold", "compress"))
+        if (self.start.type == "none") != (self.start.run is None):
+            raise UserError("start=fold and start=compress begin from a finished run: set start.run=FOLDER with them")
+        if not 0 <= self.start.share <= 1:
+            raise UserError(f"start.share is {self.start.share}: choose a number from 0 to 1")
         choose("optimizer.name", self.optimizer.name, ("adam", "adamw"))
         choose("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine"))
         choose("precision", self.precision, ("fp32", "bf16", "fp16"))
@@ -142,6 +170,18 @@ class Settings:
         return 0 if min(limits) == 0 and self.embedding.compressed_from else max(1, min(limits))
 
 
+def refuse_infinite(key: str, value: Any) -> None:
+    """Raise UserError, with its key, for a number in ``value`` that is not finite; ``key`` is that of ``value``."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            refuse_infinite(f"{key}.{name}" if key else str(name), part)
+    elif isinstance(value, list):
+        for part in value:
+            refuse_infinite(key, part)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key} is {value}: choose a finite number")
+
+
 def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise UserError unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -157,56 +197,51 @@ def settings_from(config: DictConfig) -> Settings:
     return settings
 
 
+def refuse_interpolation(value: Any, path: Path) -> None:
+    """Raise UserError where the content of ``path`` has a ${..}, which would read the environment or other keys."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            refuse_interpolation(key, path)
+            refuse_interpolation(part, path)
+    elif isinstance(value, list):
+        for part in value:
+            refuse_interpolation(part, path)
+    elif isinstance(value, str) and "${" in value:
+        raise UserError(f"{path} holds {value!r}, which no run writes: put the value itself in its place")
+
+
 def load_settings(run_folder: Path) -> Settings:
-    """The settings of a run from its config.yaml (plain YAML: nothing in it is executed). Raises UserError."""
+    """The settings of a run from its config.yaml (plain YAML: nothing in it is executed or looked up).
+    Raises UserError."""
     path = run_folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_folder} holds no config.yaml: name the folder of a training run")
+    content = read_yaml_mapping(path)
+    refuse_interpolation(content, path)
     try:
-        config = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: delete the run folder and train again") from error
-    try:
-        return settings_from(config)
+        return settings_from(OmegaConf.create(content))
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is of another version ({reason}): delete the run folder and train again") from error
 
 
-def run_name(_root_: DictConfig) -> str:
-    """A run's folder name: what it is, for a person, and a hash of its whole configuration, for the program.
-
-    The same command finds the same folder again, and so continues or skips; any other setting gets another folder.
-    """
-    config = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in NAMELESS_KEYS])
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    for key in NAMELESS_DATA_KEYS:
-        plain["data"].pop(key, None)
-    for key in EXTRAS:
-        if not plain["head"].get(key):
-            plain["head"].pop(key, None)
-    embedding = plain.pop("embedding", None) or DENSE_EMBEDDING
-    if embedding != DENSE_EMBEDDING:  # plain ones keep the name they had before there was a choice
-        plain["embedding"] = embedding
-    digest = hashlib.sha256(yaml.safe_dump(plain, sort_keys=True).encode()).hexdigest()[:8]
-    partition = plain["head"].get("partition")
-    size = f"-size{partition['group_size']}" if partition and partition["group_size"] else ""
-    head = plain["contender"] or f"{plain['head']['name']}{size}"
-    kind = "" if embedding["name"] == "dense" else f"-{embedding['name']}"
-    taken = "-compressed" if embedding.get("compressed_from") else ""
-    return f"{plain['model']['name']}-{head}{kind}{taken}-{plain['data']['name']}-seed{plain['seed']}-{digest}"
+def corpus_of(data: Mapping[str, Any]) -> str:
+    """What tables, figures and folders call the text of a conf/data node. Raises UserError where no folder can have
+    that name."""
+    name = str(data.get("label") or data.get("name"))
+    if any(part in name for part in NOT_IN_NAMES) or name.startswith("."):
+        raise UserError(f"data.label is {name!r}: choose a name that a folder can have, such as tinystories")
+    return name
 
 
-def chosen_learning_rate(scale: str, contender: str) -> float:
-    """The learning rate with which ``contender`` did best in results/SCALE/learning_rates.csv, which is evaluated on
+def chosen_learning_rate(corpus: str, head: str) -> float:
+    """The learning rate with which ``head`` did best in results/CORPUS/learning_rates.csv, which is evaluated on
     held-out training documents. Raises UserError where that table does not have it."""
-    from vocabfold.runs.record import read_table  # which needs the settings above
-
-    rates = read_table("learning_rates", scale)
-    rates = rates[rates["contender"] == contender]
+    rates = read_table("learning_rates", corpus)
+    rates = rates[rates["head"] == head]
     if rates.empty:
         raise UserError(
-            f"results/{scale}/learning_rates.csv has no {contender}: run `make everything SCALE={scale}`, "
+            f"results/{corpus}/learning_rates.csv has no {head}: train experiment=learning_rates head={head} first, "
             "or set optimizer.learning_rate"
         )
     means = rates.groupby("learning_rate", as_index=False)["validation_loss_nats"].mean()
@@ -218,6 +253,6 @@ def model_has_tokens(_root_: DictConfig) -> bool:
     return "image_size" not in _root_.model
 
 
-OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("corpus", lambda _root_: corpus_of(_root_.data), replace=True)
 OmegaConf.register_new_resolver("chosen_learning_rate", chosen_learning_rate, replace=True)
 OmegaConf.register_new_resolver("model_has_tokens", model_has_tokens, replace=True)
