@@ -1,8 +1,8 @@
 """The only command line of the study: ``python -m experiments NAME measure|draw``; without a name it lists them.
 
 An experiment is a module of one of the rooms with a function ``measure(arguments)`` or ``draw(corpus)`` or both, and
-perhaps ``add_options(parser)`` for options of ``measure``. Without a corpus ``draw`` draws for the module's ``CORPORA``,
-or for each that has one of its ``TABLES`` (the table of its own name where it names none).
+perhaps ``add_options(parser)`` for options of ``measure``. Without a corpus ``draw`` draws for the module's
+``CORPORA``, or for each that has one of its ``TABLES`` (the table of its own name where it names none).
 """
 
 from __future__ import annotations

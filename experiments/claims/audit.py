@@ -27,7 +27,7 @@ from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.heads import FoldedHead, ScaleShiftScorer, equal_partition
 from vocabfold.measure.speed import ratio_summary
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 CORPORA = ("paper",)  # beside the published values
 TEXT = "tinystories"  # whose heads are compared

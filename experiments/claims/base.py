@@ -12,7 +12,7 @@ from experiments.paper.figure3_group_size import read_reference
 from experiments.paper.main_comparison import MARGIN_NATS
 from experiments.study.statistics import Difference
 from vocabfold.errors import UserError
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
 UNTESTABLE, NOT_RUN = "cannot be tested here", "not run"

@@ -28,7 +28,7 @@ from experiments.paper.table3_speed import PASSES, seconds_of
 from experiments.study.statistics import summarise
 from vocabfold.machine import BYTES_PER_GIB
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
-from vocabfold.runs.record import read_table
+from vocabfold.runs.tables import read_table
 
 SMALLEST = 128  # the hidden size of the headline numbers
 SPEED_UP = 3.0  # the headline

@@ -21,7 +21,7 @@ from experiments.paper.figure3_group_size import compare_loss
 from experiments.paper.main_comparison import MARGIN_NATS, comparisons, read_documents
 from experiments.study.statistics import difference_over_seeds
 from vocabfold.errors import UserError
-from vocabfold.runs.record import read_table
+from vocabfold.runs.tables import read_table
 
 FULL, FULL_UNTIED = "full", "full_untied"
 BY_FREQUENCY = "scale_shift_frequency"

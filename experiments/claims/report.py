@@ -25,7 +25,7 @@ from experiments.claims.base import (
 )
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 TABLES = ("main_comparison",)  # a text has a report if it has this table
 VERDICTS = (REPRODUCED, PARTLY, NOT_REPRODUCED, UNTESTABLE, NOT_RUN)

@@ -12,7 +12,7 @@ from experiments.embeddings.embedding_compression import ONE_PERCENT, PUBLISHED,
 from experiments.paper.main_comparison import MARGIN_NATS
 from experiments.study.statistics import mean_and_interval
 from vocabfold.errors import UserError
-from vocabfold.runs.record import read_table
+from vocabfold.runs.tables import read_table
 
 MILD, STRONG = PUBLISHED
 NEAR = 1.5  # a setting tests a published compression when its own is within this factor

@@ -29,7 +29,7 @@ from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
 from vocabfold.models.build import ModelSettings, build_model
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 VOCABULARY_SIZE = 50_257
 BYTES_PER_NUMBER = 4
@@ -141,7 +141,9 @@ def named(head: object, scorer: object, order: object) -> str:
 def published_sizes() -> str:
     """Numbers and bytes at hidden 128, 8 layers, 8 heads: nothing here was trained."""
     sizes = ModelSettings(hidden_size=128, num_layers=8, num_heads=8, max_positions=512)
-    folded = HeadSettings(name="grouped", tied=False, scorer="low_rank_sorted", rank=2)  # as large in every order
+    folded = HeadSettings(
+        "low_rank_clustered", "folded", tied=False, scorer="low_rank_sorted", rank=2
+    )  # as large in every order
     built = [(HeadSettings(), EmbeddingSettings()), (folded, EmbeddingSettings())]
     for name, compression in (
         ("int8", None),

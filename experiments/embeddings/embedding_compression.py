@@ -23,7 +23,7 @@ from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import mean_and_interval
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 STAGES = {"compressed": "Compressed after training", "recovered": "and trained on", "scratch": "From scratch"}
 SETTING = ["stage", "embedding", "embedding_setting"]

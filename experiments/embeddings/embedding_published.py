@@ -34,8 +34,8 @@ from vocabfold.machine import origin
 from vocabfold.models.gpt import GPT
 from vocabfold.models.published import load_published
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device
-from vocabfold.runs.record import RESULTS
 from vocabfold.runs.settings import Settings
+from vocabfold.runs.tables import RESULTS
 
 COMPRESSIONS = (2.0, 3.31, 8.0)
 
@@ -120,10 +120,10 @@ def measure(arguments: Namespace) -> None:
     """Measure every method and write the table."""
     settings = composed(arguments.settings)
     path = RESULTS / settings.corpus / "embedding_published.csv"
-    run = identity("embedding_published", arguments, text_of(settings))
-    if not is_measured(path, run):
+    measurement = identity("embedding_published", arguments, text_of(settings))
+    if not is_measured(path, measurement):
         table = measure_weights(arguments.folder, settings, arguments.sequence_length, arguments.batch_size)
-        write_measured(table.assign(**origin("embedding_published")), path, run)
+        write_measured(table.assign(**origin("embedding_published")), path, measurement)
 
 
 def draw(corpus: str) -> None:

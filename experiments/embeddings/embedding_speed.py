@@ -26,7 +26,7 @@ from vocabfold.machine import matrix_rate_flops_per_second, origin
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import count_flops
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 VOCABULARY_SIZE, HIDDEN_SIZE, NUM_LOOKUPS = 50_257, 768, 16_384
 TENSORLY_ROWS = 400
@@ -112,8 +112,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 def measure(arguments: Namespace) -> None:
     """Time every part and write the table."""
-    path, run = COST / "embedding_speed.csv", identity("embedding_speed", arguments)
-    if is_measured(path, run):
+    path, measurement = COST / "embedding_speed.csv", identity("embedding_speed", arguments)
+    if is_measured(path, measurement):
         return
     keep_freed_memory()
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def measure(arguments: Namespace) -> None:
     ]
     measured = {"matrix_rate_flops_per_second": matrix_rate_flops_per_second(CPU, torch.float32)}
     measured |= {"threads": torch.get_num_threads()}
-    write_measured(pd.DataFrame(rows).assign(**measured, **origin("embedding_speed")), path, run)
+    write_measured(pd.DataFrame(rows).assign(**measured, **origin("embedding_speed")), path, measurement)
 
 
 def draw(corpus: str) -> None:

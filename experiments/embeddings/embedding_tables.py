@@ -35,7 +35,7 @@ from vocabfold.heads.build import saved_embedding
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.published import load_published
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 NUM_LOOKUPS = 16_384
 ROUNDS = 5
@@ -174,12 +174,12 @@ def add_options(parser: ArgumentParser) -> None:
 def measure(arguments: Namespace) -> None:
     """Compress every table with every method and write what came of it."""
     path = RESULTS / corpus_of(arguments.settings) / "embedding_tables.csv"
-    run = identity("embedding_tables", arguments)
-    if is_measured(path, run):
+    measurement = identity("embedding_tables", arguments)
+    if is_measured(path, measurement):
         return
     named = tables(arguments.run, arguments.published, arguments.rows)
     rows = [row for name, table in named for row in measure_table(name, table)]
-    write_measured(pd.DataFrame(rows).assign(**origin("embedding_tables")), path, run)
+    write_measured(pd.DataFrame(rows).assign(**origin("embedding_tables")), path, measurement)
 
 
 def draw(corpus: str) -> None:

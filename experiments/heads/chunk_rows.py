@@ -33,8 +33,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 def measure(arguments: Namespace) -> None:
     """Time every number of rows and write the table."""
-    path, run = COST / "chunk_rows.csv", identity("chunk_rows", arguments)
-    if is_measured(path, run):
+    path, measurement = COST / "chunk_rows.csv", identity("chunk_rows", arguments)
+    if is_measured(path, measurement):
         return
     device, hidden_size = measuring_device(), arguments.hidden_size
     torch.manual_seed(0)
@@ -67,7 +67,9 @@ def measure(arguments: Namespace) -> None:
             f"{name:>10}: {median:.2f} s, {peak_memory:.3f} GiB, "
             f"speed {ratio.median:.2f} of the full softmax ({ratio.low:.2f} to {ratio.high:.2f})"
         )
-    table = pd.DataFrame(rows).assign(run=run, hidden_size=hidden_size, tokens=NUM_TOKENS, **origin("chunk_rows"))
+    table = pd.DataFrame(rows).assign(
+        measurement=measurement, hidden_size=hidden_size, tokens=NUM_TOKENS, **origin("chunk_rows")
+    )
     if path.is_file():
         before = pd.read_csv(path)
         table = pd.concat([before[before["hidden_size"] != hidden_size], table])

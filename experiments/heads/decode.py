@@ -44,8 +44,9 @@ from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.models.build import ModelWithHead
 from vocabfold.runs.load import load_run
-from vocabfold.runs.record import IDENTITY_COLUMNS, RESULTS, finished_row
+from vocabfold.runs.record import finished_row
 from vocabfold.runs.settings import load_settings
+from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -56,7 +57,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 TOP_P = "top-p 0.95"
 FULL, SORTED, NO_HEAD = "full", "full, sorted", "no_head"
 GOAL = 3.0  # times the tokens a second of the full softmax, with top-p
-RUN_COLUMNS = [*IDENTITY_COLUMNS[: IDENTITY_COLUMNS.index("learning_rate")], "validation_loss_nats"]
+RUN_COLUMNS = [*IDENTITY_COLUMNS, "validation_loss_nats"]
 Chooser = Callable[[Tensor, torch.Generator], Tensor]  # hidden [B, D] -> tokens [B]
 
 
@@ -293,15 +294,15 @@ def measure(arguments: Namespace) -> None:
     corpus = corpus_of(arguments.settings)
     path = RESULTS / corpus / "decode.csv"
     folders = arguments.run or run_folders("decode", corpus)
-    run = identity("decode", arguments, [folder.name for folder in folders])
-    if is_measured(path, run):
+    measurement = identity("decode", arguments, [folder.name for folder in folders])
+    if is_measured(path, measurement):
         return
     device = measuring_device()
     runs = load_runs(folders, device)
     prompts = {size: prompts_of(folders[0], size, arguments.prompt_tokens) for size in arguments.batch_sizes}
     prompts = {size: prompt.to(device) for size, prompt in prompts.items()}
     table = measure_decoding(runs, prompts, arguments.new_tokens, arguments.rounds).assign(**origin("decode"))
-    write_measured(table, path, run)
+    write_measured(table, path, measurement)
 
 
 def draw(corpus: str) -> None:

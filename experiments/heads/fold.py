@@ -20,7 +20,7 @@ from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save
 from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import mean_and_interval, summarise
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 PARTITION = ["partition_order", "shortlist"]
 ORDERS = {

@@ -33,7 +33,7 @@ from vocabfold.files import write_text
 from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.simulate import TrainingParts, simulated_peak_memory
 from vocabfold.models.build import ModelSettings, build_model
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 VOCABULARY_SIZE = 50_257
 BATCH_SIZES = (8, 32)
@@ -77,8 +77,8 @@ def describe(table: pd.DataFrame) -> str:
 
 def measure(arguments: Namespace) -> None:
     """Simulate every head and write the table."""
-    path, run = COST / "head_memory.csv", identity("head_memory", arguments)
-    if is_measured(path, run):
+    path, measurement = COST / "head_memory.csv", identity("head_memory", arguments)
+    if is_measured(path, measurement):
         return
     weights = 1.0 / torch.arange(1, VOCABULARY_SIZE + 1)
     generator = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ def measure(arguments: Namespace) -> None:
         num_layers=MODEL.num_layers,
         **origin("head_memory"),
     )
-    write_measured(table, path, run)
+    write_measured(table, path, measurement)
 
 
 def draw(corpus: str) -> None:

@@ -33,8 +33,8 @@ from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.runs.distributed import Ranks
-from vocabfold.runs.record import RESULTS
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.tables import RESULTS
 from vocabfold.train import Trainer
 
 NO_HEAD, REFERENCE = "no_head", "full"
@@ -74,7 +74,7 @@ def measure_steps(heads: dict[str, Settings], corpus: Corpus, rounds: int, devic
         memory = peak_memory_of(methods[name], device, live_tensors(trainer.model, trainer.optimizer))
         settings = heads.get(name, heads[REFERENCE])
         row = {
-            "corpus": corpus.name,
+            **corpus.described,
             "hidden_size": settings.model.hidden_size,
             "num_layers": settings.model.num_layers,
         }
@@ -95,12 +95,14 @@ def measure(arguments: Namespace) -> None:
     heads = heads_of(arguments.settings)
     corpus = load_corpus(heads[REFERENCE].data)
     path = RESULTS / heads[REFERENCE].corpus / "heads_cost.csv"
-    run = identity("heads_cost", arguments, {name: dataclasses.asdict(settings) for name, settings in heads.items()})
-    if is_measured(path, run):
+    measurement = identity(
+        "heads_cost", arguments, {name: dataclasses.asdict(settings) for name, settings in heads.items()}
+    )
+    if is_measured(path, measurement):
         return
     table = measure_steps(heads, corpus, arguments.rounds, measuring_device()).assign(**origin("heads_cost"))
     seconds = {str(name): rows["seconds"].tolist() for name, rows in table.groupby("method", sort=False)}
     for name in seconds:
         faster = ratio_summary(seconds, REFERENCE, name)
         print(f"{name}: {faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f}) times the speed of {REFERENCE}")
-    write_measured(table, path, run)
+    write_measured(table, path, measurement)

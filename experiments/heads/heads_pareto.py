@@ -29,7 +29,7 @@ from experiments.study.statistics import difference_over_seeds, mean_and_interva
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 HEADS = {
     "full": ("full softmax, tied", COLORS["orange"], "s"),

@@ -23,7 +23,7 @@ from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained
 from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 ORDERS = {
     "bpe": (COLORS["orange"], "s", "-"),

@@ -28,8 +28,9 @@ from vocabfold.files import write_text
 from vocabfold.heads.orders import token_counts
 from vocabfold.machine import origin
 from vocabfold.runs.load import validation_losses
-from vocabfold.runs.record import RESULTS, finished_runs, read_table, write_table
+from vocabfold.runs.record import finished_runs
 from vocabfold.runs.settings import load_settings
+from vocabfold.runs.tables import RESULTS, read_table, write_table
 
 NUM_DECILES = 10
 RANK_LIMITS = (0, 10, 100, 1_000, 10_000)  # of classes of tokens by rank in the training text; the last has no end
@@ -72,8 +73,8 @@ def measure(arguments: Namespace) -> None:
     corpus = corpus_of(arguments.settings)
     runs = finished_runs("heads_pareto", corpus)
     path = RESULTS / corpus / "rare_tokens.csv"
-    inputs = identity("rare_tokens", arguments, [folder.name for folder, _ in runs])
-    if is_measured(path, inputs, "inputs"):
+    measurement = identity("rare_tokens", arguments, [folder.name for folder, _ in runs])
+    if is_measured(path, measurement):
         return
     rows: list[dict[str, Any]] = []
     for folder, run in tqdm(runs, desc="runs"):
@@ -95,7 +96,7 @@ def measure(arguments: Namespace) -> None:
                         **origin("rare_tokens"),
                     }
                 )
-    write_table(pd.DataFrame(rows).assign(inputs=inputs), path)
+    write_table(pd.DataFrame(rows).assign(measurement=measurement), path, ("run", "sorted_by", "class"))
     print(f"wrote {path}")
 
 

@@ -51,7 +51,7 @@ from vocabfold.machine import (
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.speed import Ratio, interleaved_seconds, ratio_summary, tokens_per_second
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 FULL, CHUNKED, NO_HEAD, SCALE_SHIFT = "full", "linear_cross_entropy in chunks", "no_head", "scale_shift_sorted"
 DEFAULT_ALLOCATOR = ", default allocator"
@@ -62,12 +62,12 @@ SPEED_OVER_FULL, SPEED_OVER_CHUNKED, SPEED_OF_NO_HEAD = 7.0, 2.6, 0.97
 MEMORY_OF_NO_HEAD, MEMORY_UNDER_FULL, TIME_OVER_LOWER_BOUND = 1.05, 8.0, 2.0
 CHUNKS = (256, 1024, 2048)  # rows at a time of torch's linear_cross_entropy: the fastest is compared
 HEAD_ROUNDS = 15  # of the folded heads alone, after the steps: they take milliseconds
-FULL_SETTINGS = HeadSettings(name="full", tied=True)
+FULL_SETTINGS = HeadSettings("full", "full", tied=True)
 
 
 def folded(scorer: str, tied: bool, order: str = "bpe", shortlist: int = 0) -> HeadSettings:
     """A folded head with groups of the default size."""
-    return HeadSettings("grouped", tied, scorer=scorer, partition=PartitionSettings(order, shortlist=shortlist))
+    return HeadSettings(scorer, "folded", tied, scorer=scorer, partition=PartitionSettings(order, shortlist=shortlist))
 
 
 HEADS = {
@@ -100,7 +100,7 @@ class Side:
         torch.manual_seed(0)
         settings = HEADS.get(name, FULL_SETTINGS)
         if name == CHUNKED:
-            settings = HeadSettings(name="chunked", tied=True, chunk_rows=chunk_rows)
+            settings = HeadSettings("chunked", "chunked", tied=True, chunk_rows=chunk_rows)
         self.model = build_model(case.model, settings, case.vocabulary_size, case.orders.get(name))
         self.model.to(case.inputs.device)
         self.case, self.without_head = case, name == NO_HEAD
@@ -221,14 +221,14 @@ def add_options(parser: ArgumentParser) -> None:
 def measure(arguments: Namespace) -> None:
     """Time every head on the first tokens of a text, and write the table."""
     settings = composed(arguments.settings)
-    path, run = COST / "training_step.csv", identity("training_step", arguments, text_of(settings))
-    if is_measured(path, run):
+    path, measurement = COST / "training_step.csv", identity("training_step", arguments, text_of(settings))
+    if is_measured(path, measurement):
         return
     device, corpus = measuring_device(), load_corpus(settings.data)
     tokens = first_tokens(corpus, arguments.batch_size * (arguments.sequence_length + 1))
     case = build_case(model_of(arguments), corpus, tokens, arguments.batch_size, device)
     table = measure_steps(case, arguments.rounds).assign(
-        corpus=corpus.name,
+        **corpus.described,
         vocabulary_size=corpus.vocabulary_size,
         hidden_size=arguments.hidden_size,
         num_layers=arguments.num_layers,
@@ -237,7 +237,7 @@ def measure(arguments: Namespace) -> None:
         distinct_targets=len(case.targets.unique()),
         **origin("training_step"),
     )
-    write_measured(table, path, run)
+    write_measured(table, path, measurement)
 
 
 def draw(corpus: str) -> None:

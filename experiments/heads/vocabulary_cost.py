@@ -51,7 +51,7 @@ from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.simulate import TrainingParts, simulated_peak_memory
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelSettings, build_model
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 VOCABULARY_SIZES = (10_000, 50_257, 100_277, 500_000, 1_000_000)
 LINEAR = "linear_sorted tied"
@@ -197,8 +197,8 @@ def measure(arguments: Namespace) -> None:
     """Time every head at every size that fits, and write the table."""
     if len(set(arguments.sizes)) < 2 or min(arguments.sizes) < 2:
         raise UserError("--sizes needs at least two different vocabulary sizes, each of at least two tokens")
-    path, run = COST / "vocabulary_cost.csv", identity("vocabulary_cost", arguments)
-    if is_measured(path, run):
+    path, measurement = COST / "vocabulary_cost.csv", identity("vocabulary_cost", arguments)
+    if is_measured(path, measurement):
         return
     device = measuring_device()
     rows: list[dict[str, object]] = []
@@ -213,7 +213,7 @@ def measure(arguments: Namespace) -> None:
         budget_gib=arguments.budget_gib,
         **origin("vocabulary_cost"),
     )
-    write_measured(table, path, run)
+    write_measured(table, path, measurement)
 
 
 def draw(corpus: str) -> None:

@@ -25,7 +25,7 @@ from experiments.study.measuring import collect_runs
 from experiments.study.statistics import mean_and_interval, summarise
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 HEADS = {
     "full_untied": ("full softmax, untied", COLORS["orange"], "D", "-"),

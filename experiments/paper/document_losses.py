@@ -26,8 +26,9 @@ from vocabfold.files import write_text
 from vocabfold.machine import origin
 from vocabfold.runs.distributed import choose_device
 from vocabfold.runs.load import validation_losses
-from vocabfold.runs.record import IDENTITY_COLUMNS, RESULTS, finished_runs
+from vocabfold.runs.record import finished_runs
 from vocabfold.runs.settings import load_settings
+from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS
 
 EXPERIMENT = "main_comparison"
 MOST_ROWS = 1_000  # a run; neighbouring documents of a longer text are taken together
@@ -92,9 +93,9 @@ def measure(arguments: Namespace) -> None:
     corpus = corpus_of(arguments.settings)
     runs = finished_runs(EXPERIMENT, corpus)
     path = RESULTS / corpus / "document_losses.csv"
-    inputs = identity("document_losses", arguments, [folder.name for folder, _ in runs])
-    if is_measured(path, inputs, "inputs"):
+    measurement = identity("document_losses", arguments, [folder.name for folder, _ in runs])
+    if is_measured(path, measurement):
         return
-    table = losses_of_runs(runs).assign(inputs=inputs, **origin("document_losses"))
+    table = losses_of_runs(runs).assign(measurement=measurement, **origin("document_losses"))
     write_text(path, table.to_csv(index=False))
     print(f"wrote {path}")

@@ -26,8 +26,8 @@ from vocabfold.data.shapes import Shapes, load_shapes
 from vocabfold.files import write_text
 from vocabfold.heads.partition import equal_partition
 from vocabfold.machine import origin
-from vocabfold.runs.record import RESULTS
 from vocabfold.runs.settings import Settings
+from vocabfold.runs.tables import RESULTS
 
 ROWS, COLUMNS = 4, 8
 
@@ -94,12 +94,12 @@ def measure(arguments: Namespace) -> None:
     """Find the classes that look alike and write the table."""
     settings = settings_of(arguments.settings)
     path = RESULTS / settings.corpus / "figure1_shapes.csv"
-    run = identity("figure1_shapes", arguments, text_of(settings))
-    if is_measured(path, run):
+    measurement = identity("figure1_shapes", arguments, text_of(settings))
+    if is_measured(path, measurement):
         return
     shapes = load_shapes(settings.data)
     table = table_of(shapes, find_lookalikes(shapes.classes, shapes.image_size))
-    write_measured(table.assign(data=json.dumps(settings.data)), path, run)
+    write_measured(table.assign(data=json.dumps(settings.data)), path, measurement)
 
 
 def draw(corpus: str) -> None:

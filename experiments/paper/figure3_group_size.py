@@ -27,7 +27,8 @@ from experiments.study.measuring import COST, add_settings, collect_runs, corpor
 from experiments.study.statistics import summarise
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, collect, read_table
+from vocabfold.runs.record import collect
+from vocabfold.runs.tables import RESULTS, read_table
 
 VOCABULARY_SIZE = 50_257
 BASELINES = {

@@ -53,11 +53,13 @@ def row_of(head: HeadSettings) -> dict[str, object]:
 
 def measure(arguments: Namespace) -> None:
     """Simulate every group size and write the table."""
-    path, run = COST / "figure3_simulated_memory.csv", identity("figure3_simulated_memory", arguments)
-    if is_measured(path, run):
+    path, measurement = COST / "figure3_simulated_memory.csv", identity("figure3_simulated_memory", arguments)
+    if is_measured(path, measurement):
         return
-    heads = [HeadSettings(name="full", tied=True)]
-    heads += [HeadSettings(name="grouped", tied=False, partition=PartitionSettings(group_size=S)) for S in GROUP_SIZES]
+    heads = [HeadSettings("full", "full", tied=True)]
+    heads += [
+        HeadSettings("paper", "folded", tied=False, partition=PartitionSettings(group_size=S)) for S in GROUP_SIZES
+    ]
     table = pd.DataFrame([row_of(head) for head in tqdm(heads, desc="simulated training steps")])
     table["group_size"] = table["group_size"].astype("Int64")
     table = table.assign(
@@ -65,4 +67,4 @@ def measure(arguments: Namespace) -> None:
         sequence_length=SEQUENCE_LENGTH,
         **origin("figure3_simulated_memory"),
     )
-    write_measured(table, path, run)
+    write_measured(table, path, measurement)

@@ -51,7 +51,7 @@ from vocabfold.heads import (
 from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import peak_memory_of
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 NAME = "figure45_loop_or_shared"
 TOKENS, GROUP_SIZES = (256, 1024, 4096, 16384), (14, 56, 225, 900, 3864)
@@ -241,7 +241,7 @@ def measure_points(
         for number, size in tqdm(points_of(tokens, group_sizes), desc="sizes")
     ]
     setting: dict[str, Any] = {
-        "corpus": corpus.name,
+        **corpus.described,
         "hidden_size": hidden_size,
         "vocabulary_size": corpus.vocabulary_size,
     }
@@ -262,11 +262,11 @@ def measure(arguments: Namespace) -> None:
     """Time every scorer at every size and write the table."""
     at_least_one(arguments, "tokens", "group_sizes", "hidden_size")
     settings = composed(arguments.settings)
-    path, run = COST / f"{NAME}.csv", identity(NAME, arguments, text_of(settings))
-    if is_measured(path, run):
+    path, measurement = COST / f"{NAME}.csv", identity(NAME, arguments, text_of(settings))
+    if is_measured(path, measurement):
         return
     sizes = (arguments.tokens, arguments.group_sizes, arguments.hidden_size, arguments.rounds)
-    write_measured(measure_points(load_corpus(settings.data), *sizes, measuring_device()), path, run)
+    write_measured(measure_points(load_corpus(settings.data), *sizes, measuring_device()), path, measurement)
 
 
 def draw(corpus: str) -> None:

@@ -34,7 +34,7 @@ from experiments.study.statistics import (
 )
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 MODELS = {"gpt2": "GPT-2", "gpt_neo": "GPT-Neo"}
 LABELS = {"full": "full softmax", "paper": "the paper's head"}

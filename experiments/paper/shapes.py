@@ -23,7 +23,7 @@ from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 TABLES = ("shapes_curves",)
 PUBLISHED_LEARNING_RATE = 1e-3

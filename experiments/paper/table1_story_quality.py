@@ -59,7 +59,7 @@ from experiments.study.statistics import mean_and_interval
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.machine import origin
-from vocabfold.runs.record import RESULTS, RUN_COLUMNS, read_table, write_table
+from vocabfold.runs.tables import RESULTS, RUN_COLUMNS, read_table, write_table
 
 EXPERIMENT = "table1_story_quality"
 TRAINED, HALF_TRAINED = "trained", "half-trained"
@@ -136,8 +136,8 @@ def measure(arguments: Namespace) -> None:
         raise UserError(f"no run of main_comparison on {corpus} has finished: run `make paper` first")
     path = RESULTS / corpus / f"{EXPERIMENT}.csv"
     names = [folder.name for folders in runs.values() for folder in folders]
-    inputs = identity(EXPERIMENT, judged_by(arguments), names)
-    if is_measured(path, inputs, "inputs"):
+    measurement = identity(EXPERIMENT, judged_by(arguments), names)
+    if is_measured(path, measurement):
         return
     written = list(written_by_runs(runs, arguments.beginnings, arguments.continuations, arguments.max_tokens, SEED))
     materials = list({id(writer.material): writer.material for writer in written}.values())
@@ -150,7 +150,10 @@ def measure(arguments: Namespace) -> None:
     for writer in tqdm(written, desc="judging"):
         judge = judges[id(writer.material)]
         scores = pd.DataFrame(judge.scores(writer.stories))
-        row = {name: writer.row.get(name) for name in RUN_COLUMNS} | {"experiment": EXPERIMENT, "inputs": inputs}
+        row = {name: writer.row.get(name) for name in RUN_COLUMNS} | {
+            "experiment": EXPERIMENT,
+            "measurement": measurement,
+        }
         row |= {"writer": writer.name, "judge": judge.name, "stories": len(scores)}
         for quantity in judge.quantities:
             row[quantity], row[f"{quantity}_half_width"] = mean_and_bootstrap(scores[quantity].tolist())
@@ -160,7 +163,7 @@ def measure(arguments: Namespace) -> None:
         before = read_table(EXPERIMENT, corpus)
         table = pd.concat([before[~before["judge"].isin(table["judge"])], table], ignore_index=True)
     table[WHOLE] = table[WHOLE].astype("Int64")
-    write_table(table, path)
+    write_table(table, path, ("run", "corpus", "writer", "judge"))
     write_text(path.with_name(f"{EXPERIMENT}_stories.md"), sample(written))
 
 

@@ -29,7 +29,7 @@ from vocabfold.errors import UserError
 from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.simulate import simulated_peak_memory
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 HIDDEN_SIZES = (128, 256, 1024, 2048)
 BATCH_SIZES = (1, 4, 16, 32, 64)
@@ -227,9 +227,9 @@ def measure(arguments: Namespace) -> None:
     """Simulate every case and write the table."""
     if arguments.on_cuda and not torch.cuda.is_available():
         raise UserError("--on-cuda, but there is no CUDA here: leave it out to simulate only")
-    path, run = COST / "table2_memory.csv", identity("table2_memory", arguments)
-    if not is_measured(path, run):
-        write_measured(table_of(arguments.on_cuda), path, run)
+    path, measurement = COST / "table2_memory.csv", identity("table2_memory", arguments)
+    if not is_measured(path, measurement):
+        write_measured(table_of(arguments.on_cuda), path, measurement)
 
 
 def draw(corpus: str) -> None:

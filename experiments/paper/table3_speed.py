@@ -26,7 +26,7 @@ from vocabfold.machine import origin
 from vocabfold.measure.flops import count_flops, count_flops_by_operator
 from vocabfold.measure.simulate import tensors_without_data
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary, tokens_per_second
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 PUBLISHED_HIDDEN_SIZES = (128, 256, 1024)
 SEQUENCE_LENGTH = 512
@@ -157,15 +157,15 @@ def add_options(parser: ArgumentParser) -> None:
 
 def measure(arguments: Namespace) -> None:
     """Time and count every model and write both tables."""
-    path, run = COST / "table3_speed.csv", identity("table3_speed", arguments)
-    if is_measured(path, run):
+    path, measurement = COST / "table3_speed.csv", identity("table3_speed", arguments)
+    if is_measured(path, measurement):
         return
     device = measuring_device()
     sizes = [(model, hidden_size) for hidden_size in PUBLISHED_HIDDEN_SIZES for model in MODELS]
     counts = pd.DataFrame([count(*size) for size in tqdm(sizes, desc="counted models")])
     timed = measure_passes(arguments.hidden_sizes, arguments.batch_size, arguments.rounds, device)
-    write_measured(counts.assign(**origin("table3_speed")), path.with_name("table3_flops.csv"), run)
-    write_measured(timed.assign(**origin("table3_speed")), path, run)
+    write_measured(counts.assign(**origin("table3_speed")), path.with_name("table3_flops.csv"), measurement)
+    write_measured(timed.assign(**origin("table3_speed")), path, measurement)
 
 
 def draw(corpus: str) -> None:

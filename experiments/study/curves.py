@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from experiments.study.statistics import summarise
 from vocabfold.errors import UserError
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 
 def read_curves(experiment: str, corpus: str, results: Path = RESULTS) -> pd.DataFrame:

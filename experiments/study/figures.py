@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from vocabfold.errors import UserError
 from vocabfold.files import replacing, write_text
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 # Okabe and Ito's palette: told apart by colour-blind readers too. Every series also has a marker or dash of its own.
 COLORS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7"}

@@ -15,14 +15,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
+from vocabfold.data.corpora import content_sha256
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.models.build import ModelSettings
 from vocabfold.runs.distributed import choose_device
-from vocabfold.runs.record import RESULTS, collect, finished_runs
+from vocabfold.runs.identity import OUTSIDE_DATA, RUN_DIGITS
+from vocabfold.runs.record import collect, finished_runs
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.tables import RESULTS
 
+MEASUREMENT = "measurement"  # the column with the identity of what was measured
 COST = RESULTS / "cost"  # tables of what depends on no text
 SETTINGS_HELP = "settings of training, which choose the text: data=NAME data.KEY=VALUE (default: the embedded stories)"
 
@@ -68,7 +72,7 @@ def at_least_one(arguments: Namespace, *names: str) -> None:
 def composed(settings: Sequence[str]) -> Settings:
     """The settings of a training run. Raises UserError for what train.py would refuse."""
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return settings_from(compose("train", ["run_dir=none", *settings]))
+        return settings_from(compose("train", list(settings)))
 
 
 def corpus_of(settings: Sequence[str]) -> str:
@@ -76,11 +80,11 @@ def corpus_of(settings: Sequence[str]) -> str:
     return composed(settings).corpus
 
 
-def text_of(settings: Settings) -> list[Any]:
-    """What decides the content of the text: its settings, and of local files the SHA-256 of their bytes."""
-    data = {key: value for key, value in settings.data.items() if key not in ("cache_dir", "workers", "store")}
-    files = [data[key] for key in ("train", "valid") if isinstance(data.get(key), str)]
-    return [data, [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()]]
+def text_of(settings: Settings) -> dict[str, Any]:
+    """What decides the tokens of the text: the settings that cut it, and the SHA-256 of its content. Raises UserError
+    for a text that cannot be read."""
+    chosen = {key: value for key, value in settings.data.items() if key not in OUTSIDE_DATA}
+    return chosen | content_sha256(settings.data)
 
 
 def measuring_device() -> torch.device:
@@ -92,28 +96,28 @@ def measuring_device() -> torch.device:
 
 
 def identity(experiment: str, arguments: Namespace, *inputs: Any) -> str:
-    """8 hex digits of what a measurement depends on: the experiment, its options and its ``inputs``, such as the text's
+    """10 hex digits of what a measurement depends on: the experiment, its options and its ``inputs``, such as the text's
     content or the names of the runs that it evaluates. Neither the commit nor the machine is in it."""
     options = {name: value for name, value in vars(arguments).items() if name not in ("action", "settings")}
     words = json.dumps([experiment, options, inputs], sort_keys=True, default=str)
-    return hashlib.sha256(words.encode()).hexdigest()[:8]
+    return hashlib.sha256(words.encode()).hexdigest()[:RUN_DIGITS]
 
 
-def is_measured(path: Path, run: str, column: str = "run") -> bool:
-    """Whether the table at ``path`` holds the measurement ``run`` in ``column``, and so nothing needs to be done but
-    drawing."""
+def is_measured(path: Path, measurement: str) -> bool:
+    """Whether the table at ``path`` holds this ``measurement``, so that nothing needs to be done but drawing."""
     if not path.is_file():
         return False
-    table = pd.read_csv(path, usecols=lambda name: name == column, dtype=str)
-    if column not in table or run not in set(table[column]):
+    table = pd.read_csv(path, usecols=lambda name: name == MEASUREMENT, dtype=str)
+    if MEASUREMENT not in table or measurement not in set(table[MEASUREMENT]):
         return False
-    tqdm.write(f"{path}: measured before with these settings and this text, skipped", file=sys.stderr)
+    tqdm.write(f"{path}: measured before with these settings on this text, skipped", file=sys.stderr)
     return True
 
 
-def write_measured(table: pd.DataFrame, path: Path, run: str) -> None:
-    """Write a measured table, ``run`` its first column."""
-    write_text(path, table.assign(run=run)[["run", *table.columns.drop("run", errors="ignore")]].to_csv(index=False))
+def write_measured(table: pd.DataFrame, path: Path, measurement: str) -> None:
+    """Write a measured table, its identity in the first column."""
+    columns = [MEASUREMENT, *table.columns.drop(MEASUREMENT, errors="ignore")]
+    write_text(path, table.assign(**{MEASUREMENT: measurement})[columns].to_csv(index=False))
     print(f"wrote {path}")
 
 

@@ -44,7 +44,8 @@ from vocabfold.files import write_text
 from vocabfold.machine import origin
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.speed import Ratio, ratio_summary
-from vocabfold.runs.record import RESULTS, finished_row
+from vocabfold.runs.record import finished_row
+from vocabfold.runs.tables import RESULTS
 
 LIBRARIES = {"vocabfold": (COLORS["blue"], "o"), "transformers": (COLORS["orange"], "s")}
 RUN = ["corpus", "hidden_size", "num_layers", "head", "tokens"]
@@ -70,8 +71,8 @@ def measure(arguments: Namespace) -> None:
     corpus = corpus_of(arguments.settings)
     folders = arguments.run or run_folders("caching", corpus)
     path = RESULTS / corpus / "caching.csv"
-    run = identity("caching", arguments, [folder.name for folder in folders])
-    if is_measured(path, run):
+    measurement = identity("caching", arguments, [folder.name for folder in folders])
+    if is_measured(path, measurement):
         return
     keep_freed_memory()
     needed = max(one.prompt_tokens + one.new_tokens for one in (*WORKLOADS, *MEMORY_WORKLOADS)) - 1
@@ -85,7 +86,7 @@ def measure(arguments: Namespace) -> None:
     for name, rows in (("caching_memory", memory), ("caching_perplexity", kinds), ("caching", timed)):
         table = pd.DataFrame([{"experiment": "caching"} | lead | row for row in rows.to_dict("records")])
         table = table.assign(threads=torch.get_num_threads(), **origin("caching"))
-        write_measured(table, path.with_name(f"{name}.csv"), run)
+        write_measured(table, path.with_name(f"{name}.csv"), measurement)
 
 
 def draw(corpus: str) -> None:

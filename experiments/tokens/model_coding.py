@@ -48,8 +48,9 @@ from vocabfold.inference.text_file import TextModel, load_text_model
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.runs.checkpoint import WEIGHTS_NAME
-from vocabfold.runs.record import RESULTS, finished_row
+from vocabfold.runs.record import finished_row
 from vocabfold.runs.settings import Settings, load_settings
+from vocabfold.runs.tables import RESULTS
 
 NAME = "model_coding"
 CPU = torch.device("cpu")
@@ -275,12 +276,12 @@ def measure(arguments: Namespace) -> None:
     settings = composed(arguments.settings)
     runs = named_paths(arguments.run) or trained_runs(settings.corpus)
     path = RESULTS / settings.corpus / f"{NAME}.csv"
-    run = identity(NAME, arguments, text_of(settings), [folder.name for folder in runs.values()])
-    if is_measured(path, run):
+    measurement = identity(NAME, arguments, text_of(settings), [folder.name for folder in runs.values()])
+    if is_measured(path, measurement):
         return
     rows = measure_coders(unseen_text(settings), runs, arguments.excerpt_bytes, arguments.rounds)
     lead = {"experiment": NAME, "corpus": settings.corpus}
-    write_measured(pd.DataFrame([lead | row | origin(NAME) for row in rows]), path, run)
+    write_measured(pd.DataFrame([lead | row | origin(NAME) for row in rows]), path, measurement)
 
 
 def draw(corpus: str) -> None:

@@ -46,7 +46,7 @@ from vocabfold.data.corpora import load_corpus
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 NAME = "token_coding"
 BERT_VOCABULARY_SIZE = 30_522
@@ -312,8 +312,8 @@ def add_options(parser: ArgumentParser) -> None:
 def measure(arguments: Namespace) -> None:
     """Code the text with every coder and write the table."""
     settings = composed(arguments.settings)
-    path, run = RESULTS / settings.corpus / f"{NAME}.csv", identity(NAME, arguments, text_of(settings))
-    if is_measured(path, run):
+    path, measurement = RESULTS / settings.corpus / f"{NAME}.csv", identity(NAME, arguments, text_of(settings))
+    if is_measured(path, measurement):
         return
     corpus = load_corpus(settings.data)
     tokenizer = written_in(corpus)
@@ -321,7 +321,7 @@ def measure(arguments: Namespace) -> None:
     texts = {settings.corpus: [tokenizer.decode(document) for document in documents]}
     sizes = (arguments.rounds, arguments.speed_tokens)
     rows = [row for stream in streams(texts) for row in measure_stream(*stream, *sizes)]
-    write_measured(pd.DataFrame([{"experiment": NAME} | row | origin(NAME) for row in rows]), path, run)
+    write_measured(pd.DataFrame([{"experiment": NAME} | row | origin(NAME) for row in rows]), path, measurement)
 
 
 def draw(corpus: str) -> None:

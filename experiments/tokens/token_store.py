@@ -34,7 +34,7 @@ from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
 from vocabfold.machine import origin
 from vocabfold.models.build import ModelSettings, build_model
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 NAME = "token_store"
 WARM_UP_STEPS = 2
@@ -44,7 +44,7 @@ def measure_store(data: dict[str, Any], steps: int) -> dict[str, Any]:
     """One training of ``steps`` steps from a store: where its time went, and the losses that it saw."""
     corpus = load_corpus(data)
     torch.manual_seed(0)
-    head = HeadSettings(name="grouped", tied=False, scorer="scale_shift_sorted")
+    head = HeadSettings("paper", "folded", tied=False, scorer="scale_shift_sorted")
     model = build_model(
         ModelSettings(hidden_size=64, num_layers=4, num_heads=2, max_positions=256), head, corpus.vocabulary_size
     )
@@ -63,7 +63,7 @@ def measure_store(data: dict[str, Any], steps: int) -> dict[str, Any]:
         if step >= WARM_UP_STEPS:
             waited += ready - started
             total += time.perf_counter() - started
-    return {
+    return corpus.described | {
         "tokens": len(corpus.train),
         "stored_bytes": sum(path.stat().st_size for path in corpus.train.folder.glob("tokens.*")),
         "steps": steps,
@@ -105,16 +105,16 @@ def measure(arguments: Namespace) -> None:
     at_least_one(arguments, "steps")
     settings = composed(arguments.settings)
     path = RESULTS / settings.corpus / f"{NAME}.csv"
-    run = identity(NAME, arguments, text_of(settings))
-    if is_measured(path, run):
+    measurement = identity(NAME, arguments, text_of(settings))
+    if is_measured(path, measurement):
         return
     rows = []
     with tempfile.TemporaryDirectory() as cache_dir:
         for store in STORES:
             data = settings.data | {"cache_dir": cache_dir, "workers": 1, "store": store, "layout": "packed"}
-            lead = {"experiment": NAME, "corpus": settings.corpus, "store": store}
+            lead = {"experiment": NAME, "store": store}
             rows.append(lead | measure_store(data, arguments.steps) | origin(NAME))
-    write_measured(pd.DataFrame(rows), path, run)
+    write_measured(pd.DataFrame(rows), path, measurement)
 
 
 def draw(corpus: str) -> None:
