@@ -29,6 +29,7 @@ ROOMS = {
     "tokens": "Coded tokens and cached inference",
     "claims": "What the papers claim, beside what the tables say",
 }
+ALL = "all"
 ACTIONS = ("measure", "draw")
 USAGE = "python -m experiments NAME measure|draw [options]        (python -m experiments NAME --help: its options)"
 
@@ -51,7 +52,7 @@ def experiments() -> dict[str, tuple[str, str]]:
 
 def listing(found: dict[str, tuple[str, str]]) -> str:
     """Every experiment with its one line, by room."""
-    lines = [USAGE]
+    lines = [USAGE, f"python -m experiments {ALL} draw        draws all that has its table"]
     for room, title in ROOMS.items():
         lines += ["", title]
         lines += [f"  {name:24} {line}" for name, (its_room, line) in found.items() if its_room == room]
@@ -72,6 +73,17 @@ def parser_of(name: str, module: ModuleType) -> ArgumentParser:
         draw = actions.add_parser("draw", help="from the table: the figure, and the table in words")
         draw.add_argument("corpora", nargs="*", metavar="CORPUS", help="results/CORPUS (default: each with the table)")
     return parser
+
+
+def draw_all(found: dict[str, tuple[str, str]]) -> None:
+    """Draw all that has its table; nothing is sent anywhere."""
+    from experiments.study.figures import corpora_with
+
+    for name, (room, _) in found.items():
+        module = importlib.import_module(f"experiments.{room}.{name}")
+        if hasattr(module, "draw") and "" not in getattr(module, "CORPORA", ()):
+            if hasattr(module, "CORPORA") or corpora_with(*getattr(module, "TABLES", (name,))):
+                draw_for(name, module, ())
 
 
 def draw_for(name: str, module: ModuleType, corpora: Sequence[str]) -> None:
@@ -95,6 +107,9 @@ def main() -> None:
     found, words = experiments(), sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(listing(found))
+        return
+    if words == [ALL, "draw"]:
+        draw_all(found)
         return
     if words[0] not in found:
         near = difflib.get_close_matches(words[0], found, n=1)

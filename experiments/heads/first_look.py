@@ -44,7 +44,9 @@ def draw(corpus: str) -> None:
     for head, (name, *_) in HEADS.items():
         for _, row in table[table["head"] == head].iterrows():
             speed, loss = row["tokens_per_second"], row["validation_loss_nats"]
-            print(f"{name}: validation loss {loss:.3f} nats after {row['tokens']:,} tokens, {speed:,.0f} tokens a second")
+            print(
+                f"{name}: validation loss {loss:.3f} nats after {row['tokens']:,} tokens, {speed:,.0f} tokens a second"
+            )
     print(f"figure: {path}")
 
 
