@@ -81,9 +81,9 @@ def draw_all(found: dict[str, tuple[str, str]]) -> None:
 
     for name, (room, _) in found.items():
         module = importlib.import_module(f"experiments.{room}.{name}")
-        if hasattr(module, "draw") and "" not in getattr(module, "CORPORA", ()):
-            if hasattr(module, "CORPORA") or corpora_with(*getattr(module, "TABLES", (name,))):
-                draw_for(name, module, ())
+        corpora = getattr(module, "CORPORA", None) or corpora_with(*getattr(module, "TABLES", (name,)))
+        if hasattr(module, "draw") and corpora and "" not in corpora:
+            draw_for(name, module, corpora)
 
 
 def draw_for(name: str, module: ModuleType, corpora: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = ("the cat", "a dog", "the bird", "saw", "ran", "found", "sang", "red", "blue", "home", "and then", "under")
 TINY = [
-    "scale=smoke",
+    "budget=steps_2",
     "data=text",
     "data.train=train.txt",
     "data.valid=valid.txt",
@@ -27,7 +27,7 @@ TINY = [
     "device=cpu",
 ]
 # The same for models of pictures: experiment=shapes brings 16 classes of its own at this scale.
-PICTURES = ["scale=smoke", "model.hidden_size=16", "model.num_layers=2", "wandb.mode=disabled", "device=cpu"]
+PICTURES = ["budget=steps_2", "model.hidden_size=16", "model.num_layers=2", "wandb.mode=disabled", "device=cpu"]
 
 
 def experiment_path(name: str) -> Path:

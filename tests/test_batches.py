@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import Batches
 from vocabfold.data.token_file import TokenFile, write_token_file
 from vocabfold.errors import UserError
+from vocabfold.tokens import IGNORE_INDEX
 
 END = 999
 

@@ -14,7 +14,7 @@ from vocabfold import train
 from vocabfold.errors import UserError
 from vocabfold.generate import generate
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import PartitionSettings
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.inference.beam_search import beam_search
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 

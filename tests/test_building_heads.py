@@ -9,7 +9,8 @@ from torch import nn
 from head_cases import HIDDEN_SIZE
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadSettings, LoopedLinearScorer, ScaleShiftScorer, build_head
-from vocabfold.heads.build import PartitionSettings, describe_head
+from vocabfold.heads.describe import describe_head
+from vocabfold.heads.settings import PartitionSettings
 
 
 @pytest.mark.parametrize("name", ["full", "grouped"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import threading
+import time
 import tracemalloc
 import zlib
 
@@ -13,15 +15,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vocabfold.coding import container
+from vocabfold.coding.adaptive import Adaptive, Counts, SecondOrder
 from vocabfold.coding.coders import CODERS
-from vocabfold.coding.container import SEGMENTS_PER_BLOCK, Container, decode, encode
+from vocabfold.coding.container import (
+    MAX_VOCABULARY_SIZE,
+    SEGMENTS_PER_BLOCK,
+    TOKENS_PER_BYTE,
+    WORKING_BYTES,
+    Container,
+    decode,
+    encode,
+)
 from vocabfold.coding.damage import DamagedStream
 from vocabfold.coding.frequencies import quantised
 from vocabfold.coding.huffman import code_lengths
 from vocabfold.coding.lanes import LaneDecoder, LaneEncoder
 from vocabfold.errors import UserError
 
-MEMORY_BOUND_BYTES = 512 << 20
 _HEADER_BYTES = 32
 ADAPTIVE = ("adaptive", "order1", "order2")  # a step of few lanes takes them as long as one of many
 
@@ -283,6 +294,69 @@ def refuse_mutations(count: int, seed: int) -> None:
         assert number % 3 == 0 and np.array_equal(decoded, tokens), (number, original.hex(), data.hex())
 
 
+@pytest.mark.parametrize("coder", ADAPTIVE)
+def test_decoding_on_many_threads_keeps_within_its_memory(coder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables of as many segments as fit, however many threads are asked for."""
+    kind = CODERS[coder]
+    assert issubclass(kind, Adaptive)
+    tracemalloc.start()
+    counts = Counts(kind.order, 16, 1 << 20)
+    assert tracemalloc.get_traced_memory()[0] == pytest.approx(kind(50_000).working_bytes(1 << 20), rel=0.01)
+    tracemalloc.stop()
+    del counts
+    monkeypatch.setattr(kind, "segment_tokens", 40)
+    tokens = zipf_tokens(6 * 40, 300)
+    coded = encode(tokens, 300, coder)
+    one = kind(300).working_bytes(40)
+    most, inside = 0, threading.Semaphore(100)
+    decode_one = kind.decode_one
+
+    def counted(self: Adaptive, data: np.ndarray, num_tokens: int) -> np.ndarray:
+        nonlocal most
+        with inside:
+            most = max(most, 100 - inside._value)
+            time.sleep(0.01)  # so that another thread has time to begin
+            return decode_one(self, data, num_tokens)
+
+    monkeypatch.setattr(kind, "decode_one", counted)
+    for limit, expected in ((one - 1, 1), (3 * one - 1, 2), (100 * one, 6)):
+        most = 0
+        monkeypatch.setattr(container, "WORKING_BYTES", limit)
+        assert np.array_equal(decode(coded, 300, threads=6), tokens) and most == expected
+
+
+@pytest.mark.parametrize("coder", ["huffman", "rans", "folded", "arithmetic"])
+def test_a_large_made_up_model_takes_no_more_than_it_may(coder: str) -> None:
+    """In proportion to a vocabulary, from a few bytes that unpack to it."""
+    size = 1 << 16
+    data = encode(np.arange(size), size, coder)
+    tracemalloc.start()
+    Container(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < WORKING_BYTES * size / MAX_VOCABULARY_SIZE + (1 << 23)  # a table of 2^20 entries at least
+    with pytest.raises(UserError, match=f"must be 1 to {MAX_VOCABULARY_SIZE}"):
+        encode(np.arange(3), MAX_VOCABULARY_SIZE + 1, coder)
+
+
+@pytest.mark.parametrize("coder", ["run_length", "huffman", "arithmetic", "rans", "zstd"])
+def test_the_shortest_code_of_all_is_not_taken_for_a_made_up_one(coder: str) -> None:
+    tokens = np.full(1 << 19, 69_999)
+    coded = encode(tokens, 70_000, coder)
+    assert np.array_equal(decode(coded, threads=1), tokens)
+    changed = bytearray(coded)
+    changed[24:32] = (len(coded) * TOKENS_PER_BYTE + 1).to_bytes(8, "little")
+    with pytest.raises(DamagedStream, match="their table does not fit"):
+        Container(bytes(changed))
+
+
+def test_a_lane_that_ends_too_early_stops_decoding() -> None:
+    coder = SecondOrder(8)
+    data = np.frombuffer(coder.encode_one(zipf_tokens(520, 8)), np.uint8)
+    with pytest.raises(DamagedStream, match="too early"):
+        coder.decode_one(data, 1000)
+
+
 def test_mutations_are_refused() -> None:
     refuse_mutations(1000, 0)
 
@@ -293,6 +367,6 @@ def test_a_hundred_thousand_mutations_are_refused_within_the_memory_bound() -> N
     try:
         for seed in range(1, 101):
             refuse_mutations(1000, seed)
-            assert tracemalloc.get_traced_memory()[1] < MEMORY_BOUND_BYTES
+            assert tracemalloc.get_traced_memory()[1] < WORKING_BYTES
     finally:
         tracemalloc.stop()

@@ -17,8 +17,8 @@ from vocabfold.heads import (
     build_head,
     equal_partition,
 )
-from vocabfold.heads.build import PartitionSettings
 from vocabfold.heads.fold import fold, group_logits
+from vocabfold.heads.settings import PartitionSettings
 
 COUNTS = torch.tensor([5, 0, 17, 1, 1, 900, 3, 0, 40, 2, 2])
 

@@ -16,7 +16,7 @@ from test_records import settings_of
 from vocabfold.runs.record import RUN_COLUMNS, SUMMARIES, RunRecord, tags_of
 
 PROGRAM = REPOSITORY / "experiments" / "study" / "dashboard.py"
-COMPRESSED = ("embedding=int8", "embedding.compressed_from=run")
+COMPRESSED = ("embedding=int8", "start.type=compress", "start.run=run")
 
 
 def program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

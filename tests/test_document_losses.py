@@ -14,11 +14,11 @@ import torch
 
 from run_cases import TINY, call, write_corpus
 from vocabfold import train
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.runs.load import load_run
 from vocabfold.runs.settings import load_settings
+from vocabfold.tokens import IGNORE_INDEX
 
 PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "paper" / "document_losses.py"
 

@@ -140,14 +140,14 @@ def test_settling_keeps_codes_only_and_changes_no_lookup(name: str) -> None:
     weight[4] *= 1e-30
     embedding = compress_table(settings_of(name), weight)
     before, promised = embedding.rows(0, VOCABULARY).detach(), (embedding.bytes_at_rest, embedding.num_parameters)
-    embedding.settle()
-    embedding.settle()
+    embedding.prepare_for_inference()
+    embedding.prepare_for_inference()
     assert torch.equal(embedding.rows(0, VOCABULARY), before) and torch.isfinite(before).all()
     assert not list(embedding.parameters())
     assert (embedding.bytes_at_rest, embedding.num_parameters) == promised
     groups = VOCABULARY * (3 if name == "int4" else 1)
     assert promised[0] == VOCABULARY * HIDDEN * (8 if name == "int8" else 4) // 8 + 2 * groups
-    with pytest.raises(UserError, match="settled"):
+    with pytest.raises(UserError, match="prepared for inference"):
         embedding.draw(1.0)
 
 

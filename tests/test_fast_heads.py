@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from head_cases import FAST_KINDS, HIDDEN_SIZE, LAYOUTS, Layout, Model, make_head, make_hidden
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.heads import (
     FoldedHead,
     SortedLinearScorer,
@@ -22,6 +21,7 @@ from vocabfold.heads import (
 from vocabfold.heads.linear import LinearKernel
 from vocabfold.heads.linear_cuda import GroupedLinearKernel
 from vocabfold.heads.scorers import SortedTargets
+from vocabfold.tokens import IGNORE_INDEX
 
 PLAIN = {
     "scale_shift_sorted": "scale_shift",

@@ -1,10 +1,10 @@
-"""Folding a trained full softmax: exact within the groups, fitted between them; the program that does it to a run."""
+"""Folding a trained full softmax: exact within the groups, fitted between them; a run made from a run."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, make_head, make_hidden, naive_groups
 from run_cases import TINY, call, write_corpus
-from vocabfold import fold as program
-from vocabfold import generate, train
+from vocabfold import generate, start, train
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, FullHead, Partition, equal_partition
 from vocabfold.heads.fold import distillation_loss, fold, group_logits
+from vocabfold.runs.load import load_run
 from vocabfold.runs.record import finished_row, read_metrics
+from vocabfold.runs.settings import load_settings
 
 
 def teacher_of(layout: Layout, kind: str = "full_tied") -> tuple[FullHead, Partition]:
@@ -175,68 +176,101 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
         write_corpus(folder)
-        assert call(train.main, patch, *TINY, "head=full", "run_dir=teacher") == 0
+        assert call(train.main, patch, *TINY, "head=full", "run_dir=teacher", "seed=3") == 0
     return folder
 
 
 @pytest.fixture
 def run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same as the current folder, without foldings."""
+    """The same as the current folder, with few tokens to fit the groups on."""
     monkeypatch.chdir(trained)
     monkeypatch.setenv("VOCABFOLD_CACHE", str(trained / "cache"))
-    monkeypatch.setattr(program, "START_TOKENS", 50)
-    shutil.rmtree(trained / "results", ignore_errors=True)
+    monkeypatch.setattr(start, "FITTED_TOKENS", 50)
     return trained
 
 
-def test_a_folded_run_reads_like_any_other(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("teacher", "--shortlist", "2048", "--tokens", "0", "128", "--order", "frequency")
-    assert call(program.main, monkeypatch, *arguments) == 0
-    folders = sorted((run / "results/runs/smoke/fold").iterdir())
-    assert len(folders) == 2
-    taught = finished_row(run / "teacher")
-    assert taught is not None
-    for folder in folders:
-        row = finished_row(folder)
-        assert row is not None
-        assert row["teacher_loss_nats"] == pytest.approx(taught["validation_loss_nats"], abs=1e-5)
-        assert row["tokens"] == row["distillation_tokens"] and row["steps"] == row["tokens"] // 32
-        assert (row["validation_loss_nats"] == row["at_once_loss_nats"]) == (row["steps"] == 0)
-        assert row["at_once_loss_nats"] < taught["validation_loss_nats"] + 0.1
-        evaluated = [line["validation_loss_nats"] for line in read_metrics(folder) if "perplexity" in line]
-        assert evaluated[0] == row["at_once_loss_nats"] and evaluated[-1] == row["validation_loss_nats"]
-    assert call(generate.main, monkeypatch, str(folders[0]), "the cat", "--max-tokens", "5") == 0
-    before = [(folder / "row.json").stat().st_mtime_ns for folder in folders]
-    assert call(program.main, monkeypatch, *arguments) == 0
-    assert before == [(folder / "row.json").stat().st_mtime_ns for folder in folders]
-    capfd.readouterr()
-    assert call(program.main, monkeypatch, str(folders[0])) == 2
-    assert "has no full softmax to fold" in capfd.readouterr().err
+FOLD = ["start=fold", "start.run=teacher", "wandb.mode=disabled", "device=cpu"]
+
+
+@pytest.mark.parametrize("tokens", [0, 128])
+def test_a_folded_run_is_a_run_like_any_other(run: Path, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    folder = run / f"folded{tokens}"
+    options = ["head.partition.order=frequency", "head.partition.shortlist=2048", f"budget.tokens={tokens}"]
+    assert call(train.main, monkeypatch, *FOLD, *options, f"run_dir={folder}") == 0
+    taught, row, settings = finished_row(run / "teacher"), finished_row(folder), load_settings(folder)
+    assert taught is not None and row is not None
+    assert (settings.seed, settings.batch_size, settings.model.hidden_size) == (3, 2, 16)
+    assert row["teacher_loss_nats"] == taught["validation_loss_nats"]
+    assert row["tokens"] == row["distillation_tokens"] == tokens and row["steps"] == tokens // 32
+    assert (row["validation_loss_nats"] == row["at_once_loss_nats"]) == (tokens == 0)
+    assert row["at_once_loss_nats"] < taught["validation_loss_nats"] + 0.1
+    assert row["at_once_perplexity"] == pytest.approx(math.exp(row["at_once_loss_nats"]))
+    assert (row["start_tokens"], row["recovery_tokens"]) == (50, None)
+    evaluated = [line["validation_loss_nats"] for line in read_metrics(folder) if "perplexity" in line]
+    assert evaluated[0] == row["at_once_loss_nats"] and evaluated[-1] == row["validation_loss_nats"]
+    # The tokens' rows and the backbone are the teacher's, to the bit.
+    teacher, folded = (load_run(path, torch.device("cpu")) for path in (run / "teacher", folder))
+    kept = [name for name in folded.state_dict() if name.startswith("backbone.")]
+    assert kept and all(torch.equal(folded.state_dict()[name], teacher.state_dict()[name]) for name in kept)
+    assert call(generate.main, monkeypatch, str(folder), "the cat", "--max-tokens", "5") == 0
+    before = (folder / "row.json").stat().st_mtime_ns
+    assert call(train.main, monkeypatch, *FOLD, *options, f"run_dir={folder}") == 0
+    assert before == (folder / "row.json").stat().st_mtime_ns
+
+
+def test_a_distillation_that_was_killed_goes_on_to_the_same_loss(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [*FOLD, "head.partition.order=frequency", "budget.tokens=128", "checkpoint_every=2", "log_every=1"]
+    assert call(train.main, monkeypatch, *options, "run_dir=whole") == 0
+    step = train.Trainer.train_step
+
+    def killed(trainer: train.Trainer, *arguments: Any) -> dict[str, float]:
+        if trainer.step == 3:
+            raise UserError("killed")
+        return step(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", killed)
+        assert call(train.main, patch, *options, "run_dir=killed") == 2
+    assert call(train.main, monkeypatch, *options, "run_dir=killed") == 0
+    whole, resumed = finished_row(run / "whole"), finished_row(run / "killed")
+    assert whole is not None and resumed is not None
+    for name in ("validation_loss_nats", "at_once_loss_nats", "teacher_loss_nats", "tokens"):
+        assert whole[name] == resumed[name], name
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("options", "words"),
     [
-        (("nonesuch",), "holds no config.yaml"),
-        (("teacher", "--tokens", "-1"), "--tokens is -1"),
-        (("teacher", "--learning-rate", "0"), "--learning-rate is 0.0"),
-        (("teacher", "--order", "alphabetical"), "invalid choice"),
-        (("teacher", "--tokens", "1", "2", "--run-dir", "one"), "one folder for 2 foldings"),
-        (("teacher", "--group-size", "99999"), "group_size is 99999"),
-        (("teacher", "--shortlist", "50257"), "shortlist is 50257"),
+        (["start.run=nonesuch"], "holds no config.yaml"),
+        (["start.run=null"], "begin from a finished run"),
+        (["budget.tokens=-1"], "budget.tokens is -1"),
+        (["optimizer.learning_rate=0"], "learning_rate is 0"),
+        (["head.partition.order=alphabetical"], "order is 'alphabetical'"),
+        (["head.partition.group_size=99999"], "group_size is 99999"),
+        (["head.partition.shortlist=50257"], "shortlist is 50257"),
+        (["head=paper"], "keeps the run's rows"),
+        (["head.label_smoothing=0.1"], "leave head.label_smoothing out"),
+        (["seed=4"], "takes seed from teacher"),
+        (["model.hidden_size=32"], "takes model from teacher"),
     ],
 )
-def test_what_the_program_refuses(
+def test_what_cannot_be_folded_is_refused_in_one_line(
     run: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
+    options: list[str],
     words: str,
 ) -> None:
     capfd.readouterr()
-    assert call(program.main, monkeypatch, *arguments) == 2
-    lines = capfd.readouterr().err.strip().splitlines()
-    assert words in lines[-1]
-    assert not (run / "results/runs/smoke/fold").exists()
+    assert call(train.main, monkeypatch, *FOLD, "run_dir=refused", *options) == 2
+    assert words in capfd.readouterr().err.strip().splitlines()[-1]
+    assert not (run / "refused" / "row.json").exists()
+
+
+def test_a_folded_run_has_no_full_softmax_to_fold(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call(train.main, monkeypatch, *FOLD, "budget.tokens=0", "run_dir=once") == 0
+    capfd.readouterr()
+    assert call(train.main, monkeypatch, *FOLD, "start.run=once", "run_dir=twice") == 2
+    assert "has no full softmax to fold" in capfd.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import PartitionSettings
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.measure.simulate import TrainingParts, simulated_peak_memory
 from vocabfold.models.build import ModelSettings, build_model
 

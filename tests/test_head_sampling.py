@@ -12,7 +12,7 @@ from torch import Tensor
 from head_cases import FOLDED_KINDS, KINDS, LAYOUTS, Layout, make_head, make_hidden
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead
-from vocabfold.heads.base import draw_from_sorted
+from vocabfold.heads.sampling import draw_from_sorted
 
 NUM_DRAWS = 20_000
 SAMPLING: dict[str, dict[str, Any]] = {

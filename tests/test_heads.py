@@ -24,8 +24,8 @@ from head_cases import (
     naive_groups,
     naive_log_prob,
 )
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.heads import FoldedHead, FullHead, loss_options, visiting
+from vocabfold.tokens import IGNORE_INDEX
 
 TARGETS = ("mixed", "one_group", "some_ignored", "all_ignored", "empty", "one_row")
 every_kind = pytest.mark.parametrize("kind", KINDS)

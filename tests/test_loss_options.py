@@ -19,10 +19,10 @@ from head_cases import (
     naive_log_prob,
     naive_logits,
 )
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads import Head, HeadSettings, LossOptions, build_head, loss_options
-from vocabfold.heads.build import describe_head
+from vocabfold.heads.describe import describe_head
+from vocabfold.tokens import IGNORE_INDEX
 
 CAPPED_KINDS = ("full_tied", "full_free", "scale_shift", "low_rank", "looped_free", "looped_tied", "adaptive")
 OPTIONS = {

@@ -296,7 +296,7 @@ def test_ratio_summary_pairs_rounds() -> None:
 
 
 def test_speed_says_what_is_wrong() -> None:
-    with pytest.raises(UserError, match="at least one side"):
+    with pytest.raises(UserError, match="at least one method"):
         interleaved_seconds({}, rounds=1, warmup=0, device=CPU, progress=False)
     with pytest.raises(UserError, match="no timings of 'c'"):
         ratio_summary({"a": [1.0], "b": [1.0]}, "a", "c")

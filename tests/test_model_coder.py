@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-from pathlib import Path
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,16 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from run_cases import TINY, call, start, write_corpus
 from test_generate import HEADS, VOCABULARY_SIZE, small_model
-from vocabfold import compress as compressing
-from vocabfold import decompress as decompressing
-from vocabfold import train
 from vocabfold.coding.damage import DamagedStream
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import PartitionSettings
-from vocabfold.inference.model_coder import BITS, ROWS, cumulative_integers, decode_tokens, encode_tokens
+from vocabfold.heads.settings import PartitionSettings
+from vocabfold.inference import model_coder
+from vocabfold.inference.model_coder import (
+    BITS,
+    ROWS,
+    TooLongError,
+    cumulative_integers,
+    decode_tokens,
+    encode_tokens,
+    most_rows,
+)
+from vocabfold.inference.symbols import symbols_of
 from vocabfold.models.build import ModelWithHead
 
 SHORTLIST = PartitionSettings(shortlist=11, group_size=7)
@@ -61,17 +66,18 @@ def cross_entropy_bits(model: ModelWithHead, tokens: np.ndarray) -> float:
 def test_the_two_symbols_are_the_heads_distribution(model: ModelWithHead) -> None:
     hidden = torch.randn(5, 16)
     log_prob = model.head.log_prob(hidden)
-    both = model.head.two_symbols(hidden)
+    symbols = symbols_of(model.head)
+    both = symbols.weights(hidden)
     assert torch.allclose(both.groups.sum(dim=-1), torch.ones(5), atol=1e-5)
     for token in range(VOCABULARY_SIZE):
-        groups, slots = model.head.symbols_of(torch.full((5,), token))
-        assert (model.head.token_of(groups, slots) == token).all()
+        groups, slots = symbols.of(torch.full((5,), token))
+        assert (symbols.tokens(groups, slots) == token).all()
         weights = both.slots(groups)
         within = weights.gather(-1, slots[:, None]).squeeze(-1) / weights.sum(dim=-1)
         share = both.groups.gather(-1, groups[:, None]).squeeze(-1)
         assert torch.allclose((share * within).log(), log_prob[:, token], atol=1e-4)
         for row, slot in enumerate(weights.argmin(dim=-1).tolist()):
-            missing = model.head.token_of(groups[row : row + 1], torch.tensor([slot]))
+            missing = symbols.tokens(groups[row : row + 1], torch.tensor([slot]))
             assert (weights[row, slot] == 0) == (missing == VOCABULARY_SIZE)
 
 
@@ -83,6 +89,48 @@ def test_tokens_come_back_near_the_cross_entropy(model: ModelWithHead, count: in
     if count == 2000:
         bits = cross_entropy_bits(model, tokens)
         assert bits < 8 * len(code) < 1.005 * bits + 8 * 8 * 12  # eight lanes, 12 bytes each
+
+
+def test_a_model_with_many_keys_and_values_codes_fewer_rows(
+    model: ModelWithHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model.gpt.config
+    row_bytes = 2 * 4 * config.num_layers * config.max_positions * config.hidden_size
+    for limit, expected in ((1, 1), (3 * row_bytes, 3), (4 * row_bytes - 1, 3), (1 << 40, ROWS)):
+        monkeypatch.setattr(model_coder, "CACHE_BYTES", limit)
+        assert most_rows(model) == expected
+        tokens = text_of(40)
+        assert np.array_equal(decode_tokens(model, encode_tokens(model, tokens, 0), 40, 0), tokens)
+
+
+def test_coding_holds_few_bytes_a_token() -> None:
+    model, tokens = small_model("full").float(), text_of(20_000)
+    tracemalloc.start()
+    encode_tokens(model, tokens, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * len(tokens)
+
+
+def test_a_code_of_no_use_is_given_up_early() -> None:
+    model, tokens, steps = small_model("full").float(), text_of(ROWS * 50), list[int]()
+    code = encode_tokens(model, tokens, 0, progress=steps.append)
+    assert steps == list(range(ROWS, len(tokens) + 1, ROWS))
+    assert encode_tokens(model, tokens, 0, len(code)) == code
+    with pytest.raises(TooLongError):
+        encode_tokens(model, tokens, 0, len(code) - 1)
+    steps.clear()
+    with pytest.raises(TooLongError):
+        encode_tokens(model, tokens, 0, len(code) / 4, steps.append)
+    assert len(steps) < 25
+
+
+def test_a_lane_that_ends_too_early_stops_decoding() -> None:
+    model, tokens, steps = small_model("full").float(), text_of(ROWS * 50), list[int]()
+    code = encode_tokens(model, tokens, 0)
+    with pytest.raises(DamagedStream, match="too early"):
+        decode_tokens(model, code, ROWS * 5000, 0, steps.append)
+    assert len(steps) < 200
 
 
 def test_the_number_of_threads_changes_nothing(model: ModelWithHead) -> None:
@@ -117,112 +165,9 @@ def test_changed_code_is_refused_or_decodes_to_something_else(model: ModelWithHe
     assert refused > 15
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode)))
 def test_any_bytes_are_tokens_and_back(data: bytes) -> None:
     for name in ("gpt2", "cl100k"):
         tokenizer = load_tokenizer(name)
         assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    write_corpus(folder)
-    arguments = (*TINY, "head=grouped", "head.scorer=linear_sorted")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
-        for name, seed in (("run", 0), ("other", 1)):
-            assert call(train.main, monkeypatch, *arguments, f"run_dir={name}", f"seed={seed}") == 0
-    return folder
-
-
-def programs(run: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, unpack: bool = False) -> int:
-    monkeypatch.chdir(run)
-    return call(decompressing.main if unpack else compressing.main, monkeypatch, *arguments)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"x", b"\xff\xfe\x00\x80 caf\xc3\xa9 \xe2\x82", bytes(range(256)) * 3, "the cat saw 😀\r\n".encode() * 20],
-)
-def test_files_come_back(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr("vocabfold.inference.text_file.SEGMENT_BYTES", 100)  # several segments, characters cut in two
-    path, coded, back = tmp_path / "f", tmp_path / "f.vftm", tmp_path / "back"
-    path.write_bytes(data)
-    assert programs(run, monkeypatch, str(path), "--model", "run") == 0
-    assert programs(run, monkeypatch, str(coded), "--model", "run", "--output", str(back), unpack=True) == 0
-    assert back.read_bytes() == data
-
-
-def test_another_process_decodes_with_other_threads(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "f").write_text("a dog found the bird under home " * 30)
-    for threads, arguments in (
-        ("2", ("-m", "vocabfold.compress", str(tmp_path / "f"), "--model", "run")),
-        ("1", ("-m", "vocabfold.decompress", str(tmp_path / "f.vftm"), "--model", "run", "--output", "back")),
-    ):
-        done: subprocess.CompletedProcess[str] = start(run, *arguments)
-        assert done.returncode == 0 and threads and "bytes ->" in done.stdout, done.stderr
-    assert (run / "back").read_text() == (tmp_path / "f").read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "arguments", "message"),
-    [
-        (lambda d: d, ("--model", "other"), "coded with another model"),
-        (lambda d: b"PK" + d[2:], ("--model", "run"), "no text coded with a model"),
-        (lambda d: b"", ("--model", "run"), "no text coded with a model"),
-        (lambda d: d[:30], ("--model", "run"), "cut short in its header"),
-        (lambda d: d[:10] + b"\0" + d[11:], ("--model", "run"), "its header fails its checksum"),
-        (lambda d: d[:50], ("--model", "run"), "cut short in the head of a segment"),
-        (lambda d: d[:-1], ("--model", "run"), "cut short in a segment"),
-        (lambda d: d + b"\0", ("--model", "run"), "do not add up"),
-        (lambda d: d[:-1] + bytes([d[-1] ^ 1]), ("--model", "run"), "a segment fails its checksum"),
-        (lambda d: d, ("--model", "nowhere"), "nowhere holds no config.yaml"),
-    ],
-)
-def test_damage_is_one_line_and_leaves_no_file(  # type: ignore[no-untyped-def]
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    change,
-    arguments,
-    message: str,
-) -> None:
-    (tmp_path / "f").write_text("the cat saw the bird " * 10)
-    assert programs(run, monkeypatch, str(tmp_path / "f"), "--model", "run") == 0
-    coded = tmp_path / "f.vftm"
-    coded.write_bytes(change(coded.read_bytes()))
-    capfd.readouterr()
-    output = ("--output", str(tmp_path / "back"))
-    assert programs(run, monkeypatch, str(coded), *arguments, *output, unpack=True) == 2
-    error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert message in error and "Traceback" not in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "f.vftm"]
-
-
-def test_what_cannot_be_coded(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert programs(run, monkeypatch, str(tmp_path / "f"), "--model", "run") == 2
-    assert "there is no file" in capfd.readouterr().err
-    (tmp_path / "f").write_text("a")
-    (tmp_path / "f.vftm").write_text("kept")
-    assert programs(run, monkeypatch, str(tmp_path / "f"), "--model", "run") == 2
-    assert "exists: remove it" in capfd.readouterr().err
-    assert (tmp_path / "f.vftm").read_text() == "kept"
-    assert programs(run, monkeypatch, str(tmp_path / "f"), "--model", "run", unpack=True) == 2
-    assert "does not end in .vftm" in capfd.readouterr().err
-
-
-def test_other_arithmetic_is_refused(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "f").write_text("the cat")
-    assert programs(run, monkeypatch, str(tmp_path / "f"), "--model", "run") == 0
-    monkeypatch.setattr("vocabfold.inference.text_file._arithmetic", lambda *_: b"elsewhere")
-    (tmp_path / "f").unlink()
-    assert programs(run, monkeypatch, str(tmp_path / "f.vftm"), "--model", "run", unpack=True) == 2
-    assert "computes other numbers" in capfd.readouterr().err

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 
 from vocabfold import train as training
 from vocabfold.errors import UserError
-from vocabfold.heads import FoldedHead, HeadSettings, build_head, orders, token_order
-from vocabfold.heads.build import PartitionSettings, saved_embedding
+from vocabfold.heads import FoldedHead, HeadSettings, build_head, orders
 from vocabfold.heads.orders import (
     clustered_order,
     cooccurrence_embedding,
     frequency_order,
     random_order,
-    token_counts,
 )
 from vocabfold.heads.partition import equal_boundaries
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.token_order import saved_embedding, token_order
+from vocabfold.tokens import token_counts
 
 STREAM = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], dtype=np.uint16)
 

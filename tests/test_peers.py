@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, adaptive_cutoffs, make_head, make_hidden
 from vocabfold import train as training
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads import (
     AdaptiveHead,
@@ -27,13 +26,15 @@ from vocabfold.heads import (
     HeadSettings,
     LossOptions,
     build_head,
-    token_order,
 )
-from vocabfold.heads.build import EXTRAS, describe_head
+from vocabfold.heads.describe import describe_head
+from vocabfold.heads.settings import EXTRAS
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
 from vocabfold.runs.record import read_metrics
 from vocabfold.runs.settings import CONFIG_FOLDER, run_name, settings_from
+from vocabfold.runs.token_order import token_order
+from vocabfold.tokens import IGNORE_INDEX
 
 LAYOUT = LAYOUTS["prime"]
 TARGETS = torch.tensor([3, IGNORE_INDEX, 96, 0, 50, 50, IGNORE_INDEX, 12])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from vocabfold import train
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadSettings
 from vocabfold.inference import ResponseCache, fingerprint
-from vocabfold.inference.responses import SUFFIX, pack, unpack
+from vocabfold.inference.responses import MARK, SUFFIX, pack, unpack
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 
 REQUEST = {"weights": "abc", "prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0.8, "top_k": None, "seed": 0}
@@ -87,6 +90,17 @@ def test_every_damaged_byte_and_every_cut_is_noticed_and_dropped(
     moved.rename(path)  # whole, but the answer to something else
     assert cache.get(REQUEST) is None
     assert answer(cache, REQUEST, [8]) == ([8], True)
+
+
+def test_a_made_up_answer_is_dropped_and_unpacks_to_no_more_than_it_may() -> None:
+    """With a digest that fits: whoever can write the file can compute it."""
+    bomb = zlib.compressobj(9, wbits=-15)
+    large = bomb.compress(bytes(1 << 25)) + bomb.flush()
+    tracemalloc.start()
+    for body in (b"2d" + large, b"2dno deflate", b"2d", b"3p1234", b"2x1234", b"2p123", b"4p12", b"", b"2"):
+        assert unpack("key", MARK + hashlib.sha256(b"key" + body).digest() + body) is None
+    assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    tracemalloc.stop()
 
 
 def test_the_least_recently_used_answers_go_first(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from experiments.study.curves import read_curves
 
 from run_cases import PICTURES, call
 from vocabfold import train
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.drawing import ATTRIBUTES, LETTERS, classes_of, draw, picture
 from vocabfold.data.shapes import Shapes, load_shapes
@@ -26,6 +25,7 @@ from vocabfold.heads import HeadSettings
 from vocabfold.models.build import ModelSettings, build_model
 from vocabfold.models.cnn import CNN
 from vocabfold.runs.record import collect
+from vocabfold.tokens import IGNORE_INDEX
 
 REPOSITORY = Path(__file__).parents[1]
 # No two of these look alike, and no two pictures have the same noise.

@@ -73,7 +73,7 @@ def lookup_seconds(table: torch.Tensor, rounds: int) -> tuple[dict[str, list[flo
         for name, some in settings.items():
             quantised = some.name.startswith("int")
             embedding = compress_table(some, table) if quantised else build_embedding(some, *table.shape)
-            embedding.settle()
+            embedding.prepare_for_inference()
             methods[name] = lambda embedding=embedding: embedding(ids)
             flops[name] = count_flops(methods[name])
         return interleaved_seconds(methods, rounds, 2, CPU, progress=True), flops

@@ -31,11 +31,11 @@ from vocabfold.embeddings import EmbeddingSettings, relative_error
 from vocabfold.embeddings.build import describe_embedding
 from vocabfold.embeddings.tt_svd import factorisations
 from vocabfold.errors import UserError
-from vocabfold.heads.build import saved_embedding
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.published import load_published
 from vocabfold.runs.tables import RESULTS
+from vocabfold.runs.token_order import saved_embedding
 
 NUM_LOOKUPS = 16_384
 ROUNDS = 5

@@ -44,5 +44,5 @@ def compressed_tables(table: Tensor, settings: Iterable[EmbeddingSettings], desc
         except OutOfReach:
             continue
         seconds = time.perf_counter() - began
-        embedding.settle()
+        embedding.prepare_for_inference()
         yield Compressed(wanted, resolved, embedding, seconds)

@@ -14,8 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from experiments.study.measuring import COST, add_rounds, identity, is_measured, measuring_device
-from vocabfold.files import write_text
+from experiments.study.measuring import COST, add_rounds, identity, is_measured, measuring_device, write_measured
 from vocabfold.heads import ChunkedHead, FullHead, Head
 from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import peak_memory_of
@@ -67,11 +66,5 @@ def measure(arguments: Namespace) -> None:
             f"{name:>10}: {median:.2f} s, {peak_memory:.3f} GiB, "
             f"speed {ratio.median:.2f} of the full softmax ({ratio.low:.2f} to {ratio.high:.2f})"
         )
-    table = pd.DataFrame(rows).assign(
-        measurement=measurement, hidden_size=hidden_size, tokens=NUM_TOKENS, **origin("chunk_rows")
-    )
-    if path.is_file():
-        before = pd.read_csv(path)
-        table = pd.concat([before[before["hidden_size"] != hidden_size], table])
-    write_text(path, table.to_csv(index=False))
-    print(f"wrote {path}")
+    table = pd.DataFrame(rows).assign(hidden_size=hidden_size, tokens=NUM_TOKENS, **origin("chunk_rows"))
+    write_measured(table, path, measurement, beside="hidden_size")

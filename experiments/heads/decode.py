@@ -39,9 +39,10 @@ from experiments.study.measuring import (
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.heads import Head
-from vocabfold.heads.base import draw_from_sorted
+from vocabfold.heads.sampling import draw_from_sorted
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
+from vocabfold.measure.visits import visits_of
 from vocabfold.models.build import ModelWithHead
 from vocabfold.runs.load import load_run
 from vocabfold.runs.record import finished_row
@@ -140,7 +141,7 @@ def mean_entropy_nats(model: ModelWithHead, prompts: Tensor) -> float:
 
 def groups_visited(head: Head, work: Callable[[], Tensor]) -> float | None:
     """How many groups a token of ``work`` needs; None for a head without groups."""
-    if (visits := head.visits()) is None:
+    if (visits := visits_of(head)) is None:
         return None
     with visits:
         tokens = work().numel()
@@ -295,14 +296,14 @@ def measure(arguments: Namespace) -> None:
     path = RESULTS / corpus / "decode.csv"
     folders = arguments.run or run_folders("decode", corpus)
     measurement = identity("decode", arguments, [folder.name for folder in folders])
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, "measurement"):
         return
     device = measuring_device()
     runs = load_runs(folders, device)
     prompts = {size: prompts_of(folders[0], size, arguments.prompt_tokens) for size in arguments.batch_sizes}
     prompts = {size: prompt.to(device) for size, prompt in prompts.items()}
     table = measure_decoding(runs, prompts, arguments.new_tokens, arguments.rounds).assign(**origin("decode"))
-    write_measured(table, path, measurement)
+    write_measured(table, path, measurement, "measurement")
 
 
 def draw(corpus: str) -> None:

@@ -26,7 +26,6 @@ from experiments.study.measuring import (
     measuring_device,
     write_measured,
 )
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.heads import HeadLoss
 from vocabfold.machine import BYTES_PER_GIB, origin
@@ -35,6 +34,7 @@ from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.runs.distributed import Ranks
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 from vocabfold.runs.tables import RESULTS
+from vocabfold.tokens import IGNORE_INDEX
 from vocabfold.train import Trainer
 
 NO_HEAD, REFERENCE = "no_head", "full"

@@ -25,12 +25,12 @@ from experiments.study.measuring import add_settings, corpus_of, identity, is_me
 from experiments.study.statistics import summarise
 from vocabfold.data.corpora import load_corpus
 from vocabfold.files import write_text
-from vocabfold.heads.orders import token_counts
 from vocabfold.machine import origin
 from vocabfold.runs.load import validation_losses
 from vocabfold.runs.record import finished_runs
 from vocabfold.runs.settings import load_settings
 from vocabfold.runs.tables import RESULTS, read_table, write_table
+from vocabfold.tokens import token_counts
 
 NUM_DECILES = 10
 RANK_LIMITS = (0, 10, 100, 1_000, 10_000)  # of classes of tokens by rank in the training text; the last has no end
@@ -74,7 +74,7 @@ def measure(arguments: Namespace) -> None:
     runs = finished_runs("heads_pareto", corpus)
     path = RESULTS / corpus / "rare_tokens.csv"
     measurement = identity("rare_tokens", arguments, [folder.name for folder, _ in runs])
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, "measurement"):
         return
     rows: list[dict[str, Any]] = []
     for folder, run in tqdm(runs, desc="runs"):

@@ -40,8 +40,8 @@ from experiments.study.other_process import OtherProcess
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.heads import HeadSettings, token_order
-from vocabfold.heads.build import PartitionSettings
+from vocabfold.heads import HeadSettings
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.machine import (
     BYTES_PER_GIB,
     matrix_rate_flops_per_second,
@@ -52,6 +52,7 @@ from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.speed import Ratio, interleaved_seconds, ratio_summary, tokens_per_second
 from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 from vocabfold.runs.tables import RESULTS
+from vocabfold.runs.token_order import token_order
 
 FULL, CHUNKED, NO_HEAD, SCALE_SHIFT = "full", "linear_cross_entropy in chunks", "no_head", "scale_shift_sorted"
 DEFAULT_ALLOCATOR = ", default allocator"
@@ -237,14 +238,15 @@ def measure(arguments: Namespace) -> None:
         distinct_targets=len(case.targets.unique()),
         **origin("training_step"),
     )
-    write_measured(table, path, measurement)
+    write_measured(table, path, measurement, beside="corpus")
 
 
 def draw(corpus: str) -> None:
     """Write the table in words, with the goals."""
     path = RESULTS / corpus / "training_step.csv"
     table = read_measured(path, ("method", "head_seconds"))
-    words = f"{describe(table)}\n\n{setting_of(table)}\n{goals(table)}\n"
+    parts = [rows for _, rows in table.groupby("corpus", sort=False)]
+    words = "\n".join(f"{describe(rows)}\n\n{setting_of(rows)}\n{goals(rows)}\n" for rows in parts)
     write_text(path.with_suffix(".md"), words)
     print(words + f"wrote {path.with_suffix('.md')}")
 

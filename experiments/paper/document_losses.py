@@ -94,7 +94,7 @@ def measure(arguments: Namespace) -> None:
     runs = finished_runs(EXPERIMENT, corpus)
     path = RESULTS / corpus / "document_losses.csv"
     measurement = identity("document_losses", arguments, [folder.name for folder, _ in runs])
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, "measurement"):
         return
     table = losses_of_runs(runs).assign(measurement=measurement, **origin("document_losses"))
     write_text(path, table.to_csv(index=False))

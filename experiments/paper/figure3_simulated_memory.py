@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiments.study.measuring import COST, identity, is_measured, write_measured
 from vocabfold.heads import HeadSettings
-from vocabfold.heads.build import PartitionSettings
+from vocabfold.heads.settings import PartitionSettings
 from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.simulate import SimulatedMemory, TrainingParts, simulated_peak_memory
 from vocabfold.models.build import ModelSettings, build_model

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.heads.training_step import first_tokens
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, read_measured, save
 from experiments.study.measuring import (
     COST,
     add_rounds,
@@ -39,6 +39,7 @@ from experiments.study.measuring import (
     write_measured,
 )
 from vocabfold.data.corpora import Corpus, load_corpus
+from vocabfold.files import write_text
 from vocabfold.heads import (
     FoldedHead,
     LoopedLinearScorer,
@@ -266,9 +267,17 @@ def measure(arguments: Namespace) -> None:
     if is_measured(path, measurement):
         return
     sizes = (arguments.tokens, arguments.group_sizes, arguments.hidden_size, arguments.rounds)
-    write_measured(measure_points(load_corpus(settings.data), *sizes, measuring_device()), path, measurement)
+    write_measured(
+        measure_points(load_corpus(settings.data), *sizes, measuring_device()), path, measurement, beside="corpus"
+    )
 
 
 def draw(corpus: str) -> None:
-    """Write the picture and the table in words."""
-    report(RESULTS / corpus / f"{NAME}.csv", markdown, draw_sizes, ("groups_seen",))
+    """Write a picture for each text that targets came from, the first under the table's own name, and the words."""
+    path = RESULTS / corpus / f"{NAME}.csv"
+    parts = list(read_measured(path, ("groups_seen",)).groupby("corpus", sort=False))
+    for index, (text, rows) in enumerate(parts):
+        draw_sizes(rows, path.with_name(f"{NAME}_{text}.png" if index else f"{NAME}.png"))
+    words = "\n".join(markdown(rows) for _, rows in parts)
+    write_text(path.with_suffix(".md"), words)
+    print(words)

@@ -137,7 +137,7 @@ def measure(arguments: Namespace) -> None:
     path = RESULTS / corpus / f"{EXPERIMENT}.csv"
     names = [folder.name for folders in runs.values() for folder in folders]
     measurement = identity(EXPERIMENT, judged_by(arguments), names)
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, "measurement"):
         return
     written = list(written_by_runs(runs, arguments.beginnings, arguments.continuations, arguments.max_tokens, SEED))
     materials = list({id(writer.material): writer.material for writer in written}.values())

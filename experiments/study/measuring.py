@@ -26,7 +26,6 @@ from vocabfold.runs.record import collect, finished_runs
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 from vocabfold.runs.tables import RESULTS
 
-MEASUREMENT = "measurement"  # the column with the identity of what was measured
 COST = RESULTS / "cost"  # tables of what depends on no text
 SETTINGS_HELP = "settings of training, which choose the text: data=NAME data.KEY=VALUE (default: the embedded stories)"
 
@@ -96,28 +95,38 @@ def measuring_device() -> torch.device:
 
 
 def identity(experiment: str, arguments: Namespace, *inputs: Any) -> str:
-    """10 hex digits of what a measurement depends on: the experiment, its options and its ``inputs``, such as the text's
-    content or the names of the runs that it evaluates. Neither the commit nor the machine is in it."""
+    """10 hex digits of what a measurement depends on: the experiment, its options and its ``inputs``, such as the
+    text's content or the names of the runs that it evaluates. Neither the commit nor the machine is in it."""
     options = {name: value for name, value in vars(arguments).items() if name not in ("action", "settings")}
     words = json.dumps([experiment, options, inputs], sort_keys=True, default=str)
     return hashlib.sha256(words.encode()).hexdigest()[:RUN_DIGITS]
 
 
-def is_measured(path: Path, measurement: str) -> bool:
-    """Whether the table at ``path`` holds this ``measurement``, so that nothing needs to be done but drawing."""
+def is_measured(path: Path, measurement: str, column: str = "run") -> bool:
+    """Whether the table at ``path`` holds this ``measurement``, so that nothing needs to be done but drawing.
+
+    ``column``: ``run``, or ``measurement`` in tables whose ``run`` is the training run that a row is about.
+    """
     if not path.is_file():
         return False
-    table = pd.read_csv(path, usecols=lambda name: name == MEASUREMENT, dtype=str)
-    if MEASUREMENT not in table or measurement not in set(table[MEASUREMENT]):
+    table = pd.read_csv(path, usecols=lambda name: name == column, dtype=str)
+    if column not in table or measurement not in set(table[column]):
         return False
     tqdm.write(f"{path}: measured before with these settings on this text, skipped", file=sys.stderr)
     return True
 
 
-def write_measured(table: pd.DataFrame, path: Path, measurement: str) -> None:
-    """Write a measured table, its identity in the first column."""
-    columns = [MEASUREMENT, *table.columns.drop(MEASUREMENT, errors="ignore")]
-    write_text(path, table.assign(**{MEASUREMENT: measurement})[columns].to_csv(index=False))
+def write_measured(
+    table: pd.DataFrame, path: Path, measurement: str, column: str = "run", beside: str | None = None
+) -> None:
+    """Write a measured table, ``measurement`` in its ``column``. Rows of the table before it stay where they have
+    another value in the column ``beside``."""
+    table = table.assign(**{column: measurement})
+    table = table[[column, *table.columns.drop(column)]]
+    if beside is not None and path.is_file():
+        before = pd.read_csv(path)
+        table = pd.concat([before[~before[beside].isin(table[beside])], table])
+    write_text(path, table.to_csv(index=False))
     print(f"wrote {path}")
 
 

@@ -39,12 +39,13 @@ from experiments.study.measuring import (
     write_measured,
 )
 from vocabfold.coding.container import decode, encode
+from vocabfold.compress import load_text_model
 from vocabfold.data.corpora import load_corpus
 from vocabfold.data.stories import stories
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.errors import UserError
-from vocabfold.inference.model_coder import Rows, decode_tokens, encode_tokens, one_thread
-from vocabfold.inference.text_file import TextModel, load_text_model
+from vocabfold.inference.model_coder import Rows, decode_tokens, encode_tokens, most_rows, one_thread
+from vocabfold.inference.text_file import TextModel
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.runs.checkpoint import WEIGHTS_NAME
@@ -109,7 +110,7 @@ def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
     """What the model itself expects of the coder's rows and contexts, in all: whole windows, no cache, no integers."""
     model, total = coder.model, 0.0
     most = model.gpt.config.max_positions
-    rows = Rows(len(tokens))
+    rows = Rows(len(tokens), most_rows(model))
     with one_thread():
         for first in range(0, len(tokens), rows.length):
             row = torch.tensor([coder.tokenizer.end_token, *tokens[first : first + rows.length].tolist()])

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.inference.quantised import LAYER_CACHES
 from vocabfold.models.build import ModelWithHead
+from vocabfold.tokens import IGNORE_INDEX
 
 
 @torch.inference_mode()

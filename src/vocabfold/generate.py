@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.constants import MOST_SEED
 from vocabfold.data.corpora import load_for_generation
 from vocabfold.data.tokenizer import Tokenizer
 from vocabfold.errors import UserError
@@ -21,7 +20,7 @@ from vocabfold.machine import BYTES_PER_MIB
 from vocabfold.models.build import ModelWithHead
 from vocabfold.runs.load import load_run
 from vocabfold.runs.record import finished_row
-from vocabfold.runs.settings import load_settings
+from vocabfold.runs.settings import MOST_SEED, load_settings
 
 TEMPERATURE = 0.8
 GIBBERISH_PERPLEXITY = 30  # above it hardly a sentence holds together
@@ -123,12 +122,10 @@ def main() -> None:
         raise UserError(f"{arguments.run} was trained on data without a text form: there is nothing to read")
     model = load_run(arguments.run, torch.device(arguments.device))
     check_fit(model, tokenizer, arguments)
-    if (row := finished_row(arguments.run)) is not None and row.get("perplexity", 0) > GIBBERISH_PERPLEXITY:
-        print(
-            f"this run's perplexity is {row['perplexity']:.0f} after {row['tokens']:,} tokens: expect gibberish; "
-            "a larger budget.tokens writes better",
-            file=sys.stderr,
-        )
+    perplexity = (finished_row(arguments.run) or {}).get("perplexity")
+    if isinstance(perplexity, int | float) and perplexity > GIBBERISH_PERPLEXITY:
+        told = f"this run's perplexity is {perplexity:.0f}: expect gibberish; a larger budget.tokens writes better"
+        print(told, file=sys.stderr)
     answer = answers(model, arguments, tokenizer.end_token)
     for number, prompt in enumerate(arguments.prompt, 1):
         if len(arguments.prompt) > 1:

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from vocabfold.measure.speed import synchronize
-
 BYTES_PER_MIB = 2**20
 BYTES_PER_GIB = 2**30
 CPU_INFORMATION = Path("/proc/cpuinfo")
@@ -103,9 +101,9 @@ def torch_version() -> str:
     return str(torch.__version__)
 
 
-def origin(program: str) -> dict[str, str]:
-    """The columns that end a table's rows: where and with which code ``program``, called as it was, measured them."""
-    command = " ".join(["python", "-m", "experiments", program, *sys.argv[1:]])
+def origin(experiment: str) -> dict[str, str]:
+    """The columns that end a table's rows: where and with which code ``experiment`` measured them."""
+    command = " ".join(["python", "-m", "experiments", experiment, *sys.argv[1:]])
     return {"hardware": hardware(), "torch": torch_version(), "commit": code_commit(), "command": command}
 
 
@@ -135,6 +133,12 @@ def memory_bandwidth_bytes_per_second(device: torch.device, size_bytes: int = 2*
     source = torch.ones(size_bytes, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * size_bytes / least_seconds(lambda: target.copy_(source), device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that was given to `device`; nothing to do on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def least_seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -15,54 +15,43 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from vocabfold.command_line import INTERRUPTED_STATUS, Interrupted, exit_with, one_line_errors
-from vocabfold.constants import IGNORE_INDEX
+from vocabfold.command_line import INTERRUPTED_STATUS, Interrupted, one_line_errors
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_data
 from vocabfold.data.shapes import Shapes
 from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
-from vocabfold.heads.build import describe_head, token_order
-from vocabfold.heads.orders import token_counts
+from vocabfold.heads.describe import describe_head
 from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
 from vocabfold.measure.memory import live_tensors, peak_memory_of
-from vocabfold.models.build import ModelWithHead, build_model
-from vocabfold.runs.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
+from vocabfold.runs.checkpoint import PROGRESS, delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.runs.folder import occupied
-from vocabfold.runs.jobs import as_user_error, check_options, in_order, outcome, tell_failed_job
 from vocabfold.runs.identity import identify, refuse_other_run
-from vocabfold.runs.load import autocast, begin_compressed
+from vocabfold.runs.jobs import check_options, check_row, in_order, one_line_job, outcome
+from vocabfold.runs.load import autocast
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 from vocabfold.runs.stopping import stop_requests
+from vocabfold.start import adopt, begin, start_columns
+from vocabfold.tokens import IGNORE_INDEX
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3
-# What a checkpoint keeps beside model, optimizer and random states: attributes of Trainer.
-PROGRESS: dict[str, type | tuple[type, ...]] = {
-    "step": int,
-    "tokens": int,
-    "timed_tokens": int,
-    "timed_seconds": (int, float),
-    "measured": dict,
-    "scaler": dict,
-}
 
 
 class Trainer:
@@ -70,30 +59,30 @@ class Trainer:
 
     def __init__(self, settings: Settings, corpus: Corpus | Shapes, ranks: Ranks, device: torch.device) -> None:
         self.settings, self.corpus, self.ranks, self.device = settings, corpus, ranks, device
-        torch.manual_seed(settings.seed)
-        order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
-        counts = token_counts(corpus.targets, corpus.vocabulary_size) if settings.head.count_biases else None
-        built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding, counts)
-        self.measured: dict[str, float] = begin_compressed(built, settings.embedding)
-        self.model: ModelWithHead = built.to(device)
-        self.kinds = describe_head(settings.head, built.head) | describe_embedding(settings.embedding, built.embedding)
-        self.optimizer = build_optimizer(settings.optimizer, self.model)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         plan = BatchPlan(settings.sequence_length, settings.batch_size, settings.seed, ranks.rank, ranks.world_size)
         self.batches = corpus.batches("train", plan)
         self.valid = corpus.batches("valid", replace(plan, batch_size=settings.evaluation_batch_size))
+        torch.manual_seed(settings.seed)
+        begun = begin(settings, corpus, self.batches, device)
+        self.model, self.trained, self.first_batch = begun.model, begun.learner, begun.first_batch
+        self.measured = begun.measured
+        self.description = {
+            **describe_head(settings.head, self.model.head),
+            **describe_embedding(settings.embedding, self.model.embedding),
+        }
+        self.optimizer = build_optimizer(settings.optimizer, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.bytes_per_token = corpus.valid_bytes_per_token
         self.total_steps = settings.total_steps(self.batches.batches_per_epoch, self.batches.targets_per_batch)
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
         self.checkpoint_step: int | None = None
         self.saved_at = time.monotonic()
-        self.trained: nn.Module = self.model
 
     def begin(self) -> None:
         """Go on from the folder's checkpoint, if it has one. Raises UserError where it does not fit."""
         folder = Path(self.settings.run_dir)
-        if (progress := load_checkpoint(folder, self.model, self.optimizer, self.device, PROGRESS)) is not None:
+        if (progress := load_checkpoint(folder, self.model, self.optimizer, self.device)) is not None:
             self.scaler.load_state_dict(progress.pop("scaler"))
             vars(self).update(progress)
             self.checkpoint_step = self.step
@@ -114,7 +103,7 @@ class Trainer:
 
         def forward_and_backward() -> None:
             with self.autocast():
-                self.model(inputs, targets).loss.backward()
+                self.trained(inputs, targets).loss.backward()
 
         devices = [self.device] if self.device.type == "cuda" else []
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # batch norm's running means
@@ -138,7 +127,8 @@ class Trainer:
         Every counted target of the whole step, over all its batches and processes, weighs the same.
         """
         accumulation, world_size = self.settings.gradient_accumulation, self.ranks.world_size
-        batches = [self.batches.batch(self.step * accumulation + index) for index in range(accumulation)]
+        first = self.first_batch + self.step * accumulation
+        batches = [self.batches.batch(index) for index in range(first, first + accumulation)]
         counts = torch.tensor([float((targets != IGNORE_INDEX).sum()) for _, targets in batches], device=self.device)
         total = max(1.0, float(self.ranks.sum_of(counts.sum())))
         for group in self.optimizer.param_groups:
@@ -164,10 +154,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean losses and accuracies over every target of the validation set, in nats, and the perplexity."""
+        """Mean losses and accuracies over every target of the validation set, in nats, and the perplexity. Raises
+        UserError where the loss is not finite."""
         self.model.eval()
         sums = MeanLosses()
-        bar = progress_bar(self.ranks, total=self.valid.num_evaluation_batches, desc="validation", leave=False, delay=1)
+        bar = self.ranks.progress_bar(total=self.valid.num_evaluation_batches, desc="validation", leave=False, delay=1)
         for inputs, targets in self.valid.evaluation_batches():
             with self.autocast():
                 inputs, targets = inputs.to(self.device), targets.to(self.device)
@@ -177,6 +168,8 @@ class Trainer:
         self.model.train()
         means = sums.means(self.ranks, "validation_")
         result = {"validation_loss_nats": means.pop("validation_loss"), **means}
+        if not math.isfinite(result["validation_loss_nats"]):
+            raise UserError(not_finite(self, result["validation_loss_nats"]))
         result["perplexity"] = math.exp(min(result["validation_loss_nats"], 700.0))
         if self.corpus.entropy_rate_nats is not None:
             result["excess_loss_nats"] = result["validation_loss_nats"] - self.corpus.entropy_rate_nats
@@ -248,6 +241,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     identify(settings)
     folder = Path(settings.run_dir)
     if (row := finished_row(folder)) is not None:
+        check_row(folder, row)
         tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
         delete_checkpoint(folder)  # of a process that was killed after its last act but this
         return row
@@ -263,7 +257,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
             return train(settings, command)
         refuse_other_run(settings)  # which another process may have begun in the meantime
         trainer.begin()
-        record = RunRecord(folder, settings, trainer.step, trainer.kinds) if ranks.is_first else None
+        record = RunRecord(folder, settings, trainer.step, trainer.description) if ranks.is_first else None
         try:
             final = run(trainer, record)
         except BaseException:
@@ -271,18 +265,12 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
                 record.fail()
             raise
         row = result_row(trainer, final, command)
-        trainer.model.settle()
+        trainer.model.prepare_for_inference()
         if record is not None:
             save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
             record.finish(row)
             delete_checkpoint(folder)
         return row
-
-
-def progress_bar(ranks: Ranks, **options: Any) -> tqdm[NoReturn]:
-    """A bar on stderr, of the first process alone."""
-    # a log file wants few lines
-    return tqdm(**options, disable=not ranks.is_first, mininterval=0.5 if sys.stderr.isatty() else 20.0)
 
 
 def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
@@ -297,8 +285,13 @@ def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
         tqdm.write("torch.compile compiles during the first steps: that takes a minute or more", file=sys.stderr)
     with (
         stop_requests() as request,
-        progress_bar(ranks, total=trainer.total_steps, initial=trainer.step, desc=name) as bar,
+        ranks.progress_bar(total=trainer.total_steps, initial=trainer.step, desc=name) as bar,
     ):
+        if trainer.step == 0 and settings.start.type != "none":
+            evaluation = trainer.evaluate()
+            trainer.measured["at_once_loss_nats"] = evaluation["validation_loss_nats"]
+            if record is not None:
+                record.log(0, evaluation)
         while not trainer.has_ended():
             is_logged = (trainer.step + 1) % settings.log_every == 0
             metrics = trainer.timed_step(with_accuracy=is_logged)
@@ -353,7 +346,7 @@ def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[
         "num_parameters": trainer.model.num_parameters,
         "model_bytes": trainer.model.bytes_at_rest,
         **describe_embedding(settings.embedding, trainer.model.embedding),
-        "recovery_tokens": trainer.tokens if settings.embedding.compressed_from else None,
+        **start_columns(settings, trainer.tokens, trainer.measured),
         **extras,
         "hardware": hardware(),
         "torch": torch_version(),
@@ -365,17 +358,11 @@ def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[
 @hydra.main(config_path=str(CONFIG_FOLDER), config_name="train", version_base="1.3")
 def run_configured(config: DictConfig) -> float:
     """One job of Hydra's: train, and hand the validation loss to a sweeper that searches."""
-    job = HydraConfig.get()
-    command = " ".join(["python -m vocabfold.train", *job.overrides.task])
-    try:
-        settings = settings_from(config)
+    overrides = HydraConfig.get().overrides.task
+    command = " ".join(["python -m vocabfold.train", *overrides])
+    with one_line_job():
+        settings = adopt(settings_from(config), overrides)
         row = train(settings, command)
-    except Exception as raised:
-        if not isinstance(error := as_user_error(raised), UserError):
-            raise
-        if job.mode == RunMode.MULTIRUN:  # Hydra's launchers, which may be other processes, carry the error on
-            raise tell_failed_job(error, job.overrides.task) from None
-        exit_with(error)
     if int(os.environ.get("RANK", "0")) == 0:
         tqdm.write(outcome(Path(settings.run_dir), row))
     return float(row["validation_loss_nats"])

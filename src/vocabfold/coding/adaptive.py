@@ -22,7 +22,8 @@ PRIORS = (1.0, 4.0)  # how many observations the shorter context weighs
 BITS = 16  # of a decision's probability
 LANES = 256
 TOKENS_PER_LANE = 512  # a short stream has fewer lanes: each costs about 6 bytes
-MOST_TABLE_BITS = 24  # of the hashed contexts: 128 MiB for each order, less for a stream of less than 2^20 tokens
+MOST_TABLE_BITS = 24  # of the hashed contexts: 128 MiB for each order, less for a segment of less than 2^20 tokens
+_COUNT = np.dtype(np.uint32)
 _MULTIPLIERS = tuple(np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
 
 
@@ -30,11 +31,10 @@ class Counts:
     """What was seen in each context: ``order`` previous tokens and the path so far."""
 
     def __init__(self, order: int, path_bits: int, num_tokens: int) -> None:
-        table_bits = min(MOST_TABLE_BITS, num_tokens.bit_length() + 3)
-        self._shift = np.uint64(64 - table_bits)
-        sizes = [1 << path_bits] + [1 << table_bits] * order
-        self.ones = [np.zeros(size, np.uint32) for size in sizes]
-        self.total = [np.zeros(size, np.uint32) for size in sizes]
+        sizes = table_sizes(order, path_bits, num_tokens)
+        self._shift = np.uint64(65 - sizes[-1].bit_length())
+        self.ones = [np.zeros(size, _COUNT) for size in sizes]
+        self.total = [np.zeros(size, _COUNT) for size in sizes]
         self.places: list[np.ndarray] = []
 
     def start(self, past: list[np.ndarray]) -> None:
@@ -65,6 +65,11 @@ class Counts:
             np.add.at(total, place, np.uint32(1))
 
 
+def table_sizes(order: int, path_bits: int, num_tokens: int) -> list[int]:
+    """Places of the table of each order, from 0 to ``order``; a place is two counts."""
+    return [1 << path_bits] + [1 << min(MOST_TABLE_BITS, num_tokens.bit_length() + 3)] * order
+
+
 class Adaptive(EachSegment):
     """No context: the counts of the tokens so far."""
 
@@ -72,6 +77,10 @@ class Adaptive(EachSegment):
     segment_tokens = 1 << 20
     segments_at_once = 1
     order: ClassVar[int] = 0
+
+    def working_bytes(self, num_tokens: int) -> int:
+        """See SegmentCoder.working_bytes."""
+        return 2 * _COUNT.itemsize * sum(table_sizes(self.order, id_bits(self.vocabulary_size), num_tokens))
 
     def encode_one(self, tokens: np.ndarray) -> bytes:
         """See EachSegment.encode_one. The lengths of the lanes (4 bytes each) come first."""
@@ -120,6 +129,7 @@ class Adaptive(EachSegment):
                 decoder.pop(*_interval(bit, frequency), BITS, lanes)
                 counts.add(bit.astype(np.uint32))
                 path = path << 1 | bit
+            decoder.check()
             tokens[places] = current = path - (1 << depth)
             past = [current.view(np.uint64), *past[:-1]] if past else past
         decoder.finish()

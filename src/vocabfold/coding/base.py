@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 
 from vocabfold.coding.damage import DamagedStream
-from vocabfold.data.token_file import token_dtype
+from vocabfold.tokens import token_dtype
 
 Coded = tuple[bytes, np.ndarray]  # the bytes of some segments, one after the other, and the length of each
 
@@ -43,6 +43,10 @@ class SegmentCoder(ABC):
         if data:
             raise DamagedStream(f"the coder {cls.name} has no model, but {len(data)} bytes of one are there")
         return cls(vocabulary_size)
+
+    def working_bytes(self, num_tokens: int) -> int:
+        """Memory of decoding a segment of ``num_tokens``, beside the tokens; 0 where it is of no account."""
+        return 0
 
     @abstractmethod
     def encode(self, tokens: np.ndarray) -> Coded:

@@ -5,7 +5,7 @@
     64 segments (4) | CRC-32 of all so far (4) | segments
 
 All little endian. Whatever bytes it is given, a decoder takes memory for at most TOKENS_PER_BYTE tokens for each of
-them, and beside that less than 512 MiB for tables.
+them, and beside that at most WORKING_BYTES, on all its threads together.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from vocabfold.machine import usable_cores
 
 MAGIC = b"VFTC"
 VERSION = 1
-TOKENS_PER_BYTE = 1 << 14
+TOKENS_PER_BYTE = 1 << 12  # zstd comes nearest, with 2^16 equal tokens in some 24 bytes
+WORKING_BYTES = 512 << 20  # of models, and of what is counted while decoding
 SEGMENTS_PER_BLOCK = 64
-MAX_VOCABULARY_SIZE = 1 << 23
+MAX_VOCABULARY_SIZE = 1 << 22  # the largest model takes 400 MiB
 _HEADER = struct.Struct("<4sBBHIIIIQ")
 
 
@@ -122,7 +123,8 @@ class Container:
         return self.num_tokens
 
     def decode(self, threads: int | None = None) -> np.ndarray:
-        """All tokens [n], checked against the checksum of what was encoded."""
+        """All tokens [n], checked against the checksum of what was encoded. On fewer ``threads`` where they would need
+        more than WORKING_BYTES."""
         if self.num_segments == 0:
             return np.empty(0, np.uint16)
         whole = np.arange(self.num_segments)
@@ -135,7 +137,10 @@ class Container:
         def fill(part: np.ndarray) -> None:
             rows[part] = self.segments(part)
 
-        with ThreadPoolExecutor(threads or usable_cores()) as pool:
+        threads = threads or usable_cores()
+        if working_bytes := self.coder.working_bytes(min(self.segment_tokens, self.num_tokens)):
+            threads = max(1, min(threads, WORKING_BYTES // working_bytes))
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, parts))
         tokens = tokens[: self.num_tokens]
         if tokens_crc32(tokens, self.coder.dtype) != self.checksum:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vocabfold.coding.damage import DamagedStream
-from vocabfold.heads.orders import token_counts
+from vocabfold.tokens import token_counts
 
 BITS = 20  # frequencies of a static model sum to 2^20, or to more where the alphabet is large
 MAX_BITS = 24

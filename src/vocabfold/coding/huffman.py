@@ -13,7 +13,7 @@ import numpy as np
 from vocabfold.coding.base import Coded, SegmentCoder
 from vocabfold.coding.damage import DamagedStream
 from vocabfold.coding.frequencies import index_of, pack, unpack
-from vocabfold.heads.orders import token_counts
+from vocabfold.tokens import token_counts
 
 LONGEST = 20  # bits of a code, more where the alphabet is large: the look-up table has 2^longest entries
 MOST_BITS = 24

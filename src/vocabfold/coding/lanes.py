@@ -70,7 +70,7 @@ class LaneDecoder:
         self.state = words[first].astype(np.uint64) | words[first + 1].astype(np.uint64) << _WORD
         self._next = first + 2
         self._end = offsets[1:] // WORD_BYTES
-        # a damaged lane may read on for a step or two before that is noticed
+        # a damaged lane may read on until ``check`` or ``finish`` notices
         self._words = np.concatenate([words, np.zeros(1, "<u4")]).astype(np.uint64)
 
     def peek(self, bits: int, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -91,6 +91,11 @@ class LaneDecoder:
             state[empty] = (state[empty] << _WORD) | self._words.take(places, mode="clip")
             self._next[rows] = places + 1
         self.state[lanes] = state
+
+    def check(self) -> None:
+        """Raise DamagedStream where a lane has read beyond its end: after some steps, it saves decoding the rest."""
+        if (self._next > self._end).any():
+            raise DamagedStream("a lane ends too early")
 
     def finish(self) -> None:
         """Raise DamagedStream unless every lane ends in the state it began with and all its words were read."""

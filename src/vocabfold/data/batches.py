@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.token_file import TokenFile
 from vocabfold.errors import UserError
+from vocabfold.tokens import IGNORE_INDEX
 
 STRETCH_BATCHES = 32  # decoded together: many segments side by side take hardly longer than one
 Batch = tuple[Tensor, Tensor]

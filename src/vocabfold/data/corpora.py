@@ -42,8 +42,8 @@ class Corpus:
     """Both token files and what a model must know of them.
 
     tokenizer and end_token are None for sequences that are no text; entropy_rate_nats is the least reachable loss in
-    nats a token where it is known (zipf), else None. described: the columns of a result row that name the text, of which
-    ``train`` may be a part.
+    nats a token where it is known (zipf), else None. described: the columns of a result row that name the text, of
+    which ``train`` may be a part.
     """
 
     name: str

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.drawing import Classes, classes_of, picture
 from vocabfold.data.workers import worker_processes
 from vocabfold.errors import UserError
 from vocabfold.machine import usable_cores
+from vocabfold.tokens import IGNORE_INDEX
 
 SMALLEST_SIDE = 16
 SAMPLE_PICTURES = 8

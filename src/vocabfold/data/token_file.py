@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
+from vocabfold.tokens import token_dtype
 
 # part of every cache key: raise it when the same documents would give other files
 TOKEN_FILE_VERSION = 1
@@ -84,11 +85,6 @@ class TokenFile:
             replace(self, tokens=self.tokens[:cut], document_starts=before),
             replace(self, tokens=self.tokens[cut:], document_starts=after),
         )
-
-
-def token_dtype(vocabulary_size: int) -> np.dtype:
-    """The narrowest dtype of a token file that holds every id below V."""
-    return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
 
 
 def cached_token_file(

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vocabfold.data.token_file import Chunk, TokenFile, token_dtype, write_token_file
+from vocabfold.data.token_file import Chunk, TokenFile, write_token_file
 from vocabfold.data.tokenizer import Tokenizer, load_tokenizer
 from vocabfold.data.workers import worker_processes
 from vocabfold.errors import UserError
+from vocabfold.tokens import token_dtype
 
 CHARACTERS_PER_CHUNK = 1_000_000
 # starting worker processes costs seconds, as long as this much text takes in this process

@@ -55,7 +55,7 @@ class TokenEmbedding(nn.Module, ABC):
         """The tensors that are kept of a finished model."""
         return list(self.state_dict().values())
 
-    def settle(self) -> None:
+    def prepare_for_inference(self) -> None:
         """Take the form in which a finished model is kept. Only what trains in another form has something to do."""
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ class EmbeddingSettings:
 
     ``mode_sizes`` and ``ranks`` (one between each two modes) are those of a tensor train, ``rank`` that of tt_matrix
     and low_rank; what is None is chosen under ``compression``, the fewest dense numbers for one kept. ``bits`` and
-    ``group_size`` (columns with a scale, None: the row) belong to the quantised ones. ``compressed_from``: the folder
-    of a finished run whose model is taken over, its embedding compressed; None: everything from scratch.
+    ``group_size`` (columns with a scale, None: the row) belong to the quantised ones.
     """
 
     name: str = "dense"
@@ -35,7 +34,6 @@ class EmbeddingSettings:
     rank: int | None = None
     compression: float | None = None
     group_size: int | None = None
-    compressed_from: str | None = field(default=None, metadata={"folder": True})
 
 
 @dataclass(frozen=True)

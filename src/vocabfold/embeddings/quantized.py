@@ -17,8 +17,8 @@ class QuantizedEmbedding(TokenEmbedding):
     the whole row).
 
     It trains in float32 (``weight`` [V, D]) with rounded lookups whose gradient passes straight through to the
-    weight; ``settle`` leaves the codes only, and changes no lookup. Raises UserError for other bits, for groups that
-    do not divide D, and for 4 bits with an odd D.
+    weight; ``prepare_for_inference`` leaves the codes only, and changes no lookup. Raises UserError for
+    other bits, for groups that do not divide D, and for 4 bits with an odd D.
     """
 
     codes: Tensor | None
@@ -49,9 +49,9 @@ class QuantizedEmbedding(TokenEmbedding):
 
     @torch.no_grad()
     def draw(self, std: float) -> None:
-        """See TokenEmbedding. Raises UserError for a settled embedding."""
+        """See TokenEmbedding. Raises UserError for one prepared for inference."""
         if self.weight is None:
-            raise UserError("a settled embedding does not train any more: build another")
+            raise UserError("an embedding prepared for inference does not train any more: build another")
         self.weight.normal_(std=std)
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class QuantizedEmbedding(TokenEmbedding):
         return vectors.view(*ids.shape, self.embedding_dim)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def prepare_for_inference(self) -> None:
         """Keep codes [V, D] int8, or [V, D / 2] uint8 for 4 bits, and scales; drop the float32 weight."""
         if self.weight is None:
             return
@@ -115,7 +115,7 @@ class QuantizedEmbedding(TokenEmbedding):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, weight: Tensor, bits: int, group_size: int | None = None) -> QuantizedEmbedding:
-        """``weight`` [V, D], to be trained further or settled."""
+        """``weight`` [V, D], to be trained further or prepared for inference."""
         embedding = cls(*table_shape(weight), bits, group_size)
         assert embedding.weight is not None
         embedding.weight.copy_(weight)

@@ -2,7 +2,7 @@
 
 from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head, HeadLoss
-from vocabfold.heads.build import HeadSettings, build_head, token_order
+from vocabfold.heads.build import build_head, folded_head
 from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.conditioned import ConditionedLinearScorer
 from vocabfold.heads.folded import FoldedHead
@@ -13,6 +13,7 @@ from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.partition import Partition, equal_partition
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
+from vocabfold.heads.settings import HeadSettings, PartitionSettings
 
 __all__ = [
     "AdaptiveHead",
@@ -28,6 +29,7 @@ __all__ = [
     "LossOptions",
     "LowRankScorer",
     "Partition",
+    "PartitionSettings",
     "ScaleShiftScorer",
     "SortedLinearScorer",
     "SortedLowRankScorer",
@@ -35,5 +37,5 @@ __all__ = [
     "TokenScorer",
     "build_head",
     "equal_partition",
-    "token_order",
+    "folded_head",
 ]

@@ -8,7 +8,7 @@ forward knows no ignored targets, fails under autocast and asks for tokens in fr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from vocabfold.heads.kernels import sum_dtype
 from vocabfold.heads.loss_options import rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer
-
-if TYPE_CHECKING:
-    from vocabfold.heads.build import HeadSettings
 
 
 class ClusterScorer(TokenScorer):
@@ -124,14 +121,3 @@ class AdaptiveHead(FoldedHead):
         tail = nn.ModuleList(layers.tail[i] for i, size in enumerate(partition.sizes[kept[0] :].tolist()) if size > 1)
         super().__init__(hidden_size, partition, ClusterScorer(partition, tail), softcap=softcap)
         self.group_weight = cast(nn.Parameter, layers.head.weight)
-
-    def described(self, settings: HeadSettings) -> dict[str, Any]:
-        """See Head.described."""
-        return {
-            "cutoffs": ",".join(map(str, settings.cutoffs)),
-            "div_value": settings.div_value,
-            "partition_order": "frequency",
-            "group_size": self.partition.num_slots,
-            "num_groups": self.partition.num_groups,
-            "shortlist": len(self.partition.single_groups),
-        }

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads.loss_options import LossOptions, in_row_chunks
-
-if TYPE_CHECKING:
-    from vocabfold.heads.build import HeadSettings
-    from vocabfold.heads.visiting import Visits
-
-
-@dataclass
-class TwoSymbols:
-    """The next token as a group and a slot within it, which a coder writes one after the other.
-
-    ``groups`` [N, G]: weights of the groups, ``slots``: groups [N] -> weights [N, S] of the slots of one group each.
-    Weights are proportional to probabilities; a slot without a token has weight 0.
-    """
-
-    groups: Tensor
-    slots: Callable[[Tensor], Tensor]
+from vocabfold.heads.sampling import draw_from_sorted, draw_from_whole
+from vocabfold.tokens import IGNORE_INDEX
 
 
 @dataclass
@@ -178,44 +160,6 @@ class Head(nn.Module, ABC):
         hits = (self.topk(hidden, 1)[1].squeeze(-1) == targets) & counted
         return hits.sum() / num_targets.clamp(min=1)
 
-    def two_symbols(self, hidden: Tensor) -> TwoSymbols:
-        """``hidden`` [N, D] -> the weights of both symbols. Here groups of ceil(sqrt V), from all probabilities."""
-        probability, size = self._probability(hidden), self._group_size
-        whole = self.vocabulary_size // size * size
-        groups = probability[:, :whole].unflatten(-1, (-1, size)).sum(dim=-1)
-        if whole < self.vocabulary_size:
-            groups = torch.cat([groups, probability[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
-
-        def slots(group: Tensor) -> Tensor:
-            tokens = group.unsqueeze(-1) * size + torch.arange(size, device=group.device)
-            exists = tokens < self.vocabulary_size
-            return probability.gather(-1, tokens.clamp(max=self.vocabulary_size - 1)) * exists
-
-        return TwoSymbols(groups, slots)
-
-    def symbols_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(group, slot) of each token, as ``two_symbols`` counts them."""
-        return tokens // self._group_size, tokens % self._group_size
-
-    def token_of(self, groups: Tensor, slots: Tensor) -> Tensor:
-        """The inverse of ``symbols_of``; V where the slot has no token."""
-        return (groups * self._group_size + slots).clamp(max=self.vocabulary_size)
-
-    @property
-    def _group_size(self) -> int:
-        return math.ceil(math.sqrt(self.vocabulary_size))
-
-    def _probability(self, hidden: Tensor) -> Tensor:
-        return self.log_prob(hidden).exp()
-
-    def described(self, settings: HeadSettings) -> dict[str, Any]:
-        """Which head of its kind this is, made from ``settings``, as columns of a result row."""
-        return {}
-
-    def visits(self) -> Visits | None:
-        """A context that counts the groups whose tokens the head looks at; None for a head without groups."""
-        return None
-
     def forward(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
         """``loss``; in training mode with the ``training_options``, if there are any."""
         if self.training and self.training_options != LossOptions():
@@ -235,42 +179,6 @@ class Head(nn.Module, ABC):
             self.check_k(top_k)
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"top_p is {top_p}: choose more than 0 and at most 1")
-
-
-def draw_from_sorted(
-    log_prob: Tensor, temperature: float, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Draw a column of ``log_prob`` [N, K], each row sorted best first, tempered and cut to ``top_p``: [N]."""
-    # The best first becomes 0: dividing by a tiny temperature then cannot turn a whole row into -inf.
-    probability = ((log_prob - log_prob[:, :1]) / temperature).softmax(dim=-1)
-    if top_p is not None and top_p < 1:  # at 1 a rounded running sum must not cut the tail
-        mass_before = probability.cumsum(dim=-1) - probability
-        probability = probability.masked_fill(mass_before >= top_p, 0.0)
-    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
-
-
-def draw_from_whole(
-    log_prob: Tensor, temperature: float, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Draw a token of each row of ``log_prob`` [N, V], tempered and cut to ``top_p``: [N].
-
-    Without a sort where it can be helped: a token drawn from all of them stays if those before it (likelier, or as
-    likely with a smaller id) hold less than top_p. The others are replaced by draws from the sorted rows, so that a
-    token v of a nucleus of mass m comes with p(v) + (1 - m) p(v) / m = p(v) / m.
-    """
-    best = log_prob.max(dim=-1, keepdim=True).values
-    probability = ((log_prob - best) / temperature).softmax(dim=-1)
-    token = torch.multinomial(probability, 1, generator=generator)
-    if top_p is not None and top_p < 1:
-        own = probability.gather(-1, token)
-        ids = torch.arange(log_prob.shape[-1], device=log_prob.device)
-        is_before = (probability > own) | ((probability == own) & (ids < token))
-        outside = ((probability * is_before).sum(dim=-1) >= top_p).nonzero().squeeze(-1)
-        if len(outside) > 0:
-            ranked = log_prob[outside].sort(dim=-1, descending=True, stable=True)
-            choice = draw_from_sorted(ranked.values, temperature, top_p, generator).unsqueeze(-1)
-            token[outside] = ranked.indices.gather(-1, choice)
-    return token.squeeze(-1)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

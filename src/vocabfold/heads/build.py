@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import safetensors
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,64 +20,11 @@ from vocabfold.heads.fused import FusedHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
 from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
-from vocabfold.heads.orders import (
-    TokenStream,
-    clustered_order,
-    cooccurrence_embedding,
-    frequency_order,
-    random_order,
-    token_counts,
-)
+from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, frequency_order, random_order
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
-from vocabfold.runs.checkpoint import WEIGHTS_NAME
-
-
-@dataclass
-class PartitionSettings:
-    """``order`` of the vocabulary and the sizes of its groups: ``shortlist`` K groups of one token, then equal groups
-    with the wanted ``group_size`` S (None: the root of the number of tokens in them).
-
-    ``seed`` decides the random order. ``clustered_from``: the folder of a trained run whose input embedding is
-    clustered; None clusters tokens by their neighbours in the training stream.
-    """
-
-    order: str = "bpe"
-    group_size: int | None = None
-    shortlist: int = 0
-    seed: int = 0
-    clustered_from: str | None = field(default=None, metadata={"folder": True})
-
-
-@dataclass
-class HeadSettings:
-    """One node of conf/head. ``type``, one of BUILDERS, is the class that builds it; ``name`` is what it is called, and
-    decides nothing. ``init_std`` None: that of torch's own Linear, see ``initial_std``. ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the
-    logits; each is for every head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
-    folded heads biases that start from the tokens' counts in the training stream. ``condition_width`` is that of
-    linear_conditioned (None: see conditioned.default_width).
-
-    ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head, ``chunk_rows`` the
-    chunked, ``cutoffs`` and ``div_value`` the adaptive and ``kernel`` the fused one; the others leave them unread.
-    """
-
-    name: str = "full"
-    type: str = "full"
-    tied: bool = True
-    init_std: float | None = 0.02
-    partition: PartitionSettings = field(default_factory=PartitionSettings)
-    scorer: str = "scale_shift"
-    rank: int = 4
-    chunk_rows: int = 512
-    cutoffs: list[int] = field(default_factory=lambda: [2000, 10_000])
-    div_value: float = 4.0
-    kernel: str = "cce"
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float | None = None
-    count_biases: bool = False
-    condition_width: int | None = None
-
+from vocabfold.heads.settings import ORDERS, HeadSettings, PartitionSettings
+from vocabfold.tokens import TokenStream, token_counts
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
 
@@ -93,7 +38,7 @@ def build_head(
 ) -> Head:
     """The head that ``settings`` names; a tied head lends the rows of ``embedding`` [V, D].
 
-    ``order`` [V], the token at each position of a partition, comes from ``token_order``; None stands in with token
+    ``order`` [V], the token at each position of a partition, comes from ``vocabulary_order``; None stands in with token
     order, as for a head whose weights, and with them its order, are loaded next. ``counts`` [V] of the tokens in the
     training stream start the biases that ``settings.count_biases`` asks for; None leaves them at 0, to be loaded.
     Raises UserError for a name or setting that no head has.
@@ -111,36 +56,39 @@ def build_head(
     return head
 
 
-def token_order(settings: HeadSettings, vocabulary_size: int, tokens: TokenStream) -> Tensor | None:
-    """The order [V] that ``settings`` ask for, counted on the training stream ``tokens`` where it depends on it; None
-    for a head without a partition. Raises UserError for an order or sizes that no partition has, or where the run to
-    cluster from cannot be read."""
-    partition = settings.partition
+def wanted_order(settings: HeadSettings) -> str | None:
+    """One of ORDERS: that of the vocabulary which the head of these settings is built on, None where it has none.
+
+    Raises UserError for an order that no partition has.
+    """
     if settings.type == "adaptive":
-        return frequency_order(token_counts(tokens, vocabulary_size))
+        return "frequency"
     if settings.type != "folded":
         return None
-    _check_order(partition)
-    if partition.order == "bpe":
+    _check_order(settings.partition)
+    return settings.partition.order
+
+
+def vocabulary_order(
+    settings: HeadSettings, vocabulary_size: int, tokens: TokenStream, embedding: Tensor | None = None
+) -> Tensor | None:
+    """The order [V] that ``settings`` ask for, counted on the training stream ``tokens`` where it depends on it; None
+    for a head without a partition. ``embedding`` [V, D'] is clustered in place of the tokens' neighbours in the stream.
+    Raises UserError for an order or sizes that no partition has."""
+    partition, order = settings.partition, wanted_order(settings)
+    if order is None:
+        return None
+    if order == "bpe":
         return torch.arange(vocabulary_size)
-    if partition.order == "random":
+    if order == "random":
         return random_order(vocabulary_size, partition.seed)
     counts = token_counts(tokens, vocabulary_size)
-    if partition.order == "frequency":
+    if order == "frequency":
         return frequency_order(counts)
     boundaries = equal_boundaries(vocabulary_size, partition.group_size, partition.shortlist)
-    if partition.clustered_from is None:
+    if embedding is None:
         embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
-    else:
-        embedding = saved_embedding(Path(partition.clustered_from), vocabulary_size)
     return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
-
-
-def describe_head(settings: HeadSettings, head: Head) -> dict[str, Any]:
-    """The columns of a result row that say which head was trained (empty where a head has no such thing)."""
-    row: dict[str, Any] = {"head": settings.name, "tied": settings.tied}
-    row |= head.described(settings)
-    return row | {name: value for name in EXTRAS if (value := getattr(settings, name))}
 
 
 def initial_std(settings: HeadSettings, hidden_size: int) -> float:
@@ -149,29 +97,31 @@ def initial_std(settings: HeadSettings, hidden_size: int) -> float:
     return float(f"{(3 * hidden_size) ** -0.5:.1g}") if settings.init_std is None else settings.init_std
 
 
-def saved_embedding(folder: Path, vocabulary_size: int) -> Tensor:
-    """The input embedding [V, D] of a finished run. Raises UserError where there is none of this vocabulary."""
-    path = folder / WEIGHTS_NAME
-    try:
-        with safetensors.safe_open(path, framework="pt") as weights:
-            kept = {name for name in weights.keys() if name.startswith("backbone.token_embedding.")}  # noqa: SIM118
-            if kept - {"backbone.token_embedding.weight"}:
-                raise UserError(f"{path} holds a compressed input embedding: name a run with embedding=dense")
-            # safetensors keeps one name of a tied weight, and which one is its own choice.
-            for name in ("backbone.token_embedding.weight", "head.weight", "head.scorer.weight"):
-                if name in weights.keys():  # noqa: SIM118 (the reader is no mapping)
-                    embedding: Tensor = weights.get_tensor(name)
-                    break
-            else:
-                raise UserError(f"{path} holds no input embedding: name the folder of a language model's run")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"head.partition.clustered_from={folder}: {path.name} cannot be read ({error})") from error
-    if len(embedding) != vocabulary_size:
-        raise UserError(
-            f"{path} was trained on {len(embedding)} tokens, this corpus has {vocabulary_size}: "
-            "name a run with the same tokenizer"
-        )
-    return embedding
+def folded_head(
+    hidden_size: int,
+    vocabulary_size: int,
+    tokens: TokenStream | None = None,
+    *,
+    tied_weight: nn.Parameter | None = None,
+    group_size: int | None = None,
+    shortlist: int = 0,
+) -> FoldedHead:
+    """A folded head for a model of your own, where it had ``nn.Linear(hidden_size, vocabulary_size, bias=False)``: one
+    linear layer for each group of tokens, initialised as torch's own.
+
+    ``tokens``, ids of the training text: tokens with the same neighbours share a group; without them, tokens that
+    follow each other, which costs quality. ``tied_weight`` [V, D] lends the tokens' rows. ``group_size`` (None: about
+    sqrt V) and ``shortlist``, how many of the most frequent tokens have a group to themselves: see ``equal_partition``.
+    Raises UserError for sizes that no partition has.
+    """
+    if tokens is None and shortlist:
+        raise UserError("a shortlist holds the most frequent tokens: give the tokens of the training text too")
+    partition = PartitionSettings("bpe" if tokens is None else "clustered", group_size, shortlist)
+    settings = HeadSettings(type="folded", partition=partition, init_std=None)
+    order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
+    groups = equal_partition(vocabulary_size, group_size, order, shortlist)
+    std = initial_std(settings, hidden_size)
+    return FoldedHead(hidden_size, groups, SortedLinearScorer(hidden_size, groups, tied_weight, std), std)
 
 
 def _check_order(partition: PartitionSettings) -> None:
@@ -307,8 +257,6 @@ BUILDERS = {
     "adaptive": _build_adaptive,
     "fused": _build_fused,
 }
-EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
-ORDERS = ("bpe", "frequency", "random", "clustered")
 SCORERS: dict[str, ScorerBuilder] = {
     "scale_shift": _scale_shift(ScaleShiftScorer),
     "scale_shift_sorted": _scale_shift(SortedScaleShiftScorer),

@@ -5,19 +5,14 @@ torch 2.13, https://docs.pytorch.org/docs/2.13/generated/torch.nn.functional.lin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads.full import LeanFullHead
 from vocabfold.heads.kernels import sum_dtype
-
-if TYPE_CHECKING:
-    from vocabfold.heads.build import HeadSettings
+from vocabfold.tokens import IGNORE_INDEX
 
 
 class ChunkedHead(LeanFullHead):
@@ -41,10 +36,6 @@ class ChunkedHead(LeanFullHead):
             raise UserError(f"head.chunk_rows is {chunk_rows}: choose at least 1")
         super().__init__(hidden_size, vocabulary_size, tied_weight, init_std)
         self.options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows, chunking_method=None)
-
-    def described(self, settings: HeadSettings) -> dict[str, Any]:
-        """See Head.described."""
-        return {"chunk_rows": settings.chunk_rows}
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         dtype = sum_dtype(hidden.dtype)

@@ -6,8 +6,6 @@ likelihood of that distribution; nothing is approximated in training, and nothin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +14,6 @@ from vocabfold.errors import UserError
 from vocabfold.heads.base import (
     Head,
     HeadLoss,
-    TwoSymbols,
     counted_targets,
     log_softmax,
     smoothed_log_frequency,
@@ -25,10 +22,7 @@ from vocabfold.heads.kernels import SoftmaxKernel, each_log_prob, product_dtype,
 from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer
-from vocabfold.heads.visiting import TemperedGroups, Visits, draw, draw_from_nucleus, is_in_nucleus, topk_by_visits
-
-if TYPE_CHECKING:
-    from vocabfold.heads.build import HeadSettings
+from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus, topk_by_visits
 
 
 class FoldedHead(Head):
@@ -154,51 +148,6 @@ class FoldedHead(Head):
         """See Head.topk. Exact without [N, V]: see visiting.topk_by_visits."""
         self.check_k(k)
         return topk_by_visits(self.partition, self.scorer, hidden, self.group_log_prob(hidden), k)
-
-    def two_symbols(self, hidden: Tensor) -> TwoSymbols:
-        """See Head.two_symbols. O(D (G + S)) for each token, O(D G) for one of a shortlist, whose slot is certain."""
-
-        def slots(groups: Tensor) -> Tensor:
-            weights = hidden.new_zeros(len(groups), self.partition.num_slots)
-            weights[:, 0] = 1.0
-            rows = (self.partition.sizes[groups] > 1).nonzero().squeeze(-1)
-            if len(rows) > 0:
-                log_prob = self.scorer.group_log_prob(hidden[rows], groups[rows].unsqueeze(-1)).squeeze(1)
-                weights[rows] = log_prob.exp().to(weights.dtype)
-            return weights
-
-        return TwoSymbols(self.group_log_prob(hidden).exp(), slots)
-
-    def described(self, settings: HeadSettings) -> dict[str, Any]:
-        """See Head.described."""
-        order = settings.partition.order
-        own: dict[str, Any] = {"head_rank": settings.rank} if settings.scorer.startswith("low_rank") else {}
-        if order == "random":
-            own["partition_seed"] = settings.partition.seed
-        if order == "clustered" and settings.partition.clustered_from:
-            own["clustered_from"] = settings.partition.clustered_from
-        return {
-            **own,
-            "scorer": settings.scorer,
-            "partition_order": order,
-            "group_size": self.partition.num_slots,
-            "num_groups": self.partition.num_groups,
-            "shortlist": settings.partition.shortlist,
-        }
-
-    def visits(self) -> Visits:
-        """See Head.visits."""
-        return Visits(self.partition, self.scorer)
-
-    def symbols_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See Head.symbols_of."""
-        return self.partition.group_of[tokens], self.partition.slot_of[tokens]
-
-    def token_of(self, groups: Tensor, slots: Tensor) -> Tensor:
-        """See Head.token_of."""
-        exists = slots < self.partition.sizes[groups]
-        tokens = self.partition.token_at(groups, slots.where(exists, 0))
-        return tokens.where(exists, self.vocabulary_size)
 
     @torch.no_grad()
     def sample(

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.heads.base import Head, HeadLoss, counted_targets, log_softmax, smoothed_log_frequency
 from vocabfold.heads.loss_options import check_softcap, in_row_chunks, rowwise_product, soft_cap
+from vocabfold.tokens import IGNORE_INDEX
 
 
 class FullHead(Head):
     """P(v|h) = softmax(W h)_v with W [V, D]: the input embedding's rows (``tied_weight``) or rows of its own.
 
-    Free rows start as normal(0, ``init_std``); tied rows stay as the embedding has them. ``with_bias`` adds a bias [V],
-    0 at first: see ``start_from_counts``. With a ``softcap`` the logits are cap * tanh((W h + b) / cap). Raises
+    Untied rows start as normal(0, ``init_std``); tied rows stay as the embedding has them. ``with_bias`` adds a bias
+    [V], 0 at first: see ``start_from_counts``. With a ``softcap`` the logits are cap * tanh((W h + b) / cap). Raises
     UserError for a softcap that is not positive.
     """
 
@@ -86,9 +86,6 @@ class FullHead(Head):
         # The mean of all logits is the logit of the mean row.
         mean_bias = 0.0 if self.bias is None else self.bias.mean()
         return rowwise_product(hidden, self.weight.mean(dim=0)) + mean_bias - normalisers[0]
-
-    def _probability(self, hidden: Tensor) -> Tensor:
-        return self.logits(hidden).softmax(dim=-1)  # a pass over [N, V] less than exp(log_prob)
 
 
 class LeanFullHead(FullHead):

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.errors import UserError
 from vocabfold.heads.full import LeanFullHead
 from vocabfold.heads.kernels import product_dtype
-
-if TYPE_CHECKING:
-    from vocabfold.heads.build import HeadSettings
+from vocabfold.tokens import IGNORE_INDEX
 
 KERNELS = {  # name: the package, the module and the function in it
     "cce": ("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy"),
@@ -47,10 +43,6 @@ class FusedHead(LeanFullHead):
         self.function = load_kernel(kernel)
         super().__init__(hidden_size, vocabulary_size, tied_weight, init_std, softcap)
         self.kernel = kernel
-
-    def described(self, settings: HeadSettings) -> dict[str, Any]:
-        """See Head.described."""
-        return {"kernel": settings.kernel}
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         counted = targets != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""One linear layer per group, W_g h + b_g, with free rows or the input embedding's: looped by autograd, and fast."""
+"""One linear layer per group, W_g h + b_g, untied or with the input embedding's rows: looped by autograd, and fast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GATHERED_ELEMENTS = 1 << 22  # numbers of weight rows copied together at a time 
 class LoopedLinearScorer(TokenScorer):
     """W_g h + b_g, applied in a loop over the groups with masks (the paper's slow listing, arXiv 2411.06371).
 
-    ``tied_weight`` [V, D], in token order, lends the rows of the input embedding; without it the rows are free, one
+    ``tied_weight`` [V, D], in token order, lends the rows of the input embedding; without it the head has its own, one
     for each token of ``partition.multi_tokens`` in that order, and start as normal(0, ``init_std``). So is the bias.
     """
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vocabfold.errors import UserError
+from vocabfold.tokens import BLOCK_TOKENS, TokenStream
 
-BLOCK_TOKENS = 1 << 22  # of a token stream read at a time
 MOST_CONTEXTS = 256
 MOST_COUNTS = 1 << 25  # numbers in a co-occurrence matrix, 128 MiB
 CLUSTER_DIMENSIONS = 64
@@ -19,22 +17,6 @@ TWO_MEANS_ROUNDS = 8
 SLOT_ROUNDS = 3
 # The exact matching of a group's tokens with slots takes time S^3: a second for so many.
 MOST_SLOTS_TO_MATCH = 1500
-
-
-class TokenStream(Protocol):
-    """Token ids [n]: an array, a TokenFile's memory map or its coded tokens."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, wanted: slice, /) -> np.ndarray: ...
-
-
-def token_counts(tokens: TokenStream, vocabulary_size: int) -> Tensor:
-    """How often each of the V tokens stands in a stream, such as a TokenFile's memory map: [V] int64."""
-    counts = np.zeros(vocabulary_size, dtype=np.int64)
-    for start in range(0, len(tokens), BLOCK_TOKENS):
-        counts += np.bincount(tokens[start : start + BLOCK_TOKENS], minlength=vocabulary_size)
-    return torch.from_numpy(counts)
 
 
 def frequency_order(counts: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ All weights are held as logarithms in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,34 +27,6 @@ GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first;
 VISITED_ELEMENTS = 1 << 18  # as long as the log-probabilities of all rows' groups stay within this
 WHOLE_ROWS_ELEMENTS = 1 << 20  # tokens of all rows that may be held at once where rows are looked at as a whole
 WHOLE_ROWS_SHARE = 0.5  # of all groups: a row that may need more than this after its first visit is taken as a whole
-
-
-@dataclass
-class Visits:
-    """Counts, while it stands in for the scorer's methods, the groups whose tokens are looked at: ``num_groups``."""
-
-    partition: Partition
-    scorer: TokenScorer
-    num_groups: int = 0
-    methods: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
-
-    def __enter__(self) -> Visits:
-        scorer = self.scorer
-        self.methods = {"group_log_prob": scorer.group_log_prob, "position_log_prob": scorer.position_log_prob}
-
-        def some(hidden: Tensor, groups: Tensor) -> Tensor:
-            self.num_groups += groups.numel()
-            return self.methods["group_log_prob"](hidden, groups)
-
-        def every(hidden: Tensor) -> Tensor:
-            self.num_groups += len(hidden) * len(self.partition.multi_groups)
-            return self.methods["position_log_prob"](hidden)
-
-        scorer.group_log_prob, scorer.position_log_prob = some, every  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self.scorer.group_log_prob, self.scorer.position_log_prob
 
 
 def topk_by_visits(

@@ -27,6 +27,7 @@ MARK = b"vfr1"
 DIGEST_BYTES = hashlib.sha256().digest_size
 WIDTHS = {b"2": "<u2", b"4": "<u4"}  # bytes of a token, as the content's first byte tells them
 PLAIN, DEFLATED = b"p", b"d"
+MOST_TOKENS = 1 << 20  # of an answer: a small file that was made up could unpack to a thousand times its bytes
 SUFFIX = ".answer"
 
 
@@ -78,10 +79,11 @@ class ResponseCache:
         return tokens
 
     def put(self, request: Mapping[str, Any], tokens: Sequence[int]) -> None:
-        """Store ``tokens`` for ``request`` as a whole or not at all; one of more bytes than the limit is not stored."""
+        """Store ``tokens`` for ``request`` as a whole or not at all; one of more bytes than the limit, or of more than
+        MOST_TOKENS, is not stored."""
         path = self._path(request)
         content = pack(path.stem, tokens)
-        if len(content) > self.limit_bytes:
+        if len(content) > self.limit_bytes or len(tokens) > MOST_TOKENS:
             return
         try:
             with replacing(path) as beside:
@@ -128,8 +130,19 @@ def unpack(key: str, content: bytes) -> list[int] | None:
     digest, body = content[len(MARK) : head], content[head:]
     if not content.startswith(MARK) or hashlib.sha256(key.encode() + body).digest() != digest:
         return None
-    plain = zlib.decompress(body[2:], wbits=-zlib.MAX_WBITS) if body[1:2] == DEFLATED else body[2:]
-    return np.frombuffer(plain, dtype=WIDTHS[body[:1]]).tolist()
+    width, form, plain = body[:1], body[1:2], body[2:]
+    if width not in WIDTHS or form not in (PLAIN, DEFLATED):
+        return None
+    dtype = np.dtype(WIDTHS[width])
+    if form == DEFLATED:
+        unpacker = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        try:
+            plain = unpacker.decompress(plain, MOST_TOKENS * dtype.itemsize)
+        except zlib.error:
+            return None
+        if not unpacker.eof:
+            return None
+    return np.frombuffer(plain, dtype).tolist() if len(plain) % dtype.itemsize == 0 else None
 
 
 def fingerprint(model: ModelWithHead) -> str:

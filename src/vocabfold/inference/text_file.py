@@ -5,46 +5,50 @@
     then for each MiB of text: its bytes, its tokens, bytes of its code, CRC-32 of the text, CRC-32 of the code, CRC-32
     of these five numbers (4 bytes each), and the code
 
-All little endian. A decoder takes memory for one segment, of at most a MiB of text.
+All little endian. A segment that the model does not make shorter than DEFLATE does, as one unlike any text, is stored
+without it: it has 0 tokens, and its code is deflated or, where it is as long as the text, the text itself. No file
+grows by more than its header and the numbers of its segments. A decoder takes memory for one segment, of at most a MiB
+of text. Version 2; files of version 1, which had no stored segments, have to be made again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from vocabfold.coding.damage import DamagedStream
-from vocabfold.data.corpora import load_for_generation
 from vocabfold.data.tokenizer import Tokenizer
 from vocabfold.errors import UserError
 from vocabfold.files import replacing
-from vocabfold.generate import load_run
-from vocabfold.inference.model_coder import ModelSteps, decode_tokens, encode_tokens, one_thread
+from vocabfold.inference.model_coder import ModelSteps, TooLongError, decode_tokens, encode_tokens, one_thread
+from vocabfold.inference.responses import fingerprint
 from vocabfold.models.build import ModelWithHead
-from vocabfold.runs.settings import load_settings
 
 MAGIC = b"VFTM"
-VERSION = 1
+VERSION = 2
 SEGMENT_BYTES = 1 << 20
 _HEADER = struct.Struct("<4sB3x16s8sQ")
 _SEGMENT = struct.Struct("<5I")
 _CHECK_BYTES = 4
 _PROBE_STEPS = 4
+_PIECE_BYTES = 1 << 16  # of a segment go through the tokenizer at a time: a list of ids is many times as large
+_PIECE_TOKENS = 1 << 13
+Progress = Callable[[int, int], object]  # is told bytes of text that are done, and of the whole text
+SegmentProgress = Callable[[int], object]  # bytes of the segment's text that are done
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A trained model that codes text. ``fingerprint``: of its weights and settings; ``arithmetic``: of the numbers
-    that it computes on this machine."""
+    """A trained model that codes text. ``fingerprint``: of its weights; ``arithmetic``: of the numbers that it computes
+    on this machine. Made by ``text_model``."""
 
     model: ModelWithHead
     tokenizer: Tokenizer
@@ -52,18 +56,15 @@ class TextModel:
     arithmetic: bytes
 
 
-def load_text_model(folder: Path) -> TextModel:
-    """The model of a finished run, on the CPU. Raises UserError for a folder that is not one, or is not of text."""
-    settings = load_settings(folder)
-    tokenizer = load_for_generation(settings.data)
-    if tokenizer is None:
-        raise UserError(f"{folder} was trained on token sequences without a text form: it cannot code text")
-    model = load_run(folder, torch.device("cpu"))
-    described = {"model": asdict(settings.model), "head": asdict(settings.head), "tokenizer": tokenizer.name}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return TextModel(model, tokenizer, digest.digest()[:16], _arithmetic(model, tokenizer.end_token))
+def text_model(model: ModelWithHead, tokenizer: Tokenizer) -> TextModel:
+    """``model``, on the CPU, with the tokenizer of its texts. Raises UserError where their vocabularies differ."""
+    if model.head.vocabulary_size != tokenizer.vocabulary_size:
+        raise UserError(
+            f"the model has a vocabulary of {model.head.vocabulary_size} and the tokenizer {tokenizer.name} one of "
+            f"{tokenizer.vocabulary_size}: data.tokenizer in the run's config.yaml is not what it was trained with"
+        )
+    digest = hashlib.sha256(f"{tokenizer.name} {fingerprint(model)}".encode()).digest()
+    return TextModel(model, tokenizer, digest[:16], _arithmetic(model, tokenizer.end_token))
 
 
 @torch.inference_mode()
@@ -76,22 +77,22 @@ def _arithmetic(model: ModelWithHead, end_token: int) -> bytes:
             steps = ModelSteps(model, num_rows, end_token)
             for step in range(_PROBE_STEPS):
                 tokens = (torch.arange(num_rows) * 977 + step * 31) % model.head.vocabulary_size
-                for cumulative in steps.cumulatives(model.head.symbols_of(tokens)):
+                for cumulative in steps.cumulatives(steps.symbols.of(tokens)):
                     digest.update(cumulative.tobytes())
                 steps.advance(tokens)
     return digest.digest()[:8]
 
 
-def compress(source: Path, target: Path, coder: TextModel, progress: Callable[[int], object]) -> None:
-    """Code ``source``, any bytes, into ``target``; ``progress`` is told of bytes done. Raises UserError."""
+def compress(source: Path, target: Path, coder: TextModel, progress: Progress) -> None:
+    """Code ``source``, any bytes, into ``target``. Raises UserError."""
     try:
         with source.open("rb") as plain, replacing(target) as beside, beside.open("wb") as coded:
             coded.write(bytes(_HEADER.size + _CHECK_BYTES))  # written again when the length is known
-            size = 0
+            whole, size = source.stat().st_size, 0
             while text := plain.read(SEGMENT_BYTES):
-                coded.write(_encode_segment(text, coder))
+                coded.write(_encode_segment(text, coder, _within(progress, size, whole)))
                 size += len(text)
-                progress(len(text))
+                progress(size, whole)
             head = _HEADER.pack(MAGIC, VERSION, coder.fingerprint, coder.arithmetic, size)
             coded.seek(0)
             coded.write(_sealed(head))
@@ -99,33 +100,28 @@ def compress(source: Path, target: Path, coder: TextModel, progress: Callable[[i
         raise UserError(f"cannot code {source} into {target} ({error.strerror or error})") from error
 
 
-def decompress(source: Path, target: Path, coder: TextModel, progress: Callable[[int], object]) -> None:
-    """The inverse of ``compress``. Raises DamagedStream, and then leaves no ``target``."""
+def decompress(source: Path, target: Path, coder: TextModel, progress: Progress) -> None:
+    """The inverse of ``compress``. Raises UserError, DamagedStream for a file that ``compress`` did not write with this
+    model, and then leaves no ``target``."""
     try:
         with source.open("rb") as coded, replacing(target) as beside, beside.open("wb") as plain:
-            left = _read_header(coded, coder)
-            while left > 0:
-                text = _decode_segment(coded, coder)
+            whole, size = _read_header(coded, coder), 0
+            while size < whole:
+                text = _decode_segment(coded, coder, _within(progress, size, whole))
                 plain.write(text)
-                left -= len(text)
-                progress(len(text))
-            if left or coded.read(1):
+                size += len(text)
+                progress(size, whole)
+            if size > whole or coded.read(1):
                 raise DamagedStream("its segments do not add up to its length")
     except OSError as error:
         raise UserError(f"cannot decode {source} into {target} ({error.strerror or error})") from error
     except DamagedStream as error:
-        raise DamagedStream(f"{source} cannot be decoded: {error}") from error
+        raise DamagedStream(f"{source} cannot be decoded: {error}") from None
 
 
-def text_bytes(source: Path) -> int:
-    """Bytes of the text in a coded file, from its header. Raises UserError."""
-    try:
-        with source.open("rb") as coded:
-            return int(_opened(coded)[2])
-    except OSError as error:
-        raise UserError(f"cannot read {source} ({error.strerror})") from error
-    except DamagedStream as error:
-        raise DamagedStream(f"{source} cannot be decoded: {error}") from error
+def _within(progress: Progress, begin: int, whole: int) -> SegmentProgress:
+    """The progress of the segment that begins at ``begin`` of the ``whole`` bytes."""
+    return lambda done: progress(begin + done, whole)
 
 
 def _sealed(head: bytes) -> bytes:
@@ -141,53 +137,95 @@ def _unsealed(coded: BinaryIO, size: int, name: str) -> bytes:
     return head[:size]
 
 
-def _opened(coded: BinaryIO) -> tuple[bytes, bytes, int]:
-    """(fingerprint, arithmetic, bytes of the text)."""
-    if os.fstat(coded.fileno()).st_size < len(MAGIC) or coded.read(len(MAGIC)) != MAGIC:
+def _read_header(coded: BinaryIO, coder: TextModel) -> int:
+    """Bytes of the text."""
+    if coded.read(len(MAGIC)) != MAGIC:
         raise DamagedStream("it is no text coded with a model")
     coded.seek(0)
     _, version, fingerprint, arithmetic, size = _HEADER.unpack(_unsealed(coded, _HEADER.size, "its header"))
     if version != VERSION:
         raise DamagedStream(f"it is of version {version}, this program reads version {VERSION}")
-    return fingerprint, arithmetic, size
-
-
-def _read_header(coded: BinaryIO, coder: TextModel) -> int:
-    fingerprint, arithmetic, size = _opened(coded)
     if fingerprint != coder.fingerprint:
         raise DamagedStream("it was coded with another model: name the run that coded it (--model)")
     if arithmetic != coder.arithmetic:
         raise DamagedStream(
             "this machine's processor or torch computes other numbers than the one that coded it: decode it there"
         )
-    return size
+    return int(size)
 
 
-def _encode_segment(text: bytes, coder: TextModel) -> bytes:
-    tokens = coder.tokenizer.encode_bytes(text)
-    if coder.tokenizer.decode_bytes(tokens) != text:
-        raise UserError(f"the tokenizer {coder.tokenizer.name} loses bytes of this text: it cannot be coded with it")
-    code = encode_tokens(coder.model, tokens, coder.tokenizer.end_token)
-    head = _SEGMENT.pack(len(text), len(tokens), len(code), zlib.crc32(text), zlib.crc32(code))
+def _encode_segment(text: bytes, coder: TextModel, progress: SegmentProgress) -> bytes:
+    deflated = _deflated(text)
+    code, num_tokens = deflated if len(deflated) < len(text) else text, 0
+    pieces = range(0, len(text), _PIECE_BYTES)
+    tokens = np.concatenate([coder.tokenizer.encode_bytes(text[start : start + _PIECE_BYTES]) for start in pieces])
+    try:
+        if _text_of(tokens, len(text), coder.tokenizer) == text:  # a tokenizer that lost bytes could not code it
+            code = encode_tokens(
+                coder.model,
+                tokens,
+                coder.tokenizer.end_token,
+                len(code) - 1,
+                lambda done: progress(done * len(text) // len(tokens)),
+            )
+            num_tokens = len(tokens)
+    except (TooLongError, DamagedStream):
+        pass
+    head = _SEGMENT.pack(len(text), num_tokens, len(code), zlib.crc32(text), zlib.crc32(code))
     return _sealed(head) + code
 
 
-def _decode_segment(coded: BinaryIO, coder: TextModel) -> bytes:
+def _decode_segment(coded: BinaryIO, coder: TextModel, progress: SegmentProgress) -> bytes:
     head = _unsealed(coded, _SEGMENT.size, "the head of a segment")
     num_bytes, num_tokens, code_bytes, text_crc32, code_crc32 = _SEGMENT.unpack(head)
-    # a token is at least a byte, and at most two symbols of BITS bits
-    if not 1 <= num_tokens <= num_bytes <= SEGMENT_BYTES or code_bytes > 8 * num_tokens + 1024:
+    if not num_tokens <= num_bytes <= SEGMENT_BYTES or not 1 <= code_bytes <= num_bytes:
         raise DamagedStream("a segment has impossible lengths")
     code = coded.read(code_bytes)
     if len(code) < code_bytes:
         raise DamagedStream("it was cut short in a segment")
     if zlib.crc32(code) != code_crc32:
         raise DamagedStream("a segment fails its checksum")
-    tokens = decode_tokens(coder.model, code, num_tokens, coder.tokenizer.end_token)
-    try:
-        text = coder.tokenizer.decode_bytes(tokens)
-    except ValueError as error:
-        raise DamagedStream(f"a segment does not decode to text ({error})") from error
+    if num_tokens:
+        tokens = decode_tokens(
+            coder.model,
+            code,
+            num_tokens,
+            coder.tokenizer.end_token,
+            lambda done: progress(done * num_bytes // num_tokens),
+        )
+        text = _text_of(tokens, num_bytes, coder.tokenizer)
+    else:
+        text = code if code_bytes == num_bytes else _inflated(code, num_bytes)
     if len(text) != num_bytes or zlib.crc32(text) != text_crc32:
         raise DamagedStream("the decoded text fails its checksum")
+    return text
+
+
+def _text_of(tokens: np.ndarray, most_bytes: int, tokenizer: Tokenizer) -> bytes:
+    """Raises DamagedStream for tokens without a text, or of a text of more than ``most_bytes``."""
+    parts, size = list[bytes](), 0
+    for start in range(0, len(tokens), _PIECE_TOKENS):
+        try:
+            parts.append(tokenizer.decode_bytes(tokens[start : start + _PIECE_TOKENS]))
+        except ValueError as error:
+            raise DamagedStream(f"a segment does not decode to text ({error})") from error
+        size += len(parts[-1])
+        if size > most_bytes:
+            raise DamagedStream("the decoded text is longer than it was")
+    return b"".join(parts)
+
+
+def _deflated(text: bytes) -> bytes:
+    return zlib.compress(text, 9, wbits=-zlib.MAX_WBITS)
+
+
+def _inflated(code: bytes, num_bytes: int) -> bytes:
+    """The inverse, of at most ``num_bytes``."""
+    unpacker = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+    try:
+        text = unpacker.decompress(code, num_bytes)
+    except zlib.error as error:
+        raise DamagedStream(f"a stored segment cannot be unpacked ({error})") from error
+    if not unpacker.eof or unpacker.unused_data:
+        raise DamagedStream("a stored segment does not end where it must")
     return text

@@ -1,4 +1,4 @@
-"""Speed as ratios: the sides take turns on the same machine, so that what slows the machine slows them all."""
+"""Speed as ratios: the methods take turns on the same machine, so that what slows the machine slows them all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from vocabfold.errors import UserError
+from vocabfold.machine import synchronize
 
 
 @dataclass(frozen=True)
@@ -23,46 +24,40 @@ class Ratio:
     high: float
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the work that was given to `device`; nothing to do on a CPU."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def interleaved_seconds(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, device: torch.device, progress: bool
+    methods: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, device: torch.device, progress: bool
 ) -> dict[str, list[float]]:
-    """Seconds of every call of every side, `rounds` each, after `warmup` untimed calls of each.
+    """Seconds of every call of every method, `rounds` each, after `warmup` untimed calls of each.
 
-    Every round calls each side once, starting one side later than the round before; the device is synchronised around
+    Every round calls each method once, starting one later than the round before; the device is synchronised around
     each call.
-    Raises UserError without sides, with rounds < 1 or warmup < 0.
+    Raises UserError without methods, with rounds < 1 or warmup < 0.
     """
-    if not sides or rounds < 1 or warmup < 0:
+    if not methods or rounds < 1 or warmup < 0:
         raise UserError(
-            "timing needs at least one side, one round and no negative warm-up: "
-            f"got {len(sides)} sides, {rounds} rounds, {warmup} warm-up calls"
+            "timing needs at least one method, one round and no negative warm-up: "
+            f"got {len(methods)} methods, {rounds} rounds, {warmup} warm-up calls"
         )
-    names = list(sides)
+    names = list(methods)
     for name in names:
         for _ in range(warmup):
-            sides[name]()
+            methods[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_index in tqdm(range(rounds), desc="timing rounds", disable=not progress):
         first = round_index % len(names)
         for name in names[first:] + names[:first]:
             synchronize(device)
             start = time.perf_counter()
-            sides[name]()
+            methods[name]()
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def ratio_summary(seconds: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> Ratio:
-    """`numerator` over `denominator`, round by round: above 1 the numerator's side takes longer.
+    """`numerator` over `denominator`, round by round: above 1 the numerator takes longer.
 
-    Raises UserError for a side that was not timed or sides with different numbers of rounds.
+    Raises UserError for a method that was not timed or methods with different numbers of rounds.
     """
     for name in (numerator, denominator):
         if name not in seconds:
@@ -70,7 +65,7 @@ def ratio_summary(seconds: Mapping[str, Sequence[float]], numerator: str, denomi
     above, below = np.asarray(seconds[numerator]), np.asarray(seconds[denominator])
     if len(above) != len(below) or len(above) == 0:
         raise UserError(
-            "ratios need the same rounds, at least one, of both sides: "
+            "ratios need the same rounds, at least one, of both methods: "
             f"{numerator!r} has {len(above)}, {denominator!r} has {len(below)}"
         )
     low, median, high = np.percentile(above / below, [2.5, 50.0, 97.5])

@@ -71,10 +71,10 @@ class ModelWithHead(nn.Module):
         """What turns tokens into vectors; None in a model that reads pictures."""
         return self.backbone.token_embedding if isinstance(self.backbone, GPT) else None
 
-    def settle(self) -> None:
-        """Take the form in which a finished model is kept: see TokenEmbedding.settle."""
+    def prepare_for_inference(self) -> None:
+        """Take the form in which a finished model is kept: see TokenEmbedding.prepare_for_inference."""
         if self.embedding is not None:
-            self.embedding.settle()
+            self.embedding.prepare_for_inference()
 
     @property
     def num_parameters(self) -> int:

@@ -52,7 +52,7 @@ def run_of(settings: Settings, content: Mapping[str, str]) -> str:
 
 def described(settings: Settings) -> str:
     """A run in a few words for a person, to begin the name of its folder with."""
-    size = settings.head.partition.group_size if settings.head.type == "folded" else None
+    size = settings.head.partition.group_size
     parts = [settings.model.name, settings.head.name + (f"-size{size}" if size else "")]
     parts += [settings.embedding.name] if settings.embedding.name != "dense" else []
     parts += [settings.start.type] if settings.start.type != "none" else []
@@ -97,7 +97,7 @@ def _run_in(folder: Path) -> str:
 def _difference(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
     """The first setting in which two configurations differ, for a person."""
     for key, value in wanted.items():
-        if not prefix and key in OUTSIDE or prefix == "data." and key in ("cache_dir", "workers", "store"):
+        if (not prefix and key in OUTSIDE) or (prefix == "data." and key in ("cache_dir", "workers", "store")):
             continue
         before = kept.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocabfold.constants import IGNORE_INDEX
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus
-from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.checkpoint import load_weights, weights_metadata
 from vocabfold.runs.settings import load_settings
+from vocabfold.tokens import IGNORE_INDEX
 
 AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +32,7 @@ def load_run(folder: Path, device: torch.device) -> ModelWithHead:
     if not vocabulary_size.isdecimal():
         raise UserError(f"{folder} holds weights without their vocabulary size: train it again with this version")
     model = build_model(settings.model, settings.head, int(vocabulary_size), embedding=settings.embedding)
-    model.settle()
+    model.prepare_for_inference()
     load_weights(folder, model)
     return model.to(device).eval()
 
@@ -54,12 +53,3 @@ def validation_losses(folder: Path, corpus: Corpus, device: torch.device) -> tup
             hidden = model.backbone(inputs.to(device)).flatten(0, 1)[counted.to(device)]
             losses.append(-model.head.target_log_prob(hidden, tokens[-1].to(device)).double().cpu())
     return torch.cat(losses), torch.cat(tokens)
-
-
-def begin_compressed(model: ModelWithHead, settings: EmbeddingSettings) -> dict[str, float]:
-    """Make ``model`` the finished run in ``settings.compressed_from`` with its embedding compressed; what that lost,
-    as a column of the result row. {} where the settings name no run. Raises UserError where that run does not fit."""
-    if settings.compressed_from is None:
-        return {}
-    finished = load_run(Path(settings.compressed_from), torch.device("cpu"))
-    return {"embedding_relative_error": model.take_over(finished, settings)}

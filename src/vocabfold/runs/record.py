@@ -46,8 +46,7 @@ RESULT = "result"  # the summary's key for the whole result row: result.validati
 class RunRecord:
     """The record of one run that is under way, from ``resume_step`` on: later metrics of a killed run are dropped.
 
-    ``tagged``: columns of its result row that are known before it ends, for the mirror's tags. ``job_type``: what kind
-    of run the mirror shows; None finds it in the settings.
+    ``tagged``: columns of its result row that are known before it ends, for the mirror's tags.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class RunRecord:
         settings: Settings,
         resume_step: int,
         tagged: Mapping[str, Any] | None = None,
-        job_type: str | None = None,
     ) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +67,7 @@ class RunRecord:
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         tags = tags_of({"corpus": settings.corpus, "model": settings.model.name, **(tagged or {})})
-        self.wandb_run = self._start_mirror(folder, settings, tags, job_type or job_type_of(settings))
+        self.wandb_run = self._start_mirror(folder, settings, tags, job_type_of(settings))
 
     @staticmethod
     def _start_mirror(folder: Path, settings: Settings, tags: list[str], job_type: str) -> Any:
@@ -97,8 +95,9 @@ class RunRecord:
                 ),
             )
         except (wandb.Error, ValueError) as error:  # a key that is none is a ValueError
+            reason = " ".join(str(error).split()).partition(" Consider increasing")[0]
             raise UserError(
-                f"Weights & Biases cannot start ({error}): use wandb.mode=offline or wandb.mode=disabled"
+                f"Weights & Biases cannot start ({reason}): use wandb.mode=offline or wandb.mode=disabled"
             ) from error
         for metric, best in SUMMARIES.items():
             run.define_metric(metric, summary=best)
@@ -131,10 +130,11 @@ class RunRecord:
 
 
 def job_type_of(settings: Settings) -> str:
-    """``train``; with the compressed embedding of a finished run ``recover`` if it is trained on, else ``measure``."""
-    if settings.embedding.compressed_from is None:
-        return "train"
-    return "measure" if settings.budget.tokens == 0 else "recover"
+    """``train``; of a run made from a finished one ``fold``, or with its embedding compressed ``recover`` if it is
+    trained on, else ``measure``."""
+    if settings.start.type == "compress":
+        return "measure" if settings.budget.tokens == 0 else "recover"
+    return "train" if settings.start.type == "none" else settings.start.type
 
 
 def tags_of(row: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vocabfold.constants import MOST_SEED
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.files import read_yaml_mapping
@@ -20,6 +19,8 @@ from vocabfold.heads import HeadSettings
 from vocabfold.models.build import ModelSettings
 from vocabfold.runs.tables import read_table
 
+# the largest seed that every generator of random numbers takes
+MOST_SEED = 2**63 - 1
 CONFIG_FOLDER = Path(__file__).resolve().parents[3] / "conf"
 NOT_IN_NAMES = ("/", "\\", "\0")
 
@@ -123,8 +124,8 @@ class Settings:
         if not limits:
             raise UserError("training has no end: set budget.epochs, budget.steps, budget.tokens or budget.seconds")
         for key, value in limits.items():
-            # A compressed model may be used as it is, without a step of training.
-            if value < 0 or (value == 0 and self.embedding.compressed_from is None):
+            # A run made from a finished one may be wanted as it is, without a step of training.
+            if value < 0 or (value == 0 and self.start.type == "none"):
                 raise UserError(f"budget.{key} is {value}: choose more than 0")
         corpus_of(self.data)
         if self.model.max_positions < self.sequence_length:
@@ -166,8 +167,7 @@ class Settings:
             limits.append(math.ceil(self.budget.tokens / (targets_per_batch * self.gradient_accumulation)))
         if not limits:
             return None
-        # A finished model with its embedding compressed may be wanted as it is.
-        return 0 if min(limits) == 0 and self.embedding.compressed_from else max(1, min(limits))
+        return 0 if min(limits) == 0 and self.start.type != "none" else max(1, min(limits))
 
 
 def refuse_infinite(key: str, value: Any) -> None:

@@ -1,0 +1,42 @@
+"""Draws of one token from each row of a table of log-probabilities, tempered and cut to a nucleus."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw_from_sorted(
+    log_prob: Tensor, temperature: float, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw a column of ``log_prob`` [N, K], each row sorted best first, tempered and cut to ``top_p``: [N]."""
+    # The best first becomes 0: dividing by a tiny temperature then cannot turn a whole row into -inf.
+    probability = ((log_prob - log_prob[:, :1]) / temperature).softmax(dim=-1)
+    if top_p is not None and top_p < 1:  # at 1 a rounded running sum must not cut the tail
+        mass_before = probability.cumsum(dim=-1) - probability
+        probability = probability.masked_fill(mass_before >= top_p, 0.0)
+    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
+
+
+def draw_from_whole(
+    log_prob: Tensor, temperature: float, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw a token of each row of ``log_prob`` [N, V], tempered and cut to ``top_p``: [N].
+
+    Without a sort where it can be helped: a token drawn from all of them stays if those before it (likelier, or as
+    likely with a smaller id) hold less than top_p. The others are replaced by draws from the sorted rows, so that a
+    token v of a nucleus of mass m comes with p(v) + (1 - m) p(v) / m = p(v) / m.
+    """
+    best = log_prob.max(dim=-1, keepdim=True).values
+    probability = ((log_prob - best) / temperature).softmax(dim=-1)
+    token = torch.multinomial(probability, 1, generator=generator)
+    if top_p is not None and top_p < 1:
+        own = probability.gather(-1, token)
+        ids = torch.arange(log_prob.shape[-1], device=log_prob.device)
+        is_before = (probability > own) | ((probability == own) & (ids < token))
+        outside = ((probability * is_before).sum(dim=-1) >= top_p).nonzero().squeeze(-1)
+        if len(outside) > 0:
+            ranked = log_prob[outside].sort(dim=-1, descending=True, stable=True)
+            choice = draw_from_sorted(ranked.values, temperature, top_p, generator).unsqueeze(-1)
+            token[outside] = ranked.indices.gather(-1, choice)
+    return token.squeeze(-1)

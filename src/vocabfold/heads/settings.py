@@ -1,0 +1,56 @@
+"""What a configuration says of a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ORDERS = ("bpe", "frequency", "random", "clustered")
+EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
+
+
+@dataclass
+class PartitionSettings:
+    """``order`` of the vocabulary and the sizes of its groups: ``shortlist`` K groups of one token, then equal groups
+    with the wanted ``group_size`` S (None: the root of the number of tokens in them).
+
+    ``seed`` decides the random order. ``clustered_from``: the folder of a trained run whose input embedding is
+    clustered; None clusters tokens by their neighbours in the training stream.
+    """
+
+    order: str = "bpe"
+    group_size: int | None = None
+    shortlist: int = 0
+    seed: int = 0
+    clustered_from: str | None = field(default=None, metadata={"folder": True})
+
+
+@dataclass
+class HeadSettings:
+    """One node of conf/head. ``type``, one of BUILDERS, is the class that builds it; ``name`` is what it is called, and
+    decides nothing. ``init_std`` None: that of torch's own Linear, see ``initial_std``.
+
+    ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the logits; each is for every
+    head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
+    folded heads biases that start from the tokens' counts in the training stream. ``condition_width`` is that of
+    linear_conditioned (None: see conditioned.default_width).
+
+    ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head, ``chunk_rows`` the
+    chunked, ``cutoffs`` and ``div_value`` the adaptive and ``kernel`` the fused one; the others leave them unread.
+    """
+
+    name: str = "full"
+    type: str = "full"
+    tied: bool = True
+    init_std: float | None = 0.02
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    scorer: str = "scale_shift"
+    rank: int = 4
+    chunk_rows: int = 512
+    cutoffs: list[int] = field(default_factory=lambda: [2000, 10_000])
+    div_value: float = 4.0
+    kernel: str = "cce"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    count_biases: bool = False
+    condition_width: int | None = None

@@ -1,0 +1,124 @@
+"""Doors open one way: who may import whom, and that heads can be taken out alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LIBRARY_ROOMS = ("heads", "embeddings", "coding", "inference")
+# What those who take a head or a coder into a program of their own need not have.
+OUTSIDE_LIBRARY = ("hydra", "omegaconf", "wandb", "vocabfold.runs", "vocabfold.train", "experiments")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of src and experiments by its name."""
+    found = {}
+    for base, package in ((REPOSITORY / "src", "vocabfold"), (REPOSITORY, "experiments")):
+        for path in sorted((base / package).rglob("*.py")):
+            parts = path.relative_to(base).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(module: str) -> set[str]:
+    """The names of the modules that a module imports anywhere, inside functions and for type checks too."""
+    names = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"{module} has a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                names.add(inner if inner in MODULES else node.module)
+    return names
+
+
+IMPORTS = {module: imported(module) for module in MODULES}
+
+
+def belongs(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The nodes of a graph that lie on circles or between two of them; none where there is no circle."""
+    left = set(edges)
+    while True:
+        reached = {end for start in left for end in edges[start]}
+        kept = {node for node in left if edges[node] & left and node in reached}
+        if kept == left:
+            return sorted(left)
+        left = kept
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_circle_of_modules() -> None:
+    assert circle({module: IMPORTS[module] & set(MODULES) - {module} for module in MODULES}) == []
+
+
+def test_no_circle_of_rooms() -> None:
+    def room(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    rooms: dict[str, set[str]] = {room(module): set() for module in MODULES}
+    for module in MODULES:
+        rooms[room(module)] |= {room(name) for name in IMPORTS[module] & set(MODULES)} - {room(module)}
+    assert circle(rooms) == []
+
+
+def test_the_library_rooms_know_no_runs() -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module in MODULES
+        for name in IMPORTS[module]
+        if any(belongs(module, f"vocabfold.{room}") for room in LIBRARY_ROOMS)
+        and any(belongs(name, package) for package in OUTSIDE_LIBRARY)
+    ]
+    assert not wrong
+
+
+def test_the_library_never_imports_experiments() -> None:
+    assert not [
+        module
+        for module in MODULES
+        if belongs(module, "vocabfold") and any(belongs(name, "experiments") for name in IMPORTS[module])
+    ]
+
+
+@pytest.mark.parametrize("room", LIBRARY_ROOMS)
+def test_a_room_can_be_taken_out_alone(room: str) -> None:
+    heavy = ("hydra", "omegaconf", "wandb", "datasets", "transformers", "vocabfold.runs")
+    code = f"import sys, vocabfold.{room}; print(*(name for name in {heavy} if name in sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+def head_comparisons(module: str) -> Iterator[int]:
+    """Lines of a module that compare ``..head.name``, ``..head.type`` or ``head`` itself with a word."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Compare):
+            continue
+        sides = [node.left, *node.comparators]
+        if any(isinstance(side, ast.Constant) and isinstance(side.value, str) for side in sides):
+            names = [ast.unparse(side) for side in sides if isinstance(side, ast.Attribute | ast.Name)]
+            if any(name.endswith(("head.name", "head.type")) for name in names):
+                yield node.lineno
+
+
+def test_nobody_outside_heads_asks_which_head_it_has() -> None:
+    wrong = [f"{module}:{line}" for module in MODULES for line in head_comparisons(module)]
+    assert not [place for place in wrong if not belongs(place.partition(":")[0], "vocabfold.heads")]
