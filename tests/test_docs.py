@@ -8,12 +8,15 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from experiments.__main__ import experiments, parser_of
+from run_cases import call
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +24,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MOST_LINES, MOST_COLUMNS = 120, 120
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"^(make|python -m|torchrun|pip install|wandb) ")
+COMMAND = re.compile(r"^(make|python -m|torchrun|pip install|wandb) \w")
 FORBIDDEN = ("as usual", "not done again", "that no loss has", "needs nobody", "contender", "grouped head", "free rows")
 # The first place of each of these words in the README has to be the one that says what it means.
 DEFINITIONS = {"head": '("head")', "folded": "*folded*", "clustered": '("clustered")', "shortlist": "*shortlist*"}
@@ -56,10 +59,9 @@ def check_training(overrides: list[str]) -> None:
     firsts = [override.partition(",")[0] for override in overrides if not override.startswith("--")]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        if "--help" in overrides:
-            return
-        swept = compose("train", firsts, return_hydra_config=True).hydra.sweeper.params or {}
-        firsts += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
+        if any(override.startswith(("experiment=", "hydra/")) for override in firsts):
+            swept = compose("train", firsts, return_hydra_config=True).hydra.sweeper.params or {}
+            firsts += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
         settings_from(compose("train", firsts))
 
 
@@ -67,6 +69,26 @@ def check_training(overrides: list[str]) -> None:
 def test_training_commands_compose(command: str) -> None:
     words = shlex.split(command)
     check_training(words[words.index("vocabfold.train") + 1 :])
+
+
+@pytest.mark.parametrize("command", of("python -m vocabfold.generate", "python -m vocabfold.compress"))
+def test_commands_on_a_run_get_as_far_as_its_folder(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The folder RUN, which is not there; all before it is taken."""
+    (tmp_path / ("story.txt.vftm" if "--decompress" in command else "story.txt")).touch()
+    monkeypatch.chdir(tmp_path)
+    program, *words = shlex.split(command)[2:]
+    assert call(import_module(program).main, monkeypatch, *words) == 2
+    assert "RUN holds no config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", of("python -m experiments"))
+def test_experiments_take_their_command(command: str) -> None:
+    name, *words = shlex.split(command)[3:] or [""]
+    if name:  # without one they are listed
+        room, _ = experiments()[name]
+        parser_of(name, import_module(f"experiments.{room}.{name}")).parse_args(words)
 
 
 @pytest.mark.parametrize("command", of("make"))
