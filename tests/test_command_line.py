@@ -53,6 +53,7 @@ IMPOSSIBLE_SETTINGS = [
     ("data=zipf data.seed=x", "data.seed must be a whole number, not 'x'"),
     ("model=cnn", "pictures and their network need each other: use model=cnn with data=shapes, or neither"),
     ("model=cnn data=shapes data.workers=many", "data.workers is 'many': choose a whole number"),
+    ("model=cnn data=shapes data.attributes={shape:[oval]}", "data.attributes.shape is ['oval']: choose among circle"),
     ("--multirun --cfg job", "--multirun and --cfg exclude each other: leave one out"),
     ("--nonesuch", "unknown option --nonesuch; --help lists what there is"),
     ("--cfg nonesuch", "argument --cfg/-c: invalid choice: 'nonesuch'"),
@@ -185,7 +186,7 @@ def test_a_configuration_of_aliases_is_refused_before_it_grows(refused: Refused,
 
 
 @pytest.mark.parametrize("name", ["row.json", "metrics.jsonl"])
-@pytest.mark.parametrize("content", ["{\n", "[]\n", "\xff\n"])
+@pytest.mark.parametrize("content", ["{\n", "[]\n", "{}\n", "\xff\n"])
 def test_a_damaged_record_is_named(refused: Refused, workplace: Path, tmp_path: Path, name: str, content: str) -> None:
     run = shutil.copytree(workplace / "run", tmp_path / "run")
     if name == "metrics.jsonl":

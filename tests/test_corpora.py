@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,39 @@ def test_text_errors(text_data: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             load_corpus({**text_data, "train": value and str(value)})
         assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_both_splits_is_told_once(
+    text_data: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_corpus(text_data)
+    assert capfd.readouterr().err == ""
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes((tmp_path / "valid.txt").read_bytes())
+    load_corpus(text_data | {"train": [text_data["train"], str(copy)]})
+    written = capfd.readouterr().err
+    assert written.count("\n") == 1 and "data.train and data.valid hold the same file" in written
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("text", "valid", 5, "data.valid is 5: give the path"),
+        ("text", "workers", 1.5, "data.workers must be a whole number, not 1.5"),
+        ("text", "workers", 0, "data.workers must be 1 or more, not 0"),
+        ("stories", "num_valid_documents", "lots", "data.num_valid_documents must be a whole number, not 'lots'"),
+        ("stories", "seed", True, "data.seed must be a whole number, not True"),
+        ("zipf", "exponent", "steep", "data.exponent must be a number, not 'steep'"),
+        ("zipf", "num_train_tokens", "many", "data.num_train_tokens must be a whole number, not 'many'"),
+        ("tinystories", "max_train_documents", "all", "data.max_train_documents must be a whole number, not 'all'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(
+    text_data: dict[str, Any], name: str, key: str, value: object, words: str
+) -> None:
+    data = text_data if name == "text" else configured(name)
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_corpus(data | {key: value})
 
 
 def test_missing_validation_file_costs_no_tokenising(text_data: dict[str, Any], cache: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from run_cases import TINY, call, write_corpus
 from vocabfold import generate as program
 from vocabfold import train
+from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.errors import UserError
 from vocabfold.generate import generate
 from vocabfold.heads import HeadSettings
@@ -118,3 +121,44 @@ def test_the_program_continues_a_text_without_the_corpus(
         texts.append(capfd.readouterr().out)
     assert all(text.startswith("the cat saw") and text.endswith("\n") and len(text) > 30 for text in texts)
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_texts_are_told_apart_and_a_short_run_is_said_to_write_nonsense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+    write_corpus(tmp_path)
+    assert call(train.main, monkeypatch, *TINY, "run_dir=run") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].endswith("after 64 tokens: run")
+    assert lines[0].startswith("validation loss 10.") and "(perplexity " in lines[0]
+    assert lines[1] == 'continue a text with it: python -m vocabfold.generate run "Once upon a time"'
+    assert call(program.main, monkeypatch, "run", "the cat", "a dog", "--max-tokens", "3") == 0
+    written = capfd.readouterr()
+    headings = [line for line in written.out.splitlines() if line.startswith("--- text")]
+    assert headings == ["--- text 1 of 2 ---", "--- text 2 of 2 ---"]
+    assert written.err.count("expect gibberish") == 1
+
+
+def test_the_blank_lines_that_end_a_likeliest_text_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    blank = load_tokenizer("gpt2").encode("\n")
+    monkeypatch.setattr(program, "load_settings", lambda run: Namespace(data={"name": "text", "tokenizer": "gpt2"}))
+    monkeypatch.setattr(program, "load_run", lambda run, device: Namespace(head=Namespace(vocabulary_size=50_257)))
+    monkeypatch.setattr(program, "beam_search", lambda *_, **__: [blank * 200])
+    assert call(program.main, monkeypatch, str(tmp_path), "the end.", "--beams", "2") == 0
+    assert capfd.readouterr().out == "the end.\n"
+
+
+def test_an_error_in_the_middle_of_a_text_begins_on_a_line_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer("gpt2")
+
+    def tokens() -> Iterator[int]:
+        yield from tokenizer.encode(" sat")
+        raise UserError("no more")
+
+    with pytest.raises(UserError):
+        program.write("the cat", tokens(), tokenizer)
+    assert capfd.readouterr().out == "the cat sat\n"

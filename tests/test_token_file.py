@@ -79,7 +79,7 @@ def test_worker_processes_give_the_same_and_hold_few_chunks(tmp_path: Path, monk
 
 
 def test_little_text_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(tokenise, "worker_processes", None)
     texts = documents(20)
     check(build_token_file(tmp_path / "c", texts, load_tokenizer("gpt2"), 8, "test", {}), texts, "gpt2")
 

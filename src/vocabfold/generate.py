@@ -122,12 +122,10 @@ def main() -> None:
         raise UserError(f"{arguments.run} was trained on data without a text form: there is nothing to read")
     model = load_run(arguments.run, torch.device(arguments.device))
     check_fit(model, tokenizer, arguments)
-    if (row := finished_row(arguments.run)) is not None and row.get("perplexity", 0) > GIBBERISH_PERPLEXITY:
-        print(
-            f"this run's perplexity is {row['perplexity']:.0f} after {row['tokens']:,} tokens: expect gibberish; "
-            "a larger budget.tokens writes better",
-            file=sys.stderr,
-        )
+    perplexity = (finished_row(arguments.run) or {}).get("perplexity")
+    if isinstance(perplexity, int | float) and perplexity > GIBBERISH_PERPLEXITY:
+        told = f"this run's perplexity is {perplexity:.0f}: expect gibberish; a larger budget.tokens writes better"
+        print(told, file=sys.stderr)
     answer = answers(model, arguments, tokenizer.end_token)
     for number, prompt in enumerate(arguments.prompt, 1):
         if len(arguments.prompt) > 1:

@@ -15,18 +15,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from vocabfold.command_line import INTERRUPTED_STATUS, Interrupted, exit_with, one_line_errors
+from vocabfold.command_line import INTERRUPTED_STATUS, Interrupted, one_line_errors
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_data
 from vocabfold.data.shapes import Shapes
@@ -38,11 +37,11 @@ from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_versio
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
 from vocabfold.measure.memory import live_tensors, peak_memory_of
-from vocabfold.runs.checkpoint import delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
+from vocabfold.runs.checkpoint import PROGRESS, delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
 from vocabfold.runs.folder import occupied
 from vocabfold.runs.identity import identify, refuse_other_run
-from vocabfold.runs.jobs import as_user_error, check_options, in_order, outcome, tell_failed_job
+from vocabfold.runs.jobs import check_options, check_row, in_order, one_line_job, outcome
 from vocabfold.runs.load import autocast
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
@@ -53,15 +52,6 @@ from vocabfold.tokens import IGNORE_INDEX
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
 WARM_UP_STEPS = 3
-# What a checkpoint keeps beside model, optimizer and random states: attributes of Trainer.
-PROGRESS: dict[str, type | tuple[type, ...]] = {
-    "step": int,
-    "tokens": int,
-    "timed_tokens": int,
-    "timed_seconds": (int, float),
-    "measured": dict,
-    "scaler": dict,
-}
 
 
 class Trainer:
@@ -92,7 +82,7 @@ class Trainer:
     def begin(self) -> None:
         """Go on from the folder's checkpoint, if it has one. Raises UserError where it does not fit."""
         folder = Path(self.settings.run_dir)
-        if (progress := load_checkpoint(folder, self.model, self.optimizer, self.device, PROGRESS)) is not None:
+        if (progress := load_checkpoint(folder, self.model, self.optimizer, self.device)) is not None:
             self.scaler.load_state_dict(progress.pop("scaler"))
             vars(self).update(progress)
             self.checkpoint_step = self.step
@@ -164,10 +154,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean losses and accuracies over every target of the validation set, in nats, and the perplexity."""
+        """Mean losses and accuracies over every target of the validation set, in nats, and the perplexity. Raises
+        UserError where the loss is not finite."""
         self.model.eval()
         sums = MeanLosses()
-        bar = progress_bar(self.ranks, total=self.valid.num_evaluation_batches, desc="validation", leave=False, delay=1)
+        bar = self.ranks.progress_bar(total=self.valid.num_evaluation_batches, desc="validation", leave=False, delay=1)
         for inputs, targets in self.valid.evaluation_batches():
             with self.autocast():
                 inputs, targets = inputs.to(self.device), targets.to(self.device)
@@ -177,6 +168,8 @@ class Trainer:
         self.model.train()
         means = sums.means(self.ranks, "validation_")
         result = {"validation_loss_nats": means.pop("validation_loss"), **means}
+        if not math.isfinite(result["validation_loss_nats"]):
+            raise UserError(not_finite(self, result["validation_loss_nats"]))
         result["perplexity"] = math.exp(min(result["validation_loss_nats"], 700.0))
         if self.corpus.entropy_rate_nats is not None:
             result["excess_loss_nats"] = result["validation_loss_nats"] - self.corpus.entropy_rate_nats
@@ -248,6 +241,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     identify(settings)
     folder = Path(settings.run_dir)
     if (row := finished_row(folder)) is not None:
+        check_row(folder, row)
         tqdm.write(f"{folder}: finished before (loss {row['validation_loss_nats']:.4f} nats), skipped", file=sys.stderr)
         delete_checkpoint(folder)  # of a process that was killed after its last act but this
         return row
@@ -279,12 +273,6 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
         return row
 
 
-def progress_bar(ranks: Ranks, **options: Any) -> tqdm[NoReturn]:
-    """A bar on stderr, of the first process alone."""
-    # a log file wants few lines
-    return tqdm(**options, disable=not ranks.is_first, mininterval=0.5 if sys.stderr.isatty() else 20.0)
-
-
 def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
     """The loop: steps until a budget is used up, logging, evaluations and checkpoints; return the last evaluation.
 
@@ -297,7 +285,7 @@ def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
         tqdm.write("torch.compile compiles during the first steps: that takes a minute or more", file=sys.stderr)
     with (
         stop_requests() as request,
-        progress_bar(ranks, total=trainer.total_steps, initial=trainer.step, desc=name) as bar,
+        ranks.progress_bar(total=trainer.total_steps, initial=trainer.step, desc=name) as bar,
     ):
         if trainer.step == 0 and settings.start.type != "none":
             evaluation = trainer.evaluate()
@@ -370,17 +358,11 @@ def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[
 @hydra.main(config_path=str(CONFIG_FOLDER), config_name="train", version_base="1.3")
 def run_configured(config: DictConfig) -> float:
     """One job of Hydra's: train, and hand the validation loss to a sweeper that searches."""
-    job = HydraConfig.get()
-    command = " ".join(["python -m vocabfold.train", *job.overrides.task])
-    try:
-        settings = adopt(settings_from(config), job.overrides.task)
+    overrides = HydraConfig.get().overrides.task
+    command = " ".join(["python -m vocabfold.train", *overrides])
+    with one_line_job():
+        settings = adopt(settings_from(config), overrides)
         row = train(settings, command)
-    except Exception as raised:
-        if not isinstance(error := as_user_error(raised), UserError):
-            raise
-        if job.mode == RunMode.MULTIRUN:  # Hydra's launchers, which may be other processes, carry the error on
-            raise tell_failed_job(error, job.overrides.task) from None
-        exit_with(error)
     if int(os.environ.get("RANK", "0")) == 0:
         tqdm.write(outcome(Path(settings.run_dir), row))
     return float(row["validation_loss_nats"])

@@ -20,6 +20,15 @@ from vocabfold.files import replacing
 
 MISSING = object()
 CHECKPOINT_NAME = "checkpoint.pt"
+# What a training run keeps in a checkpoint beside model, optimizer and random states, with its types.
+PROGRESS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "tokens": int,
+    "timed_tokens": int,
+    "timed_seconds": (int, float),
+    "measured": dict,
+    "scaler": dict,
+}
 WEIGHTS_NAME = "model.safetensors"
 
 
@@ -42,7 +51,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
-    progress: Mapping[str, type | tuple[type, ...]],
+    progress: Mapping[str, type | tuple[type, ...]] = PROGRESS,
 ) -> dict[str, Any] | None:
     """Put the folder's checkpoint into ``model``, ``optimizer`` and the random generators; return the rest of it, which
     is ``progress``: what its values are called and of which type they are.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
@@ -25,6 +28,12 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this process is the one that writes files and speaks."""
         return self.rank == 0
+
+    def progress_bar(self, **options: Any) -> tqdm[NoReturn]:
+        """tqdm's, on stderr, of the first process alone; none where there is nothing to do."""
+        disable = not self.is_first or options.get("total") == 0
+        # a log file wants few lines
+        return tqdm(**options, disable=disable, mininterval=0.5 if sys.stderr.isatty() else 20.0)
 
     def sum_of(self, values: Tensor) -> Tensor:
         """``values`` summed over all processes."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from tqdm import tqdm
 
-from vocabfold.command_line import is_out_of_memory, one_line, user_errors
+from vocabfold.command_line import exit_with, is_out_of_memory, one_line, user_errors
 from vocabfold.errors import UserError
 
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -39,6 +42,13 @@ def check_options(arguments: Sequence[str]) -> None:
         raise UserError(f"{given[0]} and {given[1]} exclude each other: leave one out")
 
 
+def check_row(folder: Path, row: dict[str, Any]) -> None:
+    """Raise UserError where a finished run's row lacks what is told of it."""
+    numbers = ("validation_loss_nats", "perplexity", "tokens")
+    if not all(isinstance(row.get(name), int | float) for name in numbers) or not {"model", "corpus"} <= set(row):
+        raise UserError(f"{folder / 'row.json'} is damaged: delete the run folder and train again")
+
+
 def outcome(folder: Path, row: dict[str, Any]) -> str:
     """Two lines for a person: how good the run is and where it lies; what to do with it."""
     loss, perplexity = row["validation_loss_nats"], row["perplexity"]
@@ -48,14 +58,22 @@ def outcome(folder: Path, row: dict[str, Any]) -> str:
     return f'{found}\ncontinue a text with it: python -m vocabfold.generate {folder} "Once upon a time"'
 
 
-def as_user_error(error: Exception) -> Exception:
-    """What a person can mend as a UserError of one line; any other error as it is."""
-    if is_out_of_memory(error):
-        return UserError(OUT_OF_MEMORY)
-    return UserError(one_line(error)) if isinstance(error, user_errors()) else error
-
-
-def tell_failed_job(error: Exception, overrides: Sequence[str]) -> UserError:
-    """Print which job of a sweep failed and why, now: the sweep itself ends with one of its errors. Return that end."""
-    tqdm.write(f"failed: {' '.join(overrides)}: {error}", file=sys.stderr)
-    return UserError("a job of the sweep failed, as told above; the same command runs what has not finished")
+@contextmanager
+def one_line_job() -> Iterator[None]:
+    """Run one of Hydra's jobs: what a person can mend is one line. Alone it ends the program; in a sweep it is told at
+    once, since the sweep itself ends with the error of one job, and goes on to Hydra's launcher as a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            reason = OUT_OF_MEMORY
+        elif isinstance(error, user_errors()):
+            reason = one_line(error)
+        else:
+            raise
+        job = HydraConfig.get()
+        if job.mode != RunMode.MULTIRUN:
+            exit_with(UserError(reason))
+        tqdm.write(f"failed: {' '.join(job.overrides.task)}: {reason}", file=sys.stderr)
+        end = "a job of the sweep failed, as told above; the same command runs what has not finished"
+        raise UserError(end) from None

@@ -95,8 +95,9 @@ class RunRecord:
                 ),
             )
         except (wandb.Error, ValueError) as error:  # a key that is none is a ValueError
+            reason = " ".join(str(error).split()).partition(" Consider increasing")[0]
             raise UserError(
-                f"Weights & Biases cannot start ({error}): use wandb.mode=offline or wandb.mode=disabled"
+                f"Weights & Biases cannot start ({reason}): use wandb.mode=offline or wandb.mode=disabled"
             ) from error
         for metric, best in SUMMARIES.items():
             run.define_metric(metric, summary=best)

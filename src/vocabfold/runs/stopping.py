@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from vocabfold.command_line import Interrupted
+
+# A launcher passes on what its processes were sent already, such as Ctrl-C to all of them: that is still one request.
+SAME_REQUEST_SECONDS = 1.0
 STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}  # as a shell shows them
 
 
@@ -17,14 +23,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.status: int | None = None
+        self.asked_at = -math.inf
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal. The second one finds the handlers gone and ends the program at once."""
-        self.status = STATUS_OF_SIGNAL[signal.Signals(number)]
-        for each in STATUS_OF_SIGNAL:
-            signal.signal(each, signal.SIG_DFL if each is signal.SIGTERM else signal.default_int_handler)
-        # not through sys.stderr, which may be in the middle of a write
-        os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once)\n")
+        """Handle a signal. One that is repeated later ends the program at once."""
+        if self.status is None:
+            self.status, self.asked_at = STATUS_OF_SIGNAL[signal.Signals(number)], time.monotonic()
+            # not through sys.stderr, which may be in the middle of a write
+            os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once)\n")
+        elif time.monotonic() - self.asked_at > SAME_REQUEST_SECONDS:
+            raise Interrupted("interrupted again: the same command goes on from the last checkpoint", self.status)
 
 
 @contextmanager

@@ -65,14 +65,15 @@ SORTED_BY = [
 
 
 def write_table(rows: pd.DataFrame, path: Path, key: Sequence[str] = ("run",)) -> Path:
-    """Write a results table with its columns in the agreed order, and of rows that agree in all of ``key`` the last.
+    """Write a results table with its columns in the agreed order, sorted, and every row of ``rows`` in it.
 
-    ``key``: what tells rows apart, ``run`` alone where a run has one row.
+    ``key``: what tells rows apart, ``run`` alone where a run has one row. Raises ValueError where it does not.
     """
     own = [name for name in rows.columns if name not in RUN_COLUMNS + ORIGIN_COLUMNS]
     table = rows.reindex(columns=RUN_COLUMNS + own + ORIGIN_COLUMNS)
     table[WHOLE_COLUMNS] = table[WHOLE_COLUMNS].astype("Int64")
-    table = table.drop_duplicates(list(key), keep="last")
+    if (repeated := table.duplicated(list(key))).any():
+        raise ValueError(f"{path}: {repeated.sum()} rows are not told apart by {', '.join(key)}")
     order = [*SORTED_BY, *(name for name in key if name not in SORTED_BY)]
     write_text(path, table.sort_values(order, kind="stable").to_csv(index=False))
     return path
