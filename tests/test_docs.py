@@ -24,7 +24,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MOST_LINES, MOST_COLUMNS = 120, 120
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"^(make|python -m|torchrun|pip install|wandb) \w")
+COMMAND = re.compile(r"^(make \w|python -m |torchrun |pip install |wandb )")
 FORBIDDEN = ("as usual", "not done again", "that no loss has", "needs nobody", "contender", "grouped head", "free rows")
 # The first place of each of these words in the README has to be the one that says what it means.
 DEFINITIONS = {"head": '("head")', "folded": "*folded*", "clustered": '("clustered")', "shortlist": "*shortlist*"}
