@@ -3,6 +3,7 @@ short and explains its words before it uses them."""
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import subprocess
@@ -146,6 +147,20 @@ def test_the_readme_is_short_and_explains_its_words() -> None:
     tables = [block for block in re.split(r"\n(?!\|)", text) if "\n|---" in block]
     assert len(tables) == 1
     assert tables[0].count("\n|") - 2 <= 8
+
+
+def test_every_text_of_a_committed_table_is_described() -> None:
+    """By its SHA-256, in docs/data.md; sequences and pictures that are drawn have none to list."""
+    described = text_of(ROOT / "docs" / "data.md")
+    named = set()
+    for path in ROOT.glob("results/*/*.csv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            first = next(csv.DictReader(file), {})
+        if first.get("corpus_sha256") and first["corpus"] not in ("zipf", "shapes"):
+            named.add((first["corpus"], first["corpus_sha256"]))
+    assert {corpus for corpus, _ in named} >= {"stories", "tinystories"}
+    for corpus, digest in named:
+        assert f"| {corpus} |" in described and digest in described, corpus
 
 
 def test_the_headline_leads_to_the_line_that_computes_it() -> None:
