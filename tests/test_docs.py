@@ -13,10 +13,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from experiments.__main__ import experiments, parser_of
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments.__main__ import experiments, parser_of
 from run_cases import call
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
