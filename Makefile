@@ -1,43 +1,38 @@
-# make reproduce | test | test-all | figures | report | lint. Each sets up .venv by itself, from constraints.txt.
+# make help lists everything. Each target sets up .venv by itself, from constraints.txt, and what has finished is skipped:
+# a run by its configuration and its text, a measured table by its settings and its text.
 PYTHON ?= python3
-SCALE ?= laptop
 EXTRAS ?= dev
 BIN := .venv/bin
 PY := $(BIN)/python
-RUNS := results/runs/$(SCALE)
-# make reproduce SCALE=text TRAIN=train.txt VALID=valid.txt CORPUS=its name in tables
-DATA := $(if $(TRAIN),data.train=$(TRAIN)) $(if $(VALID),data.valid=$(VALID)) $(if $(CORPUS),data.label=$(CORPUS))
-# A second text for what is asked of two: TRAIN2=train.txt VALID2=valid.txt CORPUS2=another name
-comma := ,
-DATA2 := $(if $(TRAIN2),data.train=$(TRAIN2) data.valid=$(VALID2) data.label=$(or $(CORPUS2),second_text))
-TRAINING := $(PY) -m vocabfold.train --multirun scale=$(SCALE)
 
-CORPUS_laptop := stories
-CORPUS_text := text
-CORPUS_paper := tinystories
+# The text: the embedded stories, DATA=tinystories (the paper's own; it wants a GPU), or local files:
+# make reproduce TRAIN=train.txt VALID=valid.txt CORPUS='its name in tables'. TRAIN2, VALID2, CORPUS2: a second one.
+DATA ?= $(if $(value TRAIN),text,stories)
 
-# What is reproduced, a part at a time (make heads SCALE=text ...). What has finished, been measured or drawn is not done again
-# but drawn again, so that a killed make goes on where it stopped.
-AREAS := paper pictures heads embeddings tokens
-trained = @$(TRAINING) $(DATA) experiment=$(1) $(2)
-sweep = $(trained) && $(PY) -m vocabfold.runs.record $(1) $(SCALE)
-second = $(if $(DATA2),@$(TRAINING) $(DATA2) experiment=$(1) $(2) && $(PY) -m vocabfold.runs.record $(1) $(SCALE))
-once = @test -f $(RUNS)/$(1).done || { $(PY) -m experiments $(1) $(2) && touch $(RUNS)/$(1).done; }
-write_report = @$(PY) -m experiments audit > /dev/null && $(PY) -m experiments report $(SCALE)
-draw = @for figure in $(1); do $(PY) -m experiments $$figure $(SCALE) || exit; done
+# A value is one word for the shell and one string for Hydra, whatever is in it: NAME="VALUE" within single quotes.
+shell = '$(subst ','\'',$(1))'
+quoted = '$(subst ','\'',$(1)="$(subst ",\",$(subst \,\\,$(value $(2))))")'
+local_text = data=text $(call quoted,data.train,TRAIN$(1)) $(call quoted,data.valid,VALID$(1)) \
+	$(if $(value CORPUS$(1)),$(call quoted,data.label,CORPUS$(1)),$(if $(1),data.label=second_text))
+missing_valid = $(if $(value TRAIN$(1)),$(if $(value VALID$(1)),,$(error TRAIN$(1) is given without VALID$(1): name both files)))
+TEXT := $(call missing_valid,)$(if $(value TRAIN),$(call local_text,),data=$(DATA))
+TEXT2 := $(call missing_valid,2)$(if $(value TRAIN2),$(call local_text,2))
 
-DRAWN := main_comparison figure3_group_size heads_pareto order_matters rare_tokens group_accuracy vocabulary_scaling larger_vocabulary fold \
-	embedding_compression both_ends caching table1_story_quality figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy
+train = $(PY) -m vocabfold.train --multirun
+experiment = $(PY) -m experiments
+FEWER_SIZES := 28,104,225,728,3864
+# The finished runs of an experiment whose names begin so, as one swept value of start.run.
+NAME = $(or $(value CORPUS),$(DATA))
+teachers = "start.run=$$(printf '"%s"\n' results/runs/$(call shell,$(NAME))/$(1)* | paste -sd,)"
 
-.PHONY: help setup reproduce everything $(AREAS) report figures test test-all lint
-help:
-	@echo "make reproduce [SCALE=laptop|text|paper] [TRAIN=file VALID=file]   the main paper: train, measure, draw into results/"
-	@echo "make $(AREAS)   a part each, with the same settings; make everything  all of them"
-	@echo "make figures   redraw every figure from the committed tables, and write every report again"
-	@echo "make report    each claim of the papers beside our tables, with its verdict: results/SCALE/report.md"
-	@echo "make test      quick tests;  make test-all  the slow ones too;  make lint  style and types"
+.DEFAULT_GOAL := help
+.PHONY: help setup smoke reproduce everything paper pictures heads embeddings tokens report figures test test-all lint
 
-setup: .venv/ready
+help: ## what each target does
+	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@$(if $(wildcard $(PY)),$(experiment),echo "make setup, and the experiments are listed here too")
+
+setup: .venv/ready ## the virtual environment (PYTHON=python3.12, EXTRAS=dev,hf)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -46,97 +41,100 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-# The main paper, whole, in the time that the README states; everything: the rest too.
-reproduce: paper pictures
-	$(write_report)
+smoke: .venv/ready ## two small heads trained and one figure drawn, in two minutes
+	@$(train) experiment=first_look
+	@$(experiment) first_look measure
+	@$(experiment) first_look draw
 
-everything: $(AREAS)
-	$(write_report)
+reproduce: paper pictures report ## the main paper: train, measure, draw into results/ (22 minutes on two cores)
 
-report: .venv/ready
-	$(write_report)
+everything: paper pictures heads embeddings tokens report ## all parts
 
-paper: .venv/ready
-	$(call sweep,main_comparison)
-	$(call once,document_losses,--measure $(SCALE))
-	$(call sweep,figure3_group_size)
-	$(call second,figure3_group_size,head.partition.group_size=28$(comma)104$(comma)225$(comma)728$(comma)3864)
-	$(call second,figure3_baseline)
-	$(call once,training_step,--scale $(SCALE))
-	$(call once,figure45_loop_or_shared,--scale $(SCALE) $(if $(TRAIN),--train $(TRAIN)))
-	@test -f results/simulated/figure3_simulated_memory.csv || $(PY) -m experiments figure3_simulated_memory
-	@$(PY) -m experiments table2_memory
-	@test -f results/laptop/table3_speed.csv || $(PY) -m experiments table3_speed
-	$(if $(filter laptop,$(SCALE)),@$(TRAINING) experiment=table1_story_quality)
-	$(call once,table1_story_quality,--measure $(SCALE))
-	$(call draw,main_comparison figure3_group_size table1_story_quality)
+paper: .venv/ready ## losses, group sizes, memory, speed and stories of the main paper
+	@$(train) $(TEXT) experiment=main_comparison
+	@$(experiment) main_comparison measure $(TEXT)
+	@$(experiment) document_losses measure $(TEXT)
+	@$(train) $(TEXT) experiment=figure3_group_size
+	@$(experiment) figure3_group_size measure $(TEXT)
+	$(if $(TEXT2),@$(train) $(TEXT2) experiment=figure3_group_size head.partition.group_size=$(FEWER_SIZES))
+	$(if $(TEXT2),@$(train) $(TEXT2) experiment=figure3_baseline)
+	$(if $(TEXT2),@$(experiment) figure3_group_size measure $(TEXT2))
+	@$(experiment) training_step measure $(TEXT)
+	@$(experiment) figure45_loop_or_shared measure $(TEXT)
+	@$(experiment) figure3_simulated_memory measure
+	@$(experiment) table2_memory measure
+	$(if $(filter stories,$(DATA)),@$(train) $(TEXT) experiment=table1_story_quality)
+	@$(experiment) table1_story_quality measure $(TEXT)
+	@for name in main_comparison figure3_group_size training_step figure45_loop_or_shared table1_story_quality table2_memory; \
+		do $(experiment) $$name draw || exit; done
 
-heads: .venv/ready
-	$(call sweep,learning_rates)
-	$(call sweep,heads_pareto)
-	$(call sweep,order_matters)
-	$(call sweep,vocabulary_scaling)
-	$(if $(filter laptop,$(SCALE)),$(call sweep,vocabulary_scaling,contender=full_free data.vocabulary_size=10000$(comma)50257$(comma)100277))
-	$(if $(filter-out laptop,$(SCALE)),$(call sweep,larger_vocabulary))
-	$(call once,heads_cost,--scale $(SCALE) $(DATA))
-	$(call once,vocabulary_cost,--scale $(SCALE))
-	$(call once,rare_tokens,--measure $(SCALE))
-	$(call draw,heads_pareto order_matters group_accuracy rare_tokens vocabulary_scaling main_comparison $(if $(filter-out laptop,$(SCALE)),larger_vocabulary))
-	$(call sweep,decode)
-	$(call once,decode,--scale $(SCALE))
-	$(call sweep,main_comparison,model=gpt2 head=full)
-	@$(PY) -m vocabfold.fold $(RUNS)/main_comparison/gpt2-full-* --order bpe frequency clustered --tokens 16384 65536
-	@$(PY) -m vocabfold.fold $(RUNS)/main_comparison/gpt2-full-* --order frequency --shortlist 2048 --tokens 16384 65536
-	@$(PY) -m vocabfold.runs.record fold $(SCALE)
-	$(call draw,fold)
+pictures: .venv/ready ## the image study of the main paper
+	@$(train) experiment=shapes
+	@$(experiment) shapes measure
+	@$(experiment) figure1_shapes measure
+	@$(experiment) figure1_shapes draw
+	@$(experiment) shapes draw
 
-embeddings: .venv/ready
-	$(call sweep,embedding_compression)
-	$(call second,embedding_compression)
-	@$(PY) -m vocabfold.compress_embedding $(RUNS)/embedding_compression/gpt2-grouped-$(CORPUS_$(SCALE))-seed* \
-		@conf/compression/embedding_compression_$(if $(filter laptop,$(SCALE)),laptop,text).txt
-	@$(PY) -m vocabfold.runs.record embedding_compression $(SCALE)
-	$(call sweep,main_comparison,model=gpt2 head=full)
-	$(call trained,both_ends)
-	$(call sweep,both_ends,embedding=tt_matrix embedding.compression=16)
-	$(call once,embedding_speed,--scale $(SCALE))
-	$(call once,embedding_tables,--scale $(SCALE))
-	$(call draw,embedding_compression both_ends)
+heads: .venv/ready ## which head, in which order, at what cost
+	@$(train) $(TEXT) experiment=learning_rates
+	@$(experiment) learning_rates measure $(TEXT)
+	@$(train) $(TEXT) experiment=heads_pareto
+	@$(experiment) heads_pareto measure $(TEXT)
+	@$(train) $(TEXT) experiment=order_matters
+	@$(experiment) order_matters measure $(TEXT)
+	@$(train) experiment=vocabulary_scaling
+	@$(train) experiment=vocabulary_scaling head=full_untied data.vocabulary_size=10000,50257,100277
+	$(if $(value TRAIN),@$(train) $(TEXT) experiment=larger_vocabulary)
+	@$(experiment) vocabulary_scaling measure
+	@$(experiment) heads_cost measure $(TEXT)
+	@$(experiment) vocabulary_cost measure
+	@$(experiment) table3_speed measure
+	@$(experiment) head_memory measure
+	@$(experiment) rare_tokens measure $(TEXT)
+	@$(train) $(TEXT) experiment=decode
+	@$(experiment) decode measure $(TEXT)
+	@$(train) $(TEXT) experiment=main_comparison model=gpt2 head=full
+	@$(train) $(TEXT) experiment=fold $(call teachers,main_comparison/gpt2-full-seed)
+	@$(train) $(TEXT) experiment=fold head.partition.order=frequency head.partition.shortlist=2048 $(call teachers,main_comparison/gpt2-full-seed)
+	@$(experiment) fold measure $(TEXT)
+	@for name in heads_pareto order_matters vocabulary_scaling vocabulary_cost table3_speed head_memory rare_tokens decode fold; \
+		do $(experiment) $$name draw || exit; done
 
-# A text that was read for training is coded for size and stored; one that was not is coded with the models.
-tokens: .venv/ready
-	$(call trained,heads_pareto,contender=full_free$(comma)scale_shift_bpe$(comma)linear_clustered$(comma)shortlist_frequency seed=0)
-	$(call once,token_coding,--scale $(SCALE) $(if $(TRAIN),--text $(or $(CORPUS),text)=$(TRAIN)))
-	$(call once,token_store,--scale $(SCALE) $(if $(TRAIN),--text $(TRAIN)))
-	$(call once,model_coding,--scale $(SCALE) $(if $(VALID),--text $(VALID) --corpus $(or $(CORPUS),text)))
-	$(call sweep,caching)
-	$(call once,caching_speed,--scale $(SCALE))
-	$(call once,caching_memory,--scale $(SCALE))
-	$(call once,caching_perplexity,--scale $(SCALE))
-	$(call draw,caching)
+embeddings: .venv/ready ## compressed embeddings
+	@$(train) $(TEXT) experiment=embedding_compression
+	@$(train) $(TEXT) experiment=embedding_compressed $(call teachers,embedding_compression/gpt2-shortlist_frequency-seed)
+	@$(experiment) embedding_compression measure $(TEXT)
+	@$(train) $(TEXT) experiment=main_comparison model=gpt2 head=full
+	@$(train) $(TEXT) experiment=both_ends
+	@$(train) $(TEXT) experiment=both_ends embedding=tt_matrix embedding.compression=16
+	@$(experiment) both_ends measure $(TEXT)
+	@$(experiment) embedding_speed measure
+	@$(experiment) embedding_tables measure $(TEXT)
+	@for name in embedding_compression both_ends embedding_speed embedding_tables; do $(experiment) $$name draw || exit; done
 
-pictures: .venv/ready
-	@$(TRAINING) experiment=shapes && $(PY) -m vocabfold.runs.record shapes $(SCALE)
-	@test -f results/$(SCALE)/figure1_shapes.csv || $(PY) -m experiments figure1_shapes $(SCALE)
-	$(call draw,figure2_shapes_accuracy figure6_shapes_loss figure7_group_accuracy)
+tokens: .venv/ready ## coded tokens and cached inference
+	@$(train) $(TEXT) experiment=heads_pareto head=full_untied,scale_shift_bpe,folded,shortlist_frequency seed=0
+	@$(experiment) token_coding measure $(TEXT)
+	@$(experiment) token_store measure $(TEXT)
+	@$(experiment) model_coding measure $(TEXT)
+	@$(train) $(TEXT) experiment=caching
+	@$(experiment) caching measure $(TEXT)
+	@for name in token_coding token_store model_coding caching; do $(experiment) $$name draw || exit; done
 
-figures: .venv/ready
-	@for figure in $(DRAWN); do $(PY) -m experiments $$figure || true; done  # one without its table says so; the rest are drawn
-	@$(PY) -m experiments table2_memory
-	@for table in $(wildcard results/*/decode.csv results/*/figure45_loop_or_shared.csv); do \
-		$(PY) -m experiments $$(basename $$table .csv) --redraw --scale $$(basename $$(dirname $$table)) || exit; done
-	@for table in $(wildcard results/*/token_coding.csv results/*/model_coding.csv); do \
-		$(PY) -m experiments $$(basename $$table .csv) --draw --scale $$(basename $$(dirname $$table)) || exit; done
-	@$(PY) -m experiments audit > /dev/null
-	@$(PY) -m experiments report
+report: .venv/ready ## each claim of the papers beside our tables, with its verdict: results/CORPUS/report.md
+	@$(experiment) audit draw
+	@$(experiment) report draw
 
-test: .venv/ready
+figures: .venv/ready ## every figure and table in words again from the tables that are there
+	@$(experiment) all draw
+
+test: .venv/ready ## quick tests
 	$(PY) -m pytest -q -m "not slow"
 
-test-all: .venv/ready
+test-all: .venv/ready ## the slow tests too
 	$(PY) -m pytest -q
 
-lint: .venv/ready
+lint: .venv/ready ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,21 +1,17 @@
 """What an exact reproduction of arXiv 2411.06371 must know about the paper: results/paper/audit.md.
 
-    python -m experiments audit
+    python -m experiments audit draw
 
 Each point in our own words, with the computation that shows it, from the published values in results/paper and our
-tables in results/simulated, results/laptop and results/text. A point whose table is missing is one line, there and on
-stderr; the others are written all the same.
+tables in results/cost and of one text. A point whose table is missing is one line, there and on stderr; the others are
+written all the same.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
@@ -25,16 +21,16 @@ from experiments.paper.paper_tables import MODELS
 from experiments.paper.table2_memory import SETTINGS, saving
 from experiments.paper.table3_speed import PASSES, WITH_ATTENTION, seconds_of
 from experiments.study.statistics import difference_over_seeds
-from vocabfold.command_line import one_line_errors
 from vocabfold.data.stories import stories
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.heads import FoldedHead, ScaleShiftScorer, equal_partition
 from vocabfold.measure.speed import ratio_summary
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
-PATH = RESULTS / "paper" / "audit.md"
+CORPORA = ("paper",)  # beside the published values
+TEXT = "tinystories"  # whose heads are compared
 VOCABULARY_SIZE = 50_258  # the paper's: GPT-2's tokens and one for padding
 SEQUENCE_LENGTH = 512
 NUM_STORIES = 500
@@ -51,7 +47,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 def flops() -> list[str]:
     """Point 1."""
     columns = ("model", "hidden_size", "forward_gflops", "attention_forward_gflops", "published_convention_gmacs")
-    counts = measured("laptop", "table3_flops", "python -m experiments table3_speed", columns)
+    counts = measured("cost", "table3_flops", "python -m experiments table3_speed measure", columns)
     printed = reference("table3_speed").set_index("hidden_size")
     rows, wrong = [], []
     for _, row in counts.iterrows():
@@ -204,7 +200,7 @@ def another_model() -> list[str]:
         "The text says that the grouped model is GPT-2 with another head. The released code builds it of encoder "
         "layers that normalise after each block, with sinusoidal positions and dropout 0.1: it has no learned "
         "positions and no last normalisation, hence other parameter counts, and keeps dropout's masks. So the "
-        "published comparison changes the head and the backbone at once. `vocabfold/models/paper_code.py` builds it; "
+        "published comparison changes the head and the backbone at once. `experiments/paper/paper_code.py` builds it; "
         "everything else here follows the text.",
         "",
         *table(["hidden size", "GPT-2, grouped (M)", "released code (M)", "difference", "learned positions (M)"], rows),
@@ -226,25 +222,25 @@ def unread_size() -> list[str]:
 
 def choices() -> list[str]:
     """What follows for a comparison of heads."""
-    heads = read_table("heads_pareto", "text")
+    heads = read_table("heads_pareto", TEXT)
     pairs = {
-        "rows of its own instead of the embedding's, full softmax": ("full_free", "full_tied"),
+        "rows of its own instead of the embedding's, full softmax": ("full_untied", "full"),
         "random order instead of token ids, scale and shift": ("scale_shift_random", "scale_shift_bpe"),
         "frequency order instead of token ids, scale and shift": ("scale_shift_frequency", "scale_shift_bpe"),
         "clustered order instead of token ids, scale and shift": ("scale_shift_clustered", "scale_shift_bpe"),
         "a layer a group instead of scale and shift, token ids": ("linear_bpe", "scale_shift_bpe"),
-        "the grouped head instead of GPT-2's full softmax": ("scale_shift_bpe", "full_tied"),
+        "the grouped head instead of GPT-2's full softmax": ("scale_shift_bpe", "full"),
     }
     rows = []
     for change, (new, old) in pairs.items():
-        if not {new, old} <= set(heads["contender"]):
+        if not {new, old} <= set(heads["head"]):
             continue
-        found = difference_over_seeds(heads, "contender", new, old)
+        found = difference_over_seeds(heads, "head", new, old)
         rows.append([change, f"{found.mean:+.3f} ± {found.half_width:.3f}", f"{found.p_value:.2g}", str(found.count)])
     return [
         "The paper compares one grouped head with full softmaxes at one learning rate. What it leaves fixed, order, "
         "token scorer and sharing of rows, moves the loss as much as the head itself (each at its own best learning "
-        "rate, TinyStories, results/text/heads_pareto.csv):",
+        f"rate, {TEXT}, results/{TEXT}/heads_pareto.csv):",
         "",
         *table(["change", "loss (nats), 95%", "p", "seeds"], rows),
     ]
@@ -283,22 +279,18 @@ POINTS: dict[str, Callable[[], list[str]]] = {
 }
 
 
-@one_line_errors
-def main() -> None:
-    """Command line: nothing."""
+def draw(corpus: str) -> None:
+    """Write the list; ``corpus`` is the folder that takes it, paper."""
     lines = ["# Slips of arXiv 2411.06371 that a reproduction must know", ""]
-    lines += ["Written by `python -m experiments audit`; every number is computed when it runs.", ""]
+    lines += ["Written by `python -m experiments audit draw`; every number is computed when it runs.", ""]
     for number, (title, point) in enumerate(POINTS.items(), 1):
         try:
             words = point()
         except UserError as error:
-            print(f"{Path(sys.argv[0]).name}: point {number}: {error}", file=sys.stderr)
+            print(f"audit: point {number}: {error}", file=sys.stderr)
             words = [f"Not computed: {error}"]
         lines += [f"## {number}. {title}", "", *words, ""]
     text = "\n".join(lines)
-    write_text(PATH, text)
-    print(f"{text}wrote {PATH}")
-
-
-if __name__ == "__main__":
-    main()
+    path = RESULTS / corpus / "audit.md"
+    write_text(path, text)
+    print(f"wrote {path}")

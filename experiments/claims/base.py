@@ -12,7 +12,7 @@ from experiments.paper.figure3_group_size import read_reference
 from experiments.paper.main_comparison import MARGIN_NATS
 from experiments.study.statistics import Difference
 from vocabfold.errors import UserError
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
 UNTESTABLE, NOT_RUN = "cannot be tested here", "not run"
@@ -56,8 +56,8 @@ class Claim:
     """One claim of a paper.
 
     ``where`` in the paper it stands, ``published`` its value there (a function where the value is read from
-    results/paper), ``judge``: the scale -> what our tables say, which raises UserError where a table is missing or
-    another version's. ``evidence``: figures and tables under results/, {scale} put in. ``command`` makes them.
+    results/paper), ``judge``: the corpus -> what our tables say, which raises UserError where a table is missing or
+    another version's. ``evidence``: figures and tables under results/, {corpus} put in. ``command`` makes them.
     """
 
     where: str
@@ -67,10 +67,10 @@ class Claim:
     evidence: tuple[str, ...]
     command: str
 
-    def judged(self, scale: str) -> Finding:
+    def judged(self, corpus: str) -> Finding:
         """The finding; a table that is missing or another version's is a finding too."""
         try:
-            return self.judge(scale)
+            return self.judge(corpus)
         except UserError as error:
             return Finding(problem=str(error))
 
@@ -98,7 +98,7 @@ def on_par(asked: str, difference: Difference, found: str = "") -> Check:
     """The upper end of the 95% interval of a loss difference must be at most MARGIN_NATS. Raises UserError below two
     seeds."""
     if difference.count < 2:
-        raise UserError(f"{asked}: fewer than two seeds have both arms: run `make everything` to its end")
+        raise UserError(f"{asked}: fewer than two seeds have both: run its training to the end")
     words = f"{found}{difference.mean:+.3f} ± {difference.half_width:.3f} nats over {difference.count} seeds"
     bound = f"{asked}: upper end of the 95% interval at most {MARGIN_NATS:+.2f} nats"
     return Check(bound, words, difference.high <= MARGIN_NATS)
@@ -123,7 +123,7 @@ def published_extreme(name: str, column: str, highest: bool, unit: str) -> str:
 def with_columns(table: pd.DataFrame, path: str, columns: tuple[str, ...]) -> pd.DataFrame:
     """The table itself. Raises UserError where a column is missing that the claim needs."""
     if missing := [name for name in columns if name not in table.columns]:
-        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make everything` again")
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure again")
     return table
 
 
@@ -141,11 +141,11 @@ def rows_where(table: pd.DataFrame, name: str, **values: object) -> pd.DataFrame
         table = table[table[column] == value]
     if table.empty:
         wanted = ", ".join(f"{column}={value}" for column, value in values.items())
-        raise UserError(f"{name} has no row with {wanted}: another version wrote it; run `make everything` again")
+        raise UserError(f"{name} has no row with {wanted}: another version wrote it; measure again")
     return table
 
 
-def existing(evidence: tuple[str, ...], scale: str) -> list[Path]:
+def existing(evidence: tuple[str, ...], corpus: str) -> list[Path]:
     """Those of the files that are there."""
-    paths = [RESULTS / name.format(scale=scale) for name in evidence]
+    paths = [RESULTS / name.format(corpus=corpus) for name in evidence]
     return [path for path in paths if path.is_file()]

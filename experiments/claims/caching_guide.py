@@ -19,11 +19,11 @@ from vocabfold.errors import UserError
 BASES = {"none": "no cache", "key/value": "a plain key/value cache"}
 
 
-def faster(scale: str) -> Finding:
+def faster(corpus: str) -> Finding:
     """25% faster: the best cache of each library, on prompts that it has not seen."""
     columns = ("library", "cache", "workload", "prompt_tokens", "new_tokens", "round", "seconds")
-    path = f"results/{scale}/caching.csv"
-    table = with_columns(read(scale, "caching.csv", "caching_speed.py"), path, columns)
+    path = f"results/{corpus}/caching.csv"
+    table = with_columns(read(corpus, "caching"), path, columns)
     checks = []
     for library in (name for name in LIBRARIES if name in set(table["library"])):
         for key in (SHORT, LONG):
@@ -36,11 +36,11 @@ def faster(scale: str) -> Finding:
     return Finding(tuple(checks))
 
 
-def leaner(scale: str) -> Finding:
+def leaner(corpus: str) -> Finding:
     """30% less memory: the leanest cache of each library, of the whole peak and of what is above the weights."""
     columns = ("library", "cache", "workload", "peak_memory_mib", "weights_mib")
-    path = f"results/{scale}/caching_memory.csv"
-    memory = with_columns(read(scale, "caching_memory.csv", "caching_memory.py"), path, columns)
+    path = f"results/{corpus}/caching_memory.csv"
+    memory = with_columns(read(corpus, "caching_memory"), path, columns)
     checks: list[Check] = []
     for library in (name for name in LIBRARIES if name in set(memory["library"])):
         rows = unseen(memory, library)
@@ -57,22 +57,22 @@ def leaner(scale: str) -> Finding:
     return Finding(tuple(checks))
 
 
-EVIDENCE = ("{scale}/caching.png", "{scale}/caching.md")
+EVIDENCE = ("{corpus}/caching.png", "{corpus}/caching.md")
 CLAIMS = (
     Claim(
         "summary",
         "Caching makes inference up to 25% faster",
         fixed(f"{FASTER_CLAIM - 1:.0%} faster"),
         faster,
-        (*EVIDENCE, "{scale}/caching.csv"),
-        "`make tokens SCALE={scale}`",
+        (*EVIDENCE, "{corpus}/caching.csv"),
+        "`make tokens`",
     ),
     Claim(
         "summary",
         "Token compression and caching take up to 30% less memory",
         fixed(f"{1 - LEANER_CLAIM:.0%} less"),
         leaner,
-        (*EVIDENCE, "{scale}/caching_memory.csv"),
-        "`make tokens SCALE={scale}`",
+        (*EVIDENCE, "{corpus}/caching_memory.csv"),
+        "`make tokens`",
     ),
 )

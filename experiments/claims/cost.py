@@ -18,7 +18,9 @@ from experiments.claims.base import (
     reference,
     rows_where,
 )
-from experiments.heads.vocabulary_cost import FULL, SCALE_SHIFT, growth, medians
+from experiments.heads.training_step import FULL as FULL_STEP
+from experiments.heads.training_step import SCALE_SHIFT
+from experiments.heads.vocabulary_cost import growth, medians
 from experiments.paper.figure3_group_size import VOCABULARY_SIZE, compare_memory
 from experiments.paper.paper_tables import MODELS
 from experiments.paper.table2_memory import SETTINGS, agreeing_cells, peaks, saving
@@ -26,7 +28,7 @@ from experiments.paper.table3_speed import PASSES, seconds_of
 from experiments.study.statistics import summarise
 from vocabfold.machine import BYTES_PER_GIB
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
-from vocabfold.runs.record import read_table
+from vocabfold.runs.tables import read_table
 
 SMALLEST = 128  # the hidden size of the headline numbers
 SPEED_UP = 3.0  # the headline
@@ -37,7 +39,7 @@ SAME_SHAPE = 0.9  # correlation of two curves
 NEAR_LEAST = 1.05  # times the least memory
 SQUARE_ROOT, LINEAR = 0.5, 1.0  # published growth with V: of S + G, and of V
 EXPONENT = 0.15  # how far a fitted exponent may lie from it
-PAPER_HEAD, FULL_TIED = "scale_shift_bpe", "full_tied"
+PAPER_HEAD, FULL = "scale_shift_bpe", "full"
 
 
 def published_saving(hidden_size: int) -> float:
@@ -51,7 +53,7 @@ def published_saving(hidden_size: int) -> float:
 def simulated_peaks() -> tuple[pd.Series, pd.DataFrame]:
     """(GiB by setting, model and hidden size; the whole table)."""
     columns = ("setting", "model", "hidden_size", "batch_size", "sequence_length", "peak_memory_gib", "parameters_gib")
-    table = measured("simulated", "table2_memory", "python -m experiments table2_memory", columns)
+    table = measured("cost", "table2_memory", "python -m experiments table2_memory measure", columns)
     return peaks(table), table
 
 
@@ -67,16 +69,16 @@ def memory_saving(_: str) -> Finding:
     )
 
 
-def measured_memory(scale: str) -> Finding:
-    """The saving of this scale's own training runs, GPT-Neo's backbone under both heads."""
-    table = read_table("main_comparison", scale)
-    rows = rows_where(table, f"results/{scale}/main_comparison.csv", model="gpt_neo")
+def measured_memory(corpus: str) -> Finding:
+    """The saving of the runs, GPT-Neo's backbone under both heads."""
+    table = read_table("main_comparison", corpus)
+    rows = rows_where(table, f"results/{corpus}/main_comparison.csv", model="gpt_neo")
     means = summarise(rows, ["head"], "peak_memory_gib").set_index("head")["mean"]
-    for head in ("full", "grouped"):
-        rows_where(rows, f"results/{scale}/main_comparison.csv", head=head)
-    ratio = means["full"] / means["grouped"]
+    for head in ("full", "paper"):
+        rows_where(rows, f"results/{corpus}/main_comparison.csv", head=head)
+    ratio = means["full"] / means["paper"]
     sizes = ", ".join(str(size) for size in sorted(rows["hidden_size"].unique()))
-    found = f"hidden {sizes}: {means['full']:.3f} over {means['grouped']:.3f} GiB, {{}}"
+    found = f"hidden {sizes}: {means['full']:.3f} over {means['paper']:.3f} GiB, {{}}"
     return Finding((at_least("full over grouped", ratio, round(published_saving(SMALLEST), 1), "{:.1f}x", found),))
 
 
@@ -121,7 +123,7 @@ def as_printed(name: str, ours: float, printed: float, unit: str) -> Check:
 def speed_columns() -> pd.DataFrame:
     """Table 3's measured rounds."""
     columns = ("setting", "model", "hidden_size", "pass", "round", "seconds", "tokens")
-    return measured("laptop", "table3_speed", "python -m experiments table3_speed", columns)
+    return measured("cost", "table3_speed", "python -m experiments table3_speed measure", columns)
 
 
 def speed_up(_: str) -> Finding:
@@ -138,12 +140,13 @@ def speed_up(_: str) -> Finding:
     return Finding(tuple(checks))
 
 
-def speed_at_scale(scale: str) -> Finding:
-    """The paper's head against the full softmax in one interleaved run at this scale's size."""
-    command = f"python -m experiments heads_cost --scale {scale}"
-    table = measured(scale, "heads_cost", command, ("side", "seconds", "hidden_size"))
-    seconds = {str(side): rows["seconds"].tolist() for side, rows in table.groupby("side")}
-    ratio = ratio_summary(seconds, FULL_TIED, PAPER_HEAD)
+def speed_in_training(corpus: str) -> Finding:
+    """The paper's head against the full softmax in one interleaved run at the size of its own training runs."""
+    table = measured(
+        corpus, "heads_cost", "python -m experiments heads_cost measure", ("method", "seconds", "hidden_size")
+    )
+    seconds = {str(method): rows["seconds"].tolist() for method, rows in table.groupby("method")}
+    ratio = ratio_summary(seconds, FULL, PAPER_HEAD)
     found = f"hidden {table['hidden_size'].iloc[0]}: {{}} ({ratio.low:.2f} to {ratio.high:.2f})"
     return Finding((at_least("grouped over full softmax, whole steps", ratio.median, SPEED_UP, "{:.2f}x", found),))
 
@@ -167,7 +170,7 @@ def absolute_speed(_: str) -> Finding:
 def flops(_: str) -> Finding:
     """Table 3's counts, under the rule that gives most of them."""
     columns = ("model", "hidden_size", "published_convention_gmacs")
-    table = measured("laptop", "table3_flops", "python -m experiments table3_speed", columns)
+    table = measured("cost", "table3_flops", "python -m experiments table3_speed measure", columns)
     printed = reference("table3_speed").set_index("hidden_size")
     return Finding(
         tuple(
@@ -197,13 +200,13 @@ def basin(_: str) -> Finding:
     ))  # fmt: skip
 
 
-def cost_grows_slowly(scale: str) -> Finding:
+def cost_grows_slowly(_: str) -> Finding:
     """What the head costs as the vocabulary grows."""
-    columns = ("head", "vocabulary_size", "fits", "head_seconds")
-    table = measured(scale, "vocabulary_cost", f"python -m experiments vocabulary_cost --scale {scale}", columns)
-    for head in (SCALE_SHIFT, FULL):
-        rows_where(table, f"results/{scale}/vocabulary_cost.csv", head=head)
-    grouped, full = (growth(medians(table, head, "head_seconds")) for head in (SCALE_SHIFT, FULL))
+    columns = ("method", "vocabulary_size", "fits", "head_seconds")
+    table = measured("cost", "vocabulary_cost", "python -m experiments vocabulary_cost measure", columns)
+    for head in (SCALE_SHIFT, FULL_STEP):
+        rows_where(table, "results/cost/vocabulary_cost.csv", method=head)
+    grouped, full = (growth(medians(table, head, "head_seconds")) for head in (SCALE_SHIFT, FULL_STEP))
     return Finding((
         at_most("exponent of the grouped head's time", grouped[0], SQUARE_ROOT + EXPONENT, "{:.2f}",
                 f"grouped V^{{}} ± {grouped[1]:.2f}"),
@@ -228,20 +231,20 @@ def printed_values(table: str, columns: list[str]) -> str:
 TABLE2, GROUP_SIZES, COMPARISON, GROWTH = (
     tuple(f"{name}{suffix}" for suffix in (".png", ".md", ".csv"))
     for name in (
-        "simulated/table2_memory",
-        "{scale}/figure3_group_size",
-        "{scale}/main_comparison",
-        "{scale}/vocabulary_cost",
+        "cost/table2_memory",
+        "{corpus}/figure3_group_size",
+        "{corpus}/main_comparison",
+        "cost/vocabulary_cost",
     )
 )
-TABLE3 = ("laptop/table3_speed.md", "laptop/table3_speed.csv", "laptop/table3_flops.csv", "paper/audit.md")
-SIMULATE, TIME = "`python -m experiments table2_memory`", "`python -m experiments table3_speed`"
+TABLE3 = ("cost/table3_speed.md", "cost/table3_speed.csv", "cost/table3_flops.csv", "paper/audit.md")
+SIMULATE, TIME = "`python -m experiments table2_memory measure`", "`python -m experiments table3_speed measure`"
 CLAIMS = (
     Claim("abstract, Table 2", "The grouped head needs 3.4 times less training memory than GPT-Neo (simulated)",
           lambda: f"{published_saving(SMALLEST):.1f}x at hidden {SMALLEST}", memory_saving, TABLE2, SIMULATE),
-    Claim("abstract, Table 2", "The same, measured in this scale's own training runs",
+    Claim("abstract, Table 2", "The same, measured in training runs on this text",
           lambda: f"{published_saving(SMALLEST):.1f}x at hidden {SMALLEST}", measured_memory, COMPARISON,
-          "`make paper SCALE={scale}`"),
+          "`make paper CORPUS={corpus}`"),
     Claim("Table 2", "Which of the models fits on which card",
           lambda: f"{len(MODELS) * len(reference('table2_memory'))} cells", cells, TABLE2, SIMULATE),
     Claim("Table 2", "Parameters (millions) at hidden 128, 256, 1024, 2048",
@@ -249,9 +252,9 @@ CLAIMS = (
           (*TABLE2, "paper/audit.md"), SIMULATE),
     Claim("abstract, Table 3", "The grouped head trains 3 times as many tokens a second as GPT-2",
           published_speeds, speed_up, TABLE3, TIME),
-    Claim("abstract, Table 3", "The same at this scale's size, the paper's head against the full softmax",
-          published_speeds, speed_at_scale, ("{scale}/heads_pareto.md", "{scale}/heads_cost.csv"),
-          "`python -m experiments heads_cost --scale {scale}`"),
+    Claim("abstract, Table 3", "The same at the size trained here, the paper's head against the full softmax",
+          published_speeds, speed_in_training, ("{corpus}/heads_pareto.md", "{corpus}/heads_cost.csv"),
+          "`python -m experiments heads_cost measure`"),
     Claim("Table 3", "Tokens a second of GPT-2, GPT-Neo and grouped at hidden 128, 256, 1024",
           lambda: printed_values("table3_speed", [f"{model}_tokens_per_s" for model in MODELS]),
           absolute_speed, TABLE3, TIME),
@@ -259,9 +262,9 @@ CLAIMS = (
           lambda: printed_values("table3_speed", [f"{model}_gflops" for model in MODELS]), flops, TABLE3, TIME),
     Claim("Figure 3, left", "Training memory is least near S = G = sqrt V (simulated at the published batch)",
           lambda: published_extreme("figure3_memory", "memory_gb", False, "GB"), basin,
-          (*GROUP_SIZES[:2], "simulated/figure3_simulated_memory.csv"),
-          "`python -m experiments figure3_simulated_memory`"),
+          (*GROUP_SIZES[:2], "cost/figure3_simulated_memory.csv"),
+          "`python -m experiments figure3_simulated_memory measure`"),
     Claim("method", "The head's cost grows as sqrt V, that of the full softmax as V",
           fixed("S + G = 2 sqrt V against V"), cost_grows_slowly, GROWTH,
-          "`python -m experiments vocabulary_cost --scale {scale}`"),
+          "`python -m experiments vocabulary_cost measure`"),
 )  # fmt: skip

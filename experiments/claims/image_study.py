@@ -17,20 +17,20 @@ from experiments.claims.base import (
     rows_where,
     with_columns,
 )
-from experiments.paper.figure2_shapes_accuracy import PUBLISHED_LEARNING_RATE, ends_of
+from experiments.paper.shapes import PUBLISHED_LEARNING_RATE, ends_of
 from experiments.study.curves import read_curves
 from experiments.study.statistics import difference_over_seeds, summarise
 
 CLASSES = 184_320
 CHANCES = 2  # a head has learned nothing while its accuracy is at most so many times a guess's
 NEAR_UNIFORM = 0.05  # and while its training loss is within this share of ln V
-COMMAND = "`make pictures SCALE={scale}`"
+COMMAND = "`make pictures`"
 
 
-def attributes(scale: str) -> Finding:
+def attributes(corpus: str) -> Finding:
     """Table 4 and Figure 1."""
     product = math.prod(len(options.split(";")) for options in reference("table4_attributes")["options"])
-    examples = pictures(scale)
+    examples = pictures(corpus)
     best = rows_where(examples, "figure1_shapes.csv", quantity="best accuracy")["value"].iloc[0]
     classes = int(examples["classes"].iloc[0])
     counted = Check(f"the options of Table 4 combine to {CLASSES:,} classes", f"{product:,}", product == CLASSES)
@@ -38,21 +38,21 @@ def attributes(scale: str) -> Finding:
     return Finding((counted, at_least("no two classes look alike: best possible accuracy", best, 1.0, "{:.4f}", found)))
 
 
-def pictures(scale: str) -> pd.DataFrame:
+def pictures(corpus: str) -> pd.DataFrame:
     """The table of Figure 1."""
-    command = f"python -m experiments figure1_shapes {scale}"
-    return measured(scale, "figure1_shapes", command, ("quantity", "value", "classes"))
+    command = "python -m experiments figure1_shapes measure"
+    return measured(corpus, "figure1_shapes", command, ("quantity", "value", "classes"))
 
 
-def ends(scale: str) -> tuple[pd.DataFrame, int]:
+def ends(corpus: str) -> tuple[pd.DataFrame, int]:
     """(where each run at the published learning rate ends, number of classes)."""
-    name = f"results/{scale}/shapes_curves.csv"
+    name = f"results/{corpus}/shapes_curves.csv"
     columns = ("head", "learning_rate", "validation_accuracy", "validation_group_accuracy")
-    curves = with_columns(read_curves("shapes", scale), name, columns)
+    curves = with_columns(read_curves("shapes", corpus), name, columns)
     rows = rows_where(ends_of(curves), name, learning_rate=PUBLISHED_LEARNING_RATE)
     for head in ("full", "grouped"):
         rows_where(rows, name, head=head)
-    return rows, int(pictures(scale)["classes"].iloc[0])
+    return rows, int(pictures(corpus)["classes"].iloc[0])
 
 
 def mean_of(rows: pd.DataFrame, head: str, column: str) -> float:
@@ -60,9 +60,9 @@ def mean_of(rows: pd.DataFrame, head: str, column: str) -> float:
     return float(summarise(rows[rows["head"] == head], ["head"], column)["mean"].iloc[0])
 
 
-def accuracy(scale: str) -> Finding:
+def accuracy(corpus: str) -> Finding:
     """Figure 2."""
-    rows, classes = ends(scale)
+    rows, classes = ends(corpus)
     full = mean_of(rows, "full", "validation_accuracy")
     difference = difference_over_seeds(rows, "head", "grouped", "full", "validation_accuracy")
     found = f"grouped minus full {difference.mean:+.4f} ± {difference.half_width:.4f} over {difference.count} seeds"
@@ -72,9 +72,9 @@ def accuracy(scale: str) -> Finding:
     ))  # fmt: skip
 
 
-def training_loss(scale: str) -> Finding:
+def training_loss(corpus: str) -> Finding:
     """Figure 6."""
-    rows, classes = ends(scale)
+    rows, classes = ends(corpus)
     uniform = math.log(classes)
     full, grouped = (mean_of(rows, head, "train_loss") for head in ("full", "grouped"))
     published = reference("image_study").set_index("head")["training_loss_nats"]
@@ -86,9 +86,9 @@ def training_loss(scale: str) -> Finding:
     ))  # fmt: skip
 
 
-def group_accuracy(scale: str) -> Finding:
+def group_accuracy(corpus: str) -> Finding:
     """Figure 7."""
-    rows, classes = ends(scale)
+    rows, classes = ends(corpus)
     value = mean_of(rows, "grouped", "validation_group_accuracy")
     low = float(reference("image_study")["group_accuracy_low"].min())
     found = f"of {classes:,} classes: {{}}"
@@ -113,15 +113,15 @@ CLAIMS = (
         "Eight attributes make the classes of the image study, and pictures show them",
         lambda: f"{CLASSES:,} classes",
         attributes,
-        ("{scale}/figure1_shapes.png", "{scale}/figure1_shapes.md", "paper/table4_attributes.csv"),
-        "`python -m experiments figure1_shapes {scale}`",
+        ("{corpus}/figure1_shapes.png", "{corpus}/figure1_shapes.md", "paper/table4_attributes.csv"),
+        "`python -m experiments figure1_shapes measure`",
     ),
     Claim(
         "Figure 2",
         "Validation accuracy: the full softmax never learns the classes, the grouped head does",
         lambda: published_end("validation_accuracy", "{:g}"),
         accuracy,
-        ("{scale}/figure2_shapes_accuracy.png", "{scale}/figure2_shapes_accuracy.md", "{scale}/shapes.csv"),
+        ("{corpus}/shapes_figure2.png", "{corpus}/shapes.md", "{corpus}/shapes.csv"),
         COMMAND,
     ),
     Claim(
@@ -129,7 +129,7 @@ CLAIMS = (
         "Training loss: the full softmax stays at ln V, the grouped head falls to a third of it",
         lambda: published_end("training_loss_nats", "{:g} nats"),
         training_loss,
-        ("{scale}/figure6_shapes_loss.png", "{scale}/figure2_shapes_accuracy.md", "{scale}/shapes.csv"),
+        ("{corpus}/shapes_figure6.png", "{corpus}/shapes.md", "{corpus}/shapes.csv"),
         COMMAND,
     ),
     Claim(
@@ -137,7 +137,7 @@ CLAIMS = (
         "The grouped head nearly always finds the group of a picture",
         published_groups,
         group_accuracy,
-        ("{scale}/figure7_group_accuracy.png", "{scale}/figure2_shapes_accuracy.md", "{scale}/shapes.csv"),
+        ("{corpus}/shapes_figure7.png", "{corpus}/shapes.md", "{corpus}/shapes.csv"),
         COMMAND,
     ),
 )

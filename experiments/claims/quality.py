@@ -21,31 +21,31 @@ from experiments.paper.figure3_group_size import compare_loss
 from experiments.paper.main_comparison import MARGIN_NATS, comparisons, read_documents
 from experiments.study.statistics import difference_over_seeds
 from vocabfold.errors import UserError
-from vocabfold.runs.record import read_table
+from vocabfold.runs.tables import read_table
 
-FULL_TIED, FULL_FREE = "full_tied", "full_free"
+FULL, FULL_UNTIED = "full", "full_untied"
 BY_FREQUENCY = "scale_shift_frequency"
 
 
-def quality(model: str, scale: str) -> Finding:
+def quality(model: str, corpus: str) -> Finding:
     """Grouped minus full in validation loss."""
-    table = read_table("main_comparison", scale)
-    rows = rows_where(table, f"results/{scale}/main_comparison.csv", model=model)
+    table = read_table("main_comparison", corpus)
+    rows = rows_where(table, f"results/{corpus}/main_comparison.csv", model=model)
     checks = []
-    for (corpus, size), arms in rows.groupby(["corpus", "hidden_size"]):
-        difference = difference_over_seeds(arms, "head", "grouped", "full")
+    for size, of_size in rows.groupby("hidden_size"):
+        difference = difference_over_seeds(of_size, "head", "paper", "full")
         name = f"{corpus}, hidden {size}"
         checks.append(on_par(f"grouped minus full, {name}", difference, f"{name}: "))
     return Finding(tuple(checks))
 
 
-def quality_by_document(scale: str) -> Finding:
+def quality_by_document(corpus: str) -> Finding:
     """Grouped minus full over the validation documents, the mean of the seeds' models."""
-    table = read_table("main_comparison", scale)
-    compared = [one for one in comparisons(table, read_documents(scale, table)) if one.documents is not None]
+    table = read_table("main_comparison", corpus)
+    compared = [one for one in comparisons(table, read_documents(corpus, table)) if one.documents is not None]
     if not compared:
-        program = f"python -m experiments document_losses --measure {scale}"
-        raise UserError(f"results/{scale}/document_losses.csv is missing or of too few runs: run {program}")
+        program = "python -m experiments document_losses measure"
+        raise UserError(f"results/{corpus}/document_losses.csv is missing or of too few runs: run {program}")
     checks = []
     for one in compared:
         assert one.documents is not None
@@ -55,23 +55,23 @@ def quality_by_document(scale: str) -> Finding:
     return Finding(tuple(checks))
 
 
-def tuned_quality(scale: str) -> Finding:
+def tuned_quality(corpus: str) -> Finding:
     """The paper's head against the full softmax, tied as GPT-2's and with rows of its own, each at its best learning
     rate."""
-    path = f"results/{scale}/heads_pareto.csv"
-    table = with_columns(read_table("heads_pareto", scale), path, ("contender",))
+    path = f"results/{corpus}/heads_pareto.csv"
+    table = with_columns(read_table("heads_pareto", corpus), path, ("head",))
     checks = []
-    for reference_head in (FULL_TIED, FULL_FREE):
+    for reference_head in (FULL, FULL_UNTIED):
         for head in (PAPER_HEAD, reference_head):
-            rows_where(table, path, contender=head)
-        difference = difference_over_seeds(table, "contender", PAPER_HEAD, reference_head)
+            rows_where(table, path, head=head)
+        difference = difference_over_seeds(table, "head", PAPER_HEAD, reference_head)
         checks.append(on_par(f"{PAPER_HEAD} minus {reference_head}", difference, f"minus {reference_head}: "))
     return Finding(tuple(checks))
 
 
-def hump(scale: str) -> Finding:
+def hump(corpus: str) -> Finding:
     """Figure 3, right."""
-    table = read_table("figure3_group_size", scale)
+    table = read_table("figure3_group_size", corpus)
     checks: list[Check] = []
     for corpus, rows in table.groupby("corpus"):
         found = compare_loss(rows)
@@ -89,9 +89,9 @@ def hump(scale: str) -> Finding:
     return Finding(tuple(checks))
 
 
-def order(scale: str) -> Finding:
+def order(corpus: str) -> Finding:
     """Token-id order against frequency order and against chance, the paper's scorer."""
-    table = with_plain_orders(read_table("order_matters", scale))
+    table = with_plain_orders(read_table("order_matters", corpus))
     checks = []
     for other in ("frequency", "random"):
         differences = {
@@ -100,7 +100,7 @@ def order(scale: str) -> Finding:
         }
         for size in differences:
             for name in ("bpe", other):
-                path = f"results/{scale}/order_matters.csv"
+                path = f"results/{corpus}/order_matters.csv"
                 rows_where(table, path, partition_order=name, group_size=size)
         worse = [size for size, difference in differences.items() if difference.low > MARGIN_NATS]
         found = ", ".join(
@@ -111,32 +111,32 @@ def order(scale: str) -> Finding:
     return Finding(tuple(checks))
 
 
-def quality_grows_along(scale: str) -> Finding:
+def quality_grows_along(corpus: str) -> Finding:
     """The loss at every vocabulary size that the full softmax was trained at: the paper's scorer in the order that
     BPE's is said to stand for, since the sequences have no merges."""
-    path = f"results/{scale}/vocabulary_scaling.csv"
-    table = with_columns(read_table("vocabulary_scaling", scale), path, ("contender", "vocabulary_size"))
-    for head in (BY_FREQUENCY, FULL_FREE):
-        rows_where(table, path, contender=head)
+    path = f"results/{corpus}/vocabulary_scaling.csv"
+    table = with_columns(read_table("vocabulary_scaling", corpus), path, ("head", "vocabulary_size"))
+    for head in (BY_FREQUENCY, FULL_UNTIED):
+        rows_where(table, path, head=head)
     checks = []
     for size, rows in table.groupby("vocabulary_size"):
-        if FULL_FREE not in set(rows["contender"]):
+        if FULL_UNTIED not in set(rows["head"]):
             continue
-        difference = difference_over_seeds(rows, "contender", BY_FREQUENCY, FULL_FREE, quantity_of(table))
+        difference = difference_over_seeds(rows, "head", BY_FREQUENCY, FULL_UNTIED, quantity_of(table))
         checks.append(on_par(f"grouped minus full, V = {size:,.0f}", difference, f"V = {size:,.0f}: "))
     return Finding(tuple(checks))
 
 
 COMPARISON, TUNED, GROUP_SIZES, ORDER, SCALING = (
-    tuple(f"{{scale}}/{name}{suffix}" for suffix in (".png", ".md", ".csv"))
+    tuple(f"{{corpus}}/{name}{suffix}" for suffix in (".png", ".md", ".csv"))
     for name in ("main_comparison", "heads_pareto", "figure3_group_size", "order_matters", "vocabulary_scaling")
 )
-MAKE_PAPER, MAKE_HEADS = "`make paper SCALE={scale}`", "`make heads SCALE={scale}`"
+MAKE_PAPER, MAKE_HEADS = "`make paper`", "`make heads`"
 CLAIMS = (
-    Claim("abstract", "The grouped head is on par with GPT-2", fixed("on par"), lambda scale: quality("gpt2", scale),
+    Claim("abstract", "The grouped head is on par with GPT-2", fixed("on par"), lambda corpus: quality("gpt2", corpus),
           COMPARISON, MAKE_PAPER),
     Claim("abstract", "The grouped head is on par with GPT-Neo", fixed("on par"),
-          lambda scale: quality("gpt_neo", scale), COMPARISON, MAKE_PAPER),
+          lambda corpus: quality("gpt_neo", corpus), COMPARISON, MAKE_PAPER),
     Claim("abstract", "The same on other documents of the kind (bootstrap over the validation documents)",
           fixed("on par"), quality_by_document, COMPARISON, MAKE_PAPER),
     Claim("abstract", "On par with a full softmax, tied or with rows of its own, each at its best learning rate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments.claims.base import Claim, Finding, at_least, reference, rows_where, with_columns
 from experiments.paper.table1_story_quality import COUNTERPARTS, EXPERIMENT, MARKS, PUBLISHED_COLUMNS, TRAINED
 from vocabfold.errors import UserError
-from vocabfold.runs.record import read_table
+from vocabfold.runs.tables import read_table
 
 
 def published_ratios(column: str) -> list[float]:
@@ -14,24 +14,24 @@ def published_ratios(column: str) -> list[float]:
     return (by_model["grouped"] / by_model["gpt2"]).tolist()
 
 
-def stories(scale: str) -> Finding:
+def stories(corpus: str) -> Finding:
     """For each judge and score that it gives: grouped over full, against the least of the published ratios."""
-    path = f"results/{scale}/{EXPERIMENT}.csv"
-    table = with_columns(read_table(EXPERIMENT, scale), path, ("judge", "writer"))
+    path = f"results/{corpus}/{EXPERIMENT}.csv"
+    table = with_columns(read_table(EXPERIMENT, corpus), path, ("judge", "writer"))
     table = rows_where(table, path, model="gpt2", writer=TRAINED)
     checks = []
     for judge, rows in table.groupby("judge"):
         for column, quantity in zip(PUBLISHED_COLUMNS, COUNTERPARTS.get(str(judge), MARKS), strict=True):
             if quantity is None or quantity not in rows:
                 continue
-            means = {head: rows_where(rows, path, head=head)[quantity].mean() for head in ("full", "grouped")}
+            means = {head: rows_where(rows, path, head=head)[quantity].mean() for head in ("full", "paper")}
             if any(mean != mean for mean in means.values()):
                 continue  # too few mentions to say
-            found = f"{judge}, {quantity} {means['grouped']:.2f} over {means['full']:.2f}, ratio {{}}"
-            ratio, bound = means["grouped"] / means["full"], min(published_ratios(column))
+            found = f"{judge}, {quantity} {means['paper']:.2f} over {means['full']:.2f}, ratio {{}}"
+            ratio, bound = means["paper"] / means["full"], min(published_ratios(column))
             checks.append(at_least(f"{judge}, {quantity}: grouped over full", ratio, bound, "{:.2f}", found))
     if not checks:
-        raise UserError(f"{path} holds no score of any judge: run `make everything SCALE={scale}` again")
+        raise UserError(f"{path} holds no score of any judge: measure again")
     return Finding(tuple(checks))
 
 
@@ -47,10 +47,10 @@ CLAIM = Claim(
     published,
     stories,
     (
-        "{scale}/table1_story_quality.png",
-        "{scale}/table1_story_quality.md",
-        "{scale}/table1_story_quality.csv",
+        "{corpus}/table1_story_quality.png",
+        "{corpus}/table1_story_quality.md",
+        "{corpus}/table1_story_quality.csv",
         "paper/table1_published.csv",
     ),
-    f"`python experiments/{EXPERIMENT}.py --measure {{scale}}`",
+    f"`python -m experiments {EXPERIMENT} measure`",
 )

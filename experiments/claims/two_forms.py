@@ -10,14 +10,14 @@ LOOP, SHARED = "linear_looped", "scale_shift"
 TRAINED = "forward and backward"
 
 
-def loop_or_shared(scale: str) -> Finding:
+def loop_or_shared(_: str) -> Finding:
     """The loop's time over the shared layer's at every size."""
     columns = ("tokens", "group_size", "scorer", "pass", "round", "seconds")
-    table = measured(scale, NAME, f"python experiments/{NAME}.py --scale {scale}", columns)
-    table = rows_where(table, f"results/{scale}/{NAME}.csv", **{"pass": TRAINED})
+    table = measured("cost", NAME, f"python -m experiments {NAME} measure", columns)
+    table = rows_where(table, f"results/cost/{NAME}.csv", **{"pass": TRAINED})
     checks = []
     for (tokens, size), rows in table.groupby(["tokens", "group_size"]):
-        seconds = {str(name): side.sort_values("round")["seconds"].tolist() for name, side in rows.groupby("scorer")}
+        seconds = {str(name): of.sort_values("round")["seconds"].tolist() for name, of in rows.groupby("scorer")}
         ratio = ratio_summary(seconds, LOOP, SHARED).median
         name = f"N = {tokens:,}, S = {size:,}"
         checks.append(Check(f"{name}: the loop takes longer (ratio above 1)", f"{name}: {ratio:.2f}", ratio > 1))
@@ -29,6 +29,6 @@ CLAIM = Claim(
     "One shared layer with a scale and a shift a group is faster than a loop over a layer a group",
     fixed("fast and slow, without numbers"),
     loop_or_shared,
-    tuple(f"{{scale}}/{NAME}{suffix}" for suffix in (".png", ".md", ".csv")),
-    f"`python experiments/{NAME}.py --scale {{scale}}`",
+    tuple(f"cost/{NAME}{suffix}" for suffix in (".png", ".md", ".csv")),
+    f"`python -m experiments {NAME} measure`",
 )

@@ -1,16 +1,18 @@
 """A folded head and a compressed embedding together, against the plain GPT-2: numbers, bytes, memory, perplexity.
 
-results/SCALE/both_ends.csv and the plain GPT-2 of results/SCALE/main_comparison.csv -> results/SCALE/both_ends.png, .md
+    python -m vocabfold.train --multirun experiment=both_ends
+    python -m vocabfold.train --multirun experiment=both_ends embedding=tt_matrix embedding.compression=16
+    python -m experiments both_ends measure
+    python -m experiments both_ends draw [CORPUS ...]
 
-    python -m vocabfold.train --multirun experiment=both_ends scale=SCALE
-    python -m vocabfold.train --multirun experiment=both_ends scale=SCALE embedding=tt_matrix embedding.compression=16
-
-The sizes at hidden 128 and 8 layers, the paper's 8.1 M model, are those of models built for the purpose, not trained.
+results/CORPUS/both_ends.csv and the plain GPT-2 of main_comparison.csv -> results/CORPUS/both_ends.png and .md. The
+sizes at hidden 128 and 8 layers, the paper's 8.1 M model, are those of models built for the purpose, not trained.
 """
 
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,50 +21,61 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy import stats
 
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained_on
+from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import mean_and_interval
 from vocabfold.embeddings import EmbeddingSettings
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
 from vocabfold.models.build import ModelSettings, build_model
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 VOCABULARY_SIZE = 50_257
 BYTES_PER_NUMBER = 4
-ARM = ["head", "scorer", "partition_order", "embedding", "embedding_setting"]
+SETTING = ["head", "scorer", "partition_order", "embedding", "embedding_setting"]
 MEGABYTE = 1e6
 GOAL = 4  # times fewer bytes than GPT-2
 
 
-def draw(scale: str) -> None:
-    """Write one scale's picture and table."""
-    table = with_plain(scale)
-    draw_sizes(table, RESULTS / scale / "both_ends.png")
-    path = RESULTS / scale / "both_ends.md"
+add_options = add_settings
+
+
+def measure(arguments: Namespace) -> None:
+    """Gather the finished training runs into the table."""
+    collect_runs("both_ends", arguments.settings)
+
+
+def draw(corpus: str) -> None:
+    """Write one corpus' picture and table."""
+    table = with_plain(corpus)
+    draw_sizes(table, RESULTS / corpus / "both_ends.png")
+    path = RESULTS / corpus / "both_ends.md"
     write_text(path, markdown(table) + "\n" + published_sizes())
     print(f"wrote {path}")
 
 
-def with_plain(scale: str) -> pd.DataFrame:
+def with_plain(corpus: str) -> pd.DataFrame:
     """The runs of both ends after those of the plain GPT-2 of their size. Raises UserError where there is none."""
-    runs, plain = read_table("both_ends", scale), read_table("main_comparison", scale)
+    runs, plain = read_table("both_ends", corpus), read_table("main_comparison", corpus)
     plain = plain[(plain["model"] == "gpt2") & (plain["head"] == "full")]
     size = runs["hidden_size"].iloc[0]
     plain = plain[plain["hidden_size"] == size]
     if plain.empty:
-        raise UserError(f"results/{scale}/main_comparison.csv has no plain GPT-2 of hidden size {size} to compare with")
+        raise UserError(
+            f"results/{corpus}/main_comparison.csv has no plain GPT-2 of hidden size {size} to compare with"
+        )
     # The plain rows are older than the columns of embeddings: a full softmax tied to a float32 table.
     plain = plain.assign(model_bytes=BYTES_PER_NUMBER * plain["num_parameters"], embedding="dense")
     table = pd.concat([plain, runs], ignore_index=True)
-    table[ARM] = table[ARM].astype(object).where(table[ARM].notna(), "")
+    table[SETTING] = table[SETTING].astype(object).where(table[SETTING].notna(), "")
     return table
 
 
-def arms_of(table: pd.DataFrame) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame, list[float]]]:
-    """(key, rows, their losses minus that of the plain GPT-2 of the same seed) of each arm."""
+def settings_of(table: pd.DataFrame) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame, list[float]]]:
+    """(key, rows, their losses minus that of the plain GPT-2 of the same seed) of each head and embedding."""
     plain = table[table["head"] == "full"].set_index("seed")
-    for key, rows in table.groupby(ARM, sort=False):
+    for key, rows in table.groupby(SETTING, sort=False):
         rows = rows[rows["seed"].isin(plain.index)]
         if len(rows):
             differences = rows["validation_loss_nats"].to_numpy() - plain.loc[rows["seed"], "validation_loss_nats"]
@@ -70,13 +83,13 @@ def arms_of(table: pd.DataFrame) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame
 
 
 def draw_sizes(table: pd.DataFrame, path: Path) -> None:
-    """Loss above the plain GPT-2 against bytes, one point an arm."""
+    """Loss above the plain GPT-2 against bytes, one point a head and embedding."""
     plain = table[table["head"] == "full"].set_index("seed")
     figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 2.6))
-    for position, (key, rows, differences) in enumerate(arms_of(table)):
+    for position, (key, rows, differences) in enumerate(settings_of(table)):
         mean, half_width = mean_and_interval(differences)
         color, marker = list(COLORS.values())[position % len(COLORS)], "os^Dv"[position % 5]
-        label = "GPT-2, full softmax" if key[0] == "full" else f"folded, {key[3]} {key[4]}"
+        label = "GPT-2, full softmax" if key[0] == "full" else f"folded head, {key[3]} {key[4]}"
         megabytes = rows["model_bytes"].iloc[0] / MEGABYTE
         axis.errorbar(megabytes, mean, half_width, color=color, marker=marker, linestyle="", capsize=2, label=label)
     axis.axhline(0, color=GREY, linewidth=0.6)
@@ -85,18 +98,19 @@ def draw_sizes(table: pd.DataFrame, path: Path) -> None:
     axis.set_xlabel(f"Bytes of the whole model (MB); dashed: GPT-2 / {GOAL}")
     axis.set_ylabel("Loss above GPT-2 (nats)")
     axis.legend(fontsize=6)
+    figure.suptitle(f"{trained_on(table)}\n{table['seed'].nunique()} seeds, 95% intervals", fontsize=7)
     save(figure, path)
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """One line an arm, its loss minus that of the plain GPT-2 of the same seed."""
+    """One line a head and embedding, its loss minus that of the plain GPT-2 of the same seed."""
     plain = table[table["head"] == "full"].set_index("seed")
     lines = [
         "| head | embedding | parameters | MB | bytes, GPT-2 = 1 | training memory (GiB) | training tokens/s "
         "| loss (nats) | above GPT-2 (nats) | perplexity | seeds |",
         "|---" * 11 + "|",
     ]
-    for key, rows, differences in arms_of(table):
+    for key, rows, differences in settings_of(table):
         loss = rows["validation_loss_nats"]
         mean, half_width = mean_and_interval(differences)
         p_value = stats.ttest_1samp(differences, 0).pvalue if len(rows) > 1 and key[0] != "full" else math.nan
@@ -114,7 +128,7 @@ def markdown(table: pd.DataFrame) -> str:
             f"| {math.exp(loss.mean()):.2f} | {len(rows)} |"
         )
     first = table.iloc[0]
-    notes = f"Corpus {first['corpus']}, {first['tokens']:,.0f} tokens; paired over seeds, 95% intervals (Student's t)."
+    notes = f"{trained_on(table)}; paired over seeds, 95% intervals (Student's t)."
     notes += " Speeds are of separate runs on a machine with other work."
     return "\n".join([*lines, "", notes, f"{first['hardware']}; torch {first['torch']}.", ""])
 
@@ -127,8 +141,10 @@ def named(head: object, scorer: object, order: object) -> str:
 def published_sizes() -> str:
     """Numbers and bytes at hidden 128, 8 layers, 8 heads: nothing here was trained."""
     sizes = ModelSettings(hidden_size=128, num_layers=8, num_heads=8, max_positions=512)
-    folded = HeadSettings(name="grouped", tied=False, scorer="low_rank_sorted", rank=2)  # as large in every order
-    arms = [(HeadSettings(), EmbeddingSettings()), (folded, EmbeddingSettings())]
+    folded = HeadSettings(
+        "low_rank_clustered", "folded", tied=False, scorer="low_rank_sorted", rank=2
+    )  # as large in every order
+    built = [(HeadSettings(), EmbeddingSettings()), (folded, EmbeddingSettings())]
     for name, compression in (
         ("int8", None),
         ("int4", None),
@@ -137,11 +153,11 @@ def published_sizes() -> str:
         ("tt_matrix", 16.0),
     ):
         group_size = 32 if name == "int4" else None
-        arms.append((folded, EmbeddingSettings(name=name, compression=compression, group_size=group_size)))
+        built.append((folded, EmbeddingSettings(name=name, compression=compression, group_size=group_size)))
     lines = ["Sizes at hidden 128, 8 layers (built, not trained):", ""]
     lines += ["| head | embedding | parameters | MB | bytes, GPT-2 = 1 |", "|---|---|---|---|---|"]
     plain_bytes = 0
-    for head, embedding in arms:
+    for head, embedding in built:
         model = build_model(sizes, head, VOCABULARY_SIZE, embedding=embedding)
         plain_bytes = plain_bytes or model.bytes_at_rest
         size = f" {embedding.compression:g}x" if embedding.compression else ""
@@ -151,7 +167,3 @@ def published_sizes() -> str:
             f"| 1/{plain_bytes / model.bytes_at_rest:.2f} |"
         )
     return "\n".join([*lines, ""])
-
-
-if __name__ == "__main__":
-    draw_for_scales("both_ends", draw)()

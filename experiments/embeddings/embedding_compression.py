@@ -1,14 +1,16 @@
 """Perplexity against compression of the input embedding: compressed after training, after recovery, and from scratch.
 
-results/SCALE/embedding_compression.csv -> results/SCALE/embedding_compression.png and .md. The runs behind the table:
+    python -m vocabfold.train --multirun experiment=embedding_compression
+    python -m experiments embedding_compression measure
+    python -m experiments embedding_compression draw [CORPUS ...]
 
-    python -m vocabfold.train --multirun experiment=embedding_compression scale=SCALE
-    python -m vocabfold.compress_embedding RUN ... @conf/compression/embedding_compression_SCALE.txt
+results/CORPUS/embedding_compression.csv -> results/CORPUS/embedding_compression.png and .md.
 """
 
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -16,46 +18,54 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from experiments.embeddings.methods import LOOKS, PUBLISHED
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained_on
+from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import mean_and_interval
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 STAGES = {"compressed": "Compressed after training", "recovered": "and trained on", "scratch": "From scratch"}
-ARM = ["stage", "embedding", "embedding_setting"]
+SETTING = ["stage", "embedding", "embedding_setting"]
 ONE_PERCENT = math.log(1.01)
 
 
-def draw(scale: str) -> None:
-    """Write one scale's picture and table."""
-    table = with_differences(read_table("embedding_compression", scale))
+add_options = add_settings
+
+
+def measure(arguments: Namespace) -> None:
+    """Gather the finished training runs into the table."""
+    collect_runs("embedding_compression", arguments.settings)
+
+
+def draw(corpus: str) -> None:
+    """Write one corpus' picture and table."""
+    table = with_differences(read_table("embedding_compression", corpus))
     stages = [stage for stage in STAGES if (table["stage"] == stage).any()]
-    corpora = sorted(table["corpus"].unique())
-    size = (COLUMN_INCHES * 2, 0.5 + 2.0 * len(corpora))
-    figure, axes = plt.subplots(len(corpora), len(stages), figsize=size, sharex=True, sharey=True, squeeze=False)
-    for row, corpus in zip(axes, corpora, strict=True):
-        for axis, stage in zip(row, stages, strict=True):
-            draw_stage(axis, table[(table["corpus"] == corpus) & (table["stage"] == stage)])
-        row[0].set_ylabel(f"{corpus}: loss above\nthe dense embedding (nats)")
-    for axis, lowest, stage in zip(axes[0], axes[-1], stages, strict=True):
+    size = (COLUMN_INCHES * 2, 2.5)
+    figure, axes = plt.subplots(1, len(stages), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
+        draw_stage(axis, table[table["stage"] == stage])
         axis.set_title(STAGES[stage], fontsize=8)
-        lowest.set_xlabel("Compression of the embedding")
+        axis.set_xlabel("Compression of the embedding")
+    axes[0][0].set_ylabel("Loss above\nthe dense embedding (nats)")
     axes[0][0].legend(fontsize=6)
-    figure.suptitle(f"{table['seed'].nunique()} seeds, 95% intervals; dashed: 3.31x, 38.40x", fontsize=7)
-    save(figure, RESULTS / scale / "embedding_compression.png")
-    path = RESULTS / scale / "embedding_compression.md"
-    parts = [table[table["corpus"] == corpus] for corpus in corpora]
-    write_text(path, "\n".join(markdown(part) for part in parts))
+    scratch = table[table["stage"] == "scratch"]
+    seeds = table["seed"].nunique()
+    claims = ", ".join(f"{claim:.2f}x" for claim in PUBLISHED)
+    figure.suptitle(f"{trained_on(scratch)}; {seeds} seeds, 95% intervals; dashed: {claims}", fontsize=7)
+    save(figure, RESULTS / corpus / "embedding_compression.png")
+    path = RESULTS / corpus / "embedding_compression.md"
+    write_text(path, markdown(table))
     print(f"wrote {path}")
 
 
 def draw_stage(axis: Axes, rows: pd.DataFrame) -> None:
-    """Loss above the dense embedding against compression, for one corpus and stage."""
+    """Loss above the dense embedding against compression, for one stage."""
     for embedding, (color, marker) in LOOKS.items():
-        arms = summary(rows[rows["embedding"] == embedding])
-        if len(arms):
-            x, y, half = arms["compression"], arms["mean"], arms["half_width"]
+        compressed = summary(rows[rows["embedding"] == embedding])
+        if len(compressed):
+            x, y, half = compressed["compression"], compressed["mean"], compressed["half_width"]
             axis.errorbar(x, y, half, color=COLORS[color], marker=marker, capsize=2, label=embedding)
     axis.axhline(0, color=GREY, linewidth=0.8)
     axis.axhline(ONE_PERCENT, color=GREY, linewidth=0.6, linestyle=":")
@@ -87,14 +97,14 @@ def with_differences(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line an arm, by falling compression: means over seeds, the difference with its 95% interval and p-value."""
-    arms = []
-    for key, group in rows.groupby(ARM):
+    """One line a setting, by stage and compression: means over seeds, the difference with its interval and p-value."""
+    compressed = []
+    for key, group in rows.groupby(SETTING):
         mean, half_width = mean_and_interval(group["difference"].tolist())
         first = group.iloc[0]
         tested = len(group) > 1 and group["difference"].std() > 0
-        arms.append({
-            **dict(zip(ARM, key, strict=True)),
+        compressed.append({
+            **dict(zip(SETTING, key, strict=True)),
             "compression": first["embedding_compression"],
             "bytes": first["embedding_bytes"],
             "relative_error": mean_of(group, "embedding_relative_error"),
@@ -106,8 +116,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             "peak_memory_gib": group["peak_memory_gib"].mean(),
             "seeds": len(group),
         })  # fmt: skip
-    columns = [*ARM, "compression", "mean", "half_width"]
-    return pd.DataFrame(arms, columns=None if arms else columns).sort_values(["stage", "compression"])
+    columns = [*SETTING, "compression", "mean", "half_width"]
+    return pd.DataFrame(compressed, columns=None if compressed else columns).sort_values(["stage", "compression"])
 
 
 def mean_of(rows: pd.DataFrame, column: str) -> float:
@@ -116,23 +126,26 @@ def mean_of(rows: pd.DataFrame, column: str) -> float:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Every arm of one corpus in numbers, then what became of the goal and of the two published claims."""
-    arms = summary(table)
+    """Every setting in numbers, then what became of the goal and of the two published claims."""
+    compressed = summary(table)
     lines = [
         "| stage | embedding | setting | compression | bytes | relative error | loss (nats) | above dense (nats) "
         "| perplexity, dense = 1 | p | peak memory (GiB) | seeds |",
         "|---" * 12 + "|",
     ]
-    for _, arm in arms.iterrows():
+    for _, one in compressed.iterrows():
         lines.append(
-            f"| {arm['stage']} | {arm['embedding']} | {arm['embedding_setting']} | {arm['compression']:.2f}x "
-            f"| {arm['bytes']:,.0f} | {number(arm['relative_error'], '.4f')} | {arm['loss']:.4f} "
-            f"| {arm['mean']:+.4f} ± {number(arm['half_width'], '.4f')} | {math.exp(arm['mean']):.4f} "
-            f"| {number(arm['p_value'], '.2g')} | {number(arm['peak_memory_gib'], '.3f')} | {arm['seeds']} |"
+            f"| {one['stage']} | {one['embedding']} | {one['embedding_setting']} | {one['compression']:.2f}x "
+            f"| {one['bytes']:,.0f} | {number(one['relative_error'], '.4f')} | {one['loss']:.4f} "
+            f"| {one['mean']:+.4f} ± {number(one['half_width'], '.4f')} | {math.exp(one['mean']):.4f} "
+            f"| {number(one['p_value'], '.2g')} | {number(one['peak_memory_gib'], '.3f')} | {one['seeds']} |"
         )
     first = table.iloc[0]
-    notes = f"Corpus {first['corpus']}; mean ± 95% interval (Student's t) of the paired difference over seeds."
-    return "\n".join([*lines, "", *verdicts(arms), "", notes, f"{first['hardware']}; torch {first['torch']}.", ""])
+    notes = f"{trained_on(table[table['stage'] == 'scratch'])}; mean ± 95% interval (Student's t) of the paired "
+    notes += "difference over seeds."
+    return "\n".join(
+        [*lines, "", *verdicts(compressed), "", notes, f"{first['hardware']}; torch {first['torch']}.", ""]
+    )
 
 
 def number(value: float, form: str) -> str:
@@ -140,32 +153,30 @@ def number(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
 
 
-def verdicts(arms: pd.DataFrame) -> list[str]:
+def verdicts(compressed: pd.DataFrame) -> list[str]:
     """The goal, and the published claims, in words."""
     lines = []
-    good = arms[(arms["stage"] == "recovered") & (arms["compression"] >= 4) & (arms["mean"] <= ONE_PERCENT)]
+    good = compressed[
+        (compressed["stage"] == "recovered") & (compressed["compression"] >= 4) & (compressed["mean"] <= ONE_PERCENT)
+    ]
     if len(good):
         best = good.sort_values("mean").iloc[0]
         lines.append(
             f"* At 4x or more and within 1% of the dense perplexity after recovery: best is {best['embedding']} "
             f"{best['embedding_setting']} ({best['compression']:.2f}x, perplexity times {math.exp(best['mean']):.4f})."
         )
-    elif (arms["stage"] == "recovered").any():
+    elif (compressed["stage"] == "recovered").any():
         lines.append("* No method at 4x or more stays within 1% of the dense perplexity after recovery.")
-    trains = arms[(arms["embedding"] == "tensor_train") & (arms["stage"] == "compressed")]
-    for _, arm in trains.iterrows():
+    trains = compressed[(compressed["embedding"] == "tensor_train") & (compressed["stage"] == "compressed")]
+    for _, one in trains.iterrows():
         lines.append(
-            f"* Per-token tensor train at {arm['compression']:.2f}x, as decomposed: perplexity times "
-            f"{math.exp(arm['mean']):.3f}; {'better' if is_better(arm) else 'not better'} than the model it was made "
+            f"* Per-token tensor train at {one['compression']:.2f}x, as decomposed: perplexity times "
+            f"{math.exp(one['mean']):.3f}; {'better' if is_better(one) else 'not better'} than the model it was made "
             "from."
         )
     return lines
 
 
-def is_better(arm: pd.Series) -> bool:
+def is_better(one: pd.Series) -> bool:
     """Whether the loss is below that of the dense embedding, with the upper end of the interval where there is one."""
-    return bool(arm["mean"] + (0 if math.isnan(arm["half_width"]) else arm["half_width"]) < 0)
-
-
-if __name__ == "__main__":
-    draw_for_scales("embedding_compression", draw)()
+    return bool(one["mean"] + (0 if math.isnan(one["half_width"]) else one["half_width"]) < 0)

@@ -1,27 +1,27 @@
 """Perplexity of published weights (GPT-2, GPT-Neo) with their embedding compressed and not trained again.
 
-    python -m experiments embedding_published FOLDER data=wikitext data.config_name=wikitext-2-raw-v1
-    python -m experiments embedding_published FOLDER data=text data.train=valid.txt data.valid=valid.txt
+    python -m experiments embedding_published measure FOLDER data=wikitext data.config_name=wikitext-2-raw-v1
+    python -m experiments embedding_published draw
 
 FOLDER holds config.json and model.safetensors. ``input``: the head keeps the dense rows; ``both``: the head, tied as
-published, has the compressed rows too. Writes results/paper/embedding_published.csv, one row a method and setting, and
+published, has the compressed rows too. Writes results/CORPUS/embedding_published.csv, one row a method and setting, and
 .md. Shapes and ranks behind the claims of arXiv 2307.00526 are unknown; searched are those of its compressions.
 """
 
 from __future__ import annotations
 
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import nn
 
 from experiments.embeddings.methods import compressed_tables
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from experiments.study.figures import read_measured
+from experiments.study.measuring import SETTINGS_HELP, composed, identity, is_measured, text_of, write_measured
 from vocabfold.data.batches import Batches, BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.embeddings import DenseEmbedding, EmbeddingSettings, relative_error
@@ -34,8 +34,8 @@ from vocabfold.machine import origin
 from vocabfold.models.gpt import GPT
 from vocabfold.models.published import load_published
 from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device
-from vocabfold.runs.record import RESULTS
-from vocabfold.runs.settings import CONFIG_FOLDER
+from vocabfold.runs.settings import Settings
+from vocabfold.runs.tables import RESULTS
 
 COMPRESSIONS = (2.0, 3.31, 8.0)
 
@@ -61,15 +61,12 @@ def loss_of(model: GPT, head: FullHead, batches: Batches, device: torch.device) 
 
 
 @torch.no_grad()
-def measure(folder: Path, overrides: list[str], sequence_length: int, batch_size: int) -> pd.DataFrame:
+def measure_weights(folder: Path, settings: Settings, sequence_length: int, batch_size: int) -> pd.DataFrame:
     """One row a method and setting. Raises UserError where model and corpus do not fit together."""
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        node = OmegaConf.to_container(compose("train", overrides).data, resolve=True)
-    assert isinstance(node, dict)
     device = choose_device("auto", "fp32", 0)
     model, corpus = (
         load_published(folder).to(device).eval(),
-        load_corpus({str(key): value for key, value in node.items()}),
+        load_corpus(settings.data),
     )
     if corpus.vocabulary_size > model.config.vocabulary_size:
         raise UserError(
@@ -111,24 +108,26 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([*lines, ""])
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
+def add_options(parser: ArgumentParser) -> None:
+    """The weights and the text."""
     parser.add_argument("folder", type=Path, help="of published weights")
-    parser.add_argument("data", nargs="+", help="data=NAME data.KEY=VALUE ..")
+    parser.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=SETTINGS_HELP)
     parser.add_argument("--sequence-length", type=int, default=1024, help="default %(default)s")
     parser.add_argument("--batch-size", type=int, default=1, help="default %(default)s")
-    arguments = parser.parse_args()
-    table = measure(arguments.folder, arguments.data, arguments.sequence_length, arguments.batch_size)
-    table = table.assign(
-        **origin("embedding_published"),
-    )
-    path = RESULTS / "paper" / "embedding_published.csv"
-    write_text(path, table.to_csv(index=False))
-    write_text(path.with_suffix(".md"), markdown(table))
-    print(f"wrote {path}")
 
 
-if __name__ == "__main__":
-    main()
+def measure(arguments: Namespace) -> None:
+    """Measure every method and write the table."""
+    settings = composed(arguments.settings)
+    path = RESULTS / settings.corpus / "embedding_published.csv"
+    measurement = identity("embedding_published", arguments, text_of(settings))
+    if not is_measured(path, measurement):
+        table = measure_weights(arguments.folder, settings, arguments.sequence_length, arguments.batch_size)
+        write_measured(table.assign(**origin("embedding_published")), path, measurement)
+
+
+def draw(corpus: str) -> None:
+    """Write the table in words."""
+    path = RESULTS / corpus / "embedding_published.csv"
+    write_text(path.with_suffix(".md"), markdown(read_measured(path, ("place", "perplexity"))))
+    print(f"wrote {path.with_suffix('.md')}")

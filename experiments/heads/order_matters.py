@@ -1,21 +1,29 @@
 """Does the order of the vocabulary matter? Loss and group accuracy of folded heads, by order and group size.
 
-results/SCALE/order_matters.csv (the paper's scorer, three sizes) and heads_pareto.csv (one linear layer a group)
--> results/SCALE/order_matters.png and .md
+    python -m vocabfold.train --multirun experiment=order_matters
+    python -m experiments order_matters measure
+    python -m experiments order_matters draw [CORPUS ...]
+
+results/CORPUS/order_matters.csv (the paper's scorer, three sizes) and heads_pareto.csv (one linear layer a group)
+-> results/CORPUS/order_matters.png and .md; with heads_pareto_curves.csv also order_matters_group_accuracy.png: how
+often the likeliest group is the right one, by group size and over training.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
+from experiments.study.curves import read_curves
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained_on
+from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_table
 
 ORDERS = {
     "bpe": (COLORS["orange"], "s", "-"),
@@ -23,22 +31,66 @@ ORDERS = {
     "frequency": (COLORS["blue"], "o", "--"),
     "clustered": (COLORS["green"], "^", "-."),
 }
+SCORERS = {"scale_shift": ("scale and shift", "s", "--"), "linear": ("one linear layer a group", "o", "-")}
+LINEAR_HEADS = {"linear_bpe": "bpe", "linear_random": "random", "linear_frequency": "frequency", "folded": "clustered"}
+FAILURE = 0.9  # below which reviews of the paper call the group scorer a failure
 QUANTITIES = {"validation_loss_nats": "Validation loss (nats per token)", "group_accuracy": "Group accuracy"}
 
 
-def draw(scale: str) -> None:
-    """Write one scale's picture and table."""
-    table = with_plain_orders(read_table("order_matters", scale))
+add_options = add_settings
+
+
+def measure(arguments: Namespace) -> None:
+    """Gather the finished training runs into the table."""
+    collect_runs("order_matters", arguments.settings)
+
+
+def draw(corpus: str) -> None:
+    """Write one corpus' pictures and table."""
+    table = with_plain_orders(read_table("order_matters", corpus))
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.3))
     for axis, (quantity, label) in zip(axes, QUANTITIES.items(), strict=True):
         draw_quantity(axis, table, quantity)
         axis.set_ylabel(label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ORDERS))
     figure.suptitle(caption(table), fontsize=7)
-    save(figure, RESULTS / scale / "order_matters.png")
-    path = RESULTS / scale / "order_matters.md"
-    write_text(path, markdown(table, scale))
+    save(figure, RESULTS / corpus / "order_matters.png")
+    path = RESULTS / corpus / "order_matters.md"
+    write_text(path, markdown(table, corpus))
     print(f"wrote {path}")
+    draw_group_accuracy(table, corpus)
+
+
+def draw_group_accuracy(table: pd.DataFrame, corpus: str) -> None:
+    """Group accuracy against group size at the end, and over training at the middle size for both scorers."""
+    curves = read_curves("heads_pareto", corpus).dropna(subset=["validation_loss_nats"])
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.4), sharey=True)
+    rows = summarise(table, ["partition_order", "group_size"], "group_accuracy")
+    trained = {f"scale_shift_{order}": (order, "scale_shift") for order in ORDERS}
+    trained |= {head: (order, "linear") for head, order in LINEAR_HEADS.items()}
+    for order, (color, _, _) in ORDERS.items():
+        line = rows[rows["partition_order"] == order].sort_values("group_size")
+        style: dict[str, Any] = {"color": color, "marker": "s", "linestyle": "--", "capsize": 2}
+        axes[0].errorbar(line["group_size"], line["mean"], yerr=line["half_width"], **style)
+        axes[1].plot([], [], color=color, label=order)
+    for head, (order, scorer) in trained.items():
+        _, marker, dash = SCORERS[scorer]
+        line = summarise(curves[curves["head"] == head], ["tokens"], "validation_group_accuracy")
+        axes[1].plot(line["tokens"] / 1e6, line["mean"], color=ORDERS[order][0], marker=marker, linestyle=dash)
+    sizes = sorted(table["group_size"].unique())
+    axes[0].set_xscale("log")
+    axes[0].set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes[0].minorticks_off()
+    axes[0].set(xlabel="Group size S (tokens)", ylabel="Validation group accuracy", ylim=(0, 1))
+    axes[1].set(xlabel="Training tokens (millions)")
+    for axis in axes:
+        axis.axhline(FAILURE, color=GREY, linewidth=0.8, linestyle=":")
+    for name, marker, dash in SCORERS.values():
+        axes[1].plot([], [], color="black", marker=marker, linestyle=dash, label=name)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(ORDERS) + len(SCORERS))
+    seeds = table["seed"].nunique()
+    figure.suptitle(f"{trained_on(table)}; {seeds} seeds, 95% intervals; dotted: {FAILURE:.0%}", fontsize=7)
+    save(figure, RESULTS / corpus / "order_matters_group_accuracy.png")
 
 
 def with_plain_orders(table: pd.DataFrame) -> pd.DataFrame:
@@ -63,17 +115,14 @@ def draw_quantity(axis: Axes, table: pd.DataFrame, quantity: str) -> None:
 
 def caption(table: pd.DataFrame) -> str:
     """What was trained, how often."""
-    first = table.iloc[0]
-    return (
-        f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens; scale and shift; {table['seed'].nunique()} seeds, "
-        f"95% intervals; {len(table)} runs"
-    )
+    seeds = table["seed"].nunique()
+    return f"{trained_on(table)}; scale and shift; {seeds} seeds, 95% intervals; {len(table)} runs"
 
 
-def markdown(table: pd.DataFrame, scale: str) -> str:
+def markdown(table: pd.DataFrame, corpus: str) -> str:
     """Means and intervals by scorer, size and order, and each order against the paper's."""
-    linear = with_plain_orders(read_table("heads_pareto", scale))
-    linear = linear[linear["contender"].str.fullmatch("linear_(" + "|".join(ORDERS) + ")", na=False)]
+    linear = with_plain_orders(read_table("heads_pareto", corpus))
+    linear = linear[linear["head"].isin(LINEAR_HEADS)]
     lines = ["| scorer | S | order | learning rate | loss (nats) | group accuracy | minus bpe (nats) | p | seeds |"]
     lines.append("|---" * 9 + "|")
     for scorer, rows in (("scale and shift", table), ("one linear layer a group", linear)):
@@ -105,7 +154,3 @@ def line_of(scorer: str, size: int, order: str, of_size: pd.DataFrame) -> str:
         f"| {scorer} | {size} | {order} | {rate:g} | {loss:.3f} ± {loss_width:.3f} | {accuracy:.3f} "
         f"{difference}| {len(rows)} |"
     )
-
-
-if __name__ == "__main__":
-    draw_for_scales("order_matters", draw)()

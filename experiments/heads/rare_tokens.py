@@ -1,21 +1,18 @@
 """Where a folded head loses and wins: validation loss by how often a token stands in the training text.
 
-    python -m experiments rare_tokens --measure laptop
+    python -m experiments rare_tokens measure [KEY=VALUE ...]
+    python -m experiments rare_tokens draw [CORPUS ...]
 
-evaluates the trained runs of experiment=heads_pareto into results/SCALE/rare_tokens.csv, one row a run and class of
-tokens; without --measure the picture and the table are drawn again from that file, for every scale that has one.
+evaluates the trained runs of experiment=heads_pareto into results/CORPUS/rare_tokens.csv, one row a run and class of
+tokens, and draws .png and .md from it.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,24 +20,25 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save, seeds_of
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, seeds_of, trained_on
+from experiments.study.measuring import add_settings, corpus_of, identity, is_measured
 from experiments.study.statistics import summarise
-from vocabfold.command_line import one_line_errors
 from vocabfold.data.corpora import load_corpus
 from vocabfold.files import write_text
-from vocabfold.machine import code_commit, hardware, torch_version
+from vocabfold.machine import origin
 from vocabfold.runs.load import validation_losses
-from vocabfold.runs.record import RESULTS, read_table, write_table
+from vocabfold.runs.record import finished_runs
 from vocabfold.runs.settings import load_settings
+from vocabfold.runs.tables import RESULTS, read_table, write_table
 from vocabfold.tokens import token_counts
 
 NUM_DECILES = 10
 RANK_LIMITS = (0, 10, 100, 1_000, 10_000)  # of classes of tokens by rank in the training text; the last has no end
 SHOWN = {
-    "full_tied": ("full, tied", COLORS["orange"], "s", "-"),
-    "full_free": ("full, free rows", COLORS["red"], "D", "--"),
+    "full": ("full, tied", COLORS["orange"], "s", "-"),
+    "full_untied": ("full, untied", COLORS["red"], "D", "--"),
     "scale_shift_bpe": ("paper's head", GREY, "x", ":"),
-    "linear_clustered": ("linear, clustered", COLORS["green"], "^", "-."),
+    "folded": ("folded: linear, clustered", COLORS["green"], "^", "-."),
     "shortlist_frequency": ("shortlist, frequency", COLORS["blue"], "o", "-"),
     "shortlist_clustered": ("shortlist, clustered", COLORS["purple"], "v", "--"),
 }
@@ -67,12 +65,20 @@ def loss_of_targets(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return losses, tokens, token_counts(corpus.train.tokens, corpus.vocabulary_size)
 
 
-def measure(scale: str) -> None:
+add_options = add_settings
+
+
+def measure(arguments: Namespace) -> None:
     """Evaluate every finished run of heads_pareto and write the table. Raises UserError where there is none."""
+    corpus = corpus_of(arguments.settings)
+    runs = finished_runs("heads_pareto", corpus)
+    path = RESULTS / corpus / "rare_tokens.csv"
+    measurement = identity("rare_tokens", arguments, [folder.name for folder, _ in runs])
+    if is_measured(path, measurement, "measurement"):
+        return
     rows: list[dict[str, Any]] = []
-    for path in tqdm(sorted((RESULTS / "runs" / scale / "heads_pareto").glob("*/row.json")), desc="runs"):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        loss, targets, counts = loss_of_targets(path.parent)
+    for folder, run in tqdm(runs, desc="runs"):
+        loss, targets, counts = loss_of_targets(folder)
         for sorting, classes in classes_of(counts, targets).items():
             for number in classes.unique().tolist():
                 members = classes == number
@@ -87,25 +93,23 @@ def measure(scale: str) -> None:
                         "targets": int(members.sum()),
                         "least_training_count": int(counts[targets[members]].min()),
                         "most_training_count": int(counts[targets[members]].max()),
-                        "hardware": hardware(),
-                        "torch": torch_version(),
-                        "commit": code_commit(),
-                        "command": f"python -m experiments rare_tokens --measure {scale}",
+                        **origin("rare_tokens"),
                     }
                 )
-    write_table(pd.DataFrame(rows), RESULTS / scale / "rare_tokens.csv")
+    write_table(pd.DataFrame(rows).assign(measurement=measurement), path, ("run", "sorted_by", "class"))
+    print(f"wrote {path}")
 
 
-def draw(scale: str) -> None:
-    """Write one scale's picture and table from results/SCALE/rare_tokens.csv."""
-    table = read_table("rare_tokens", scale)
+def draw(corpus: str) -> None:
+    """Write one corpus' picture and table from results/CORPUS/rare_tokens.csv."""
+    table = read_table("rare_tokens", corpus)
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.9))
     by_rank, by_decile = (table[table["sorted_by"] == name] for name in ("rank", "decile"))
-    for contender, (label, color, marker, dash) in SHOWN.items():
+    for head, (label, color, marker, dash) in SHOWN.items():
         style: dict[str, Any] = {"label": label, "color": color, "marker": marker, "linestyle": dash, "capsize": 2}
-        rows = summarise(by_rank[by_rank["contender"] == contender], ["class"], "validation_loss_nats")
+        rows = summarise(by_rank[by_rank["head"] == head], ["class"], "validation_loss_nats")
         axes[0].errorbar(rows["class"], rows["mean"], yerr=rows["half_width"], **style)
-        rows = summarise(differences(by_decile, contender), ["class"], "difference")
+        rows = summarise(differences(by_decile, head), ["class"], "difference")
         axes[1].errorbar(rows["class"] + 1, rows["mean"], yerr=rows["half_width"], **style)
     names = rank_names(by_rank)
     axes[0].set_xticks(list(names), list(names.values()), rotation=30, ha="right")
@@ -114,21 +118,19 @@ def draw(scale: str) -> None:
     axes[1].set(xlabel="Decile of targets, rarest token first", ylabel="Loss minus full, tied (nats)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=6)
-    first = table.iloc[0]
-    seeds = seeds_of(table[table["contender"].isin(SHOWN)])
-    figure.suptitle(f"{first['corpus']}, {first['tokens'] / 1e6:.2f} M tokens; {seeds}, 95% intervals", fontsize=7)
-    save(figure, RESULTS / scale / "rare_tokens.png")
-    path = RESULTS / scale / "rare_tokens.md"
+    seeds = seeds_of(table[table["head"].isin(SHOWN)])
+    figure.suptitle(f"{trained_on(table)}; {seeds}, 95% intervals", fontsize=7)
+    save(figure, RESULTS / corpus / "rare_tokens.png")
+    path = RESULTS / corpus / "rare_tokens.md"
     write_text(path, markdown(by_rank))
     print(f"wrote {path}")
 
 
-def differences(by_decile: pd.DataFrame, contender: str) -> pd.DataFrame:
-    """Loss of ``contender`` minus that of the tied full softmax with the same seed, a row a seed and decile."""
+def differences(by_decile: pd.DataFrame, head: str) -> pd.DataFrame:
+    """Loss of ``head`` minus that of the tied full softmax with the same seed, a row a seed and decile."""
     key = ["seed", "class"]
     loss, reference = (
-        by_decile[by_decile["contender"] == name].set_index(key)["validation_loss_nats"]
-        for name in (contender, "full_tied")
+        by_decile[by_decile["head"] == name].set_index(key)["validation_loss_nats"] for name in (head, "full")
     )
     return (loss - reference).dropna().rename("difference").reset_index()
 
@@ -145,28 +147,14 @@ def markdown(by_rank: pd.DataFrame) -> str:
     """Mean loss and 95% interval over seeds, a line a head, a column a class of ranks."""
     names = rank_names(by_rank)
     lines = ["| head | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
-    for contender in sorted(set(by_rank["contender"].astype(str))):
-        rows = summarise(by_rank[by_rank["contender"] == contender], ["class"], "validation_loss_nats")
+    for head in sorted(set(by_rank["head"].astype(str))):
+        rows = summarise(by_rank[by_rank["head"] == head], ["class"], "validation_loss_nats")
         cells = [f"{mean:.3f} ± {half_width:.3f}" for mean, half_width in rows[["mean", "half_width"]].to_numpy()]
-        lines.append(f"| {contender} | " + " | ".join(cells) + " |")
-    share = by_rank[by_rank["contender"] == by_rank["contender"].iloc[0]].groupby("class")["targets"].first()
+        lines.append(f"| {head} | " + " | ".join(cells) + " |")
+    share = by_rank[by_rank["head"] == by_rank["head"].iloc[0]].groupby("class")["targets"].first()
     lines.append("| share of targets | " + " | ".join(f"{share[number] / share.sum():.1%}" for number in names) + " |")
     note = (
         "Validation loss in nats per token by the rank of the target in the training text; mean ± 95% interval "
         f"(Student's t) over {seeds_of(by_rank)}."
     )
     return "\n".join([*lines, "", note, ""])
-
-
-@one_line_errors
-def main() -> None:
-    """Command line: [--measure] [SCALE ...]."""
-    if "--measure" in sys.argv:
-        sys.argv.remove("--measure")
-        for scale in sys.argv[1:] or ["laptop"]:
-            measure(scale)
-    draw_for_scales("rare_tokens", draw)()
-
-
-if __name__ == "__main__":
-    main()

@@ -41,6 +41,7 @@ RANGES = {"grammar": (0, 10), "creativity": (0, 10), "consistency": (0, 10), "pl
 COLUMNS = {key: "age_years" if key == "age" else f"{key}_of_10" for key in RANGES}
 ANSWER_TOKENS = 45  # of an answer as asked for; a model that thinks first writes more
 NONSENSE_LIMIT = 3  # answers to one question that are not as asked for
+MOST_ANSWER_LETTERS = 100_000  # that are read of a stored answer: five marks take a hundred
 TIMEOUT_SECONDS = 60.0
 RETRIES = 5  # of a request that was refused for now, failed or took too long
 
@@ -59,8 +60,11 @@ class Endpoint:
 
     @property
     def address(self) -> str:
-        """Of the endpoint, as far as it was named."""
-        return self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        """Of the endpoint, as far as it was named, for a person and for what is kept: a password in it is masked."""
+        named = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        scheme, slashes, rest = named.partition("://")
+        user, at, _ = rest.partition("/")[0].rpartition("@")
+        return f"{scheme}{slashes}***@{rest[len(user) + len(at) :]}" if at else named
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,8 @@ class LanguageModelJudge(Judge):
     def stored(self, story: Story, repeat: int) -> dict[str, float] | None:
         """The marks in the cache, None where there are none or the file is damaged."""
         try:
-            return marks_in(self.path_of(story, repeat).read_text(encoding="utf-8"))
+            with self.path_of(story, repeat).open(encoding="utf-8") as file:
+                return marks_in(file.read(MOST_ANSWER_LETTERS))
         except (OSError, UnicodeDecodeError):
             return None
 
@@ -224,7 +229,7 @@ def marks_in(said: str) -> dict[str, float] | None:
     """The five marks in an answer, also where a model wrote around the JSON; None unless all are there and in range."""
     try:
         found = json.loads(said[said.index("{") : said.rindex("}") + 1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     marks = {}
     for key, (least, most) in RANGES.items():

@@ -1,18 +1,15 @@
 """Finished runs of main_comparison, document by document of the validation text.
 
-    python -m experiments document_losses --measure SCALE
+    python -m experiments document_losses measure [KEY=VALUE ...]
 
-writes results/SCALE/document_losses.csv, one row a run and document: how many tokens of it were predicted, and the sum
-of their losses. All runs of a corpus predict the very same positions, and the documents' losses add up to the loss
-that the run itself reported; the program ends without a table where either is not so. main_comparison draws from it.
+writes results/CORPUS/document_losses.csv, one row a run and document: how many tokens of it were predicted, and the sum
+of their losses. All runs predict the very same positions, and the documents' losses add up to the loss that the run
+itself reported; without a table this ends where either is not so. main_comparison draws from it.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +18,17 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from experiments.study.measuring import add_settings, corpus_of, identity, is_measured
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.machine import code_commit, hardware, torch_version
+from vocabfold.machine import origin
 from vocabfold.runs.distributed import choose_device
 from vocabfold.runs.load import validation_losses
-from vocabfold.runs.record import IDENTITY_COLUMNS, RESULTS, finished_runs
+from vocabfold.runs.record import finished_runs
 from vocabfold.runs.settings import load_settings
+from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS
 
 EXPERIMENT = "main_comparison"
 MOST_ROWS = 1_000  # a run; neighbouring documents of a longer text are taken together
@@ -64,13 +62,13 @@ def measure_run(folder: Path, row: dict[str, Any], corpus: Corpus, device: torch
     return table.rename_axis("document").reset_index()
 
 
-def measure(scale: str) -> pd.DataFrame:
-    """Every finished run. Raises UserError where there is none, and where runs of a corpus predict other positions."""
+def losses_of_runs(runs: list[tuple[Path, dict[str, Any]]]) -> pd.DataFrame:
+    """Every run's documents. Raises UserError where runs of a corpus predict other positions."""
     device = choose_device("auto", "fp32", 0)
     corpora: dict[str, Corpus] = {}
     texts: dict[str, pd.DataFrame] = {}  # by corpus, the documents and tokens of the first run
     tables = []
-    for folder, row in tqdm(finished_runs(EXPERIMENT, scale), desc="runs"):
+    for folder, row in tqdm(runs, desc="runs"):
         settings = load_settings(folder)
         key = repr((settings.data, settings.development_share))
         if key not in corpora:
@@ -87,22 +85,17 @@ def measure(scale: str) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", metavar="SCALE", required=True, help="evaluate results/runs/SCALE/main_comparison")
-    scale = parser.parse_args().measure
-    table = measure(scale).assign(
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=f"python -m experiments document_losses --measure {scale}",
-    )
-    path = RESULTS / scale / "document_losses.csv"
+add_options = add_settings
+
+
+def measure(arguments: Namespace) -> None:
+    """Evaluate the runs and write the table. Raises UserError where no run has finished."""
+    corpus = corpus_of(arguments.settings)
+    runs = finished_runs(EXPERIMENT, corpus)
+    path = RESULTS / corpus / "document_losses.csv"
+    measurement = identity("document_losses", arguments, [folder.name for folder, _ in runs])
+    if is_measured(path, measurement, "measurement"):
+        return
+    table = losses_of_runs(runs).assign(measurement=measurement, **origin("document_losses"))
     write_text(path, table.to_csv(index=False))
     print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    main()

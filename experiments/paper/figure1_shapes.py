@@ -1,47 +1,43 @@
 """Figure 1 of arXiv 2411.06371: examples of the image study's pictures, and which classes look alike.
 
-    python -m experiments figure1_shapes [SCALE ...]
+    python -m experiments figure1_shapes measure [KEY=VALUE ...]
+    python -m experiments figure1_shapes draw [CORPUS ...]
 
-draws pictures of experiment=shapes at each scale (all scales by default) into results/SCALE/figure1_shapes.png, then
-every geometry once to see which classes no model can tell apart, and writes the accuracies that this leaves into
-results/SCALE/figure1_shapes.csv and .md.
+draws every geometry of the classes of experiment=shapes once to see which no model can tell apart, and writes the
+accuracies that this leaves into results/CORPUS/figure1_shapes.csv; the picture shows examples. KEY=VALUE: settings of
+training that choose other classes.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+import json
+from argparse import Namespace
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from experiments.paper.lookalikes import Lookalikes, find_lookalikes
-from experiments.study.figures import COLUMN_INCHES, STYLE, save
-from vocabfold.command_line import one_line_errors
+from experiments.study.figures import COLUMN_INCHES, read_measured, save
+from experiments.study.measuring import add_settings, composed, identity, is_measured, text_of, write_measured
 from vocabfold.data.drawing import ATTRIBUTES, picture
 from vocabfold.data.shapes import Shapes, load_shapes
 from vocabfold.files import write_text
 from vocabfold.heads.partition import equal_partition
-from vocabfold.machine import code_commit
-from vocabfold.runs.record import RESULTS
-from vocabfold.runs.settings import CONFIG_FOLDER
+from vocabfold.machine import origin
+from vocabfold.runs.settings import Settings
+from vocabfold.runs.tables import RESULTS
 
-SCALES = ("laptop", "text", "paper")
 ROWS, COLUMNS = 4, 8
 
 
-def shapes_at(scale: str) -> Shapes:
-    """The image set of experiment=shapes."""
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        config = compose("train", ["experiment=shapes", f"scale={scale}"])
-    data: Any = OmegaConf.to_container(config.data, resolve=True)
-    return load_shapes(data)
+def settings_of(words: Sequence[str]) -> Settings:
+    """The settings of experiment=shapes."""
+    return composed(["experiment=shapes", *words])
 
 
-def draw_examples(shapes: Shapes, scale: str) -> None:
+def draw_examples(shapes: Shapes, corpus: str) -> None:
     """A sheet of validation pictures, every one labelled with its class."""
     numbers = shapes.num_train + np.random.default_rng(0).choice(shapes.num_valid, ROWS * COLUMNS, replace=False)
     figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2 * COLUMN_INCHES, COLUMN_INCHES * 1.25))
@@ -50,10 +46,10 @@ def draw_examples(shapes: Shapes, scale: str) -> None:
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{number % len(shapes.classes):,}", fontsize=6, pad=2)
         axis.spines[:].set(visible=True, linewidth=0.3)
-    save(figure, RESULTS / scale / "figure1_shapes.png")
+    save(figure, RESULTS / corpus / "figure1_shapes.png")
 
 
-def table_of(shapes: Shapes, found: Lookalikes, scale: str) -> pd.DataFrame:
+def table_of(shapes: Shapes, found: Lookalikes) -> pd.DataFrame:
     """Ceilings over all classes, and the share of distinguishable classes for every option of every attribute."""
     partition = equal_partition(len(shapes.classes), None)
     rows: list[dict[str, object]] = [
@@ -65,12 +61,10 @@ def table_of(shapes: Shapes, found: Lookalikes, scale: str) -> pd.DataFrame:
             rows.append({"quantity": "looks like no other", "attribute": attribute, "option": option, "value": value})
     table = pd.DataFrame(rows)[["quantity", "attribute", "option", "value"]]
     return table.assign(
-        scale=scale,
         classes=len(shapes.classes),
         num_groups=partition.num_groups,
         image_size=shapes.image_size,
-        commit=code_commit(),
-        command=f"python -m experiments figure1_shapes {scale}",
+        **origin("figure1_shapes"),
     )
 
 
@@ -93,19 +87,25 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([*lines, ""])
 
 
-@one_line_errors
-def main() -> None:
-    """Command line: scales."""
-    for scale in sys.argv[1:] or SCALES:
-        shapes = shapes_at(scale)
-        with plt.rc_context(STYLE):  # type: ignore[arg-type]
-            draw_examples(shapes, scale)
-        table = table_of(shapes, find_lookalikes(shapes.classes, shapes.image_size), scale)
-        path = RESULTS / scale / "figure1_shapes.csv"
-        write_text(path, table.to_csv(index=False))
-        write_text(path.with_suffix(".md"), markdown(table))
-        print(f"{markdown(table)}\nwrote {path}")
+add_options = add_settings
 
 
-if __name__ == "__main__":
-    main()
+def measure(arguments: Namespace) -> None:
+    """Find the classes that look alike and write the table."""
+    settings = settings_of(arguments.settings)
+    path = RESULTS / settings.corpus / "figure1_shapes.csv"
+    measurement = identity("figure1_shapes", arguments, text_of(settings))
+    if is_measured(path, measurement):
+        return
+    shapes = load_shapes(settings.data)
+    table = table_of(shapes, find_lookalikes(shapes.classes, shapes.image_size))
+    write_measured(table.assign(data=json.dumps(settings.data)), path, measurement)
+
+
+def draw(corpus: str) -> None:
+    """Write examples and the table in words."""
+    path = RESULTS / corpus / "figure1_shapes.csv"
+    table = read_measured(path, ("quantity", "data"))
+    draw_examples(load_shapes(json.loads(table["data"].iloc[0])), corpus)
+    write_text(path.with_suffix(".md"), markdown(table))
+    print(f"{markdown(table)}\nwrote {path.with_suffix('.md')}")

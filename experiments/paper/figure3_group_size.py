@@ -1,14 +1,17 @@
-"""Figure 3 of arXiv 2411.06371: memory and validation loss of the grouped head against group size.
+"""Figure 3 of arXiv 2411.06371: memory and validation loss of the paper's head against group size.
 
-results/SCALE/figure3_group_size.csv and main_comparison.csv -> results/SCALE/figure3_group_size.png, with the published
-points (results/paper) and the memory at the paper's own size (results/simulated) drawn in, and the same in numbers,
-results/SCALE/figure3_group_size.md. Each corpus has a row of panels; the full softmax on a second corpus comes from
-figure3_baseline.csv.
+    python -m vocabfold.train --multirun experiment=figure3_group_size
+    python -m experiments figure3_group_size measure
+    python -m experiments figure3_group_size draw [CORPUS ...]
+
+results/CORPUS/figure3_group_size.csv and main_comparison.csv -> results/CORPUS/figure3_group_size.png, with the
+published points (results/paper) and the memory at the paper's own size (figure3_simulated_memory) drawn in, and the
+same in numbers, .md. On a text without main_comparison the full softmax comes from experiment=figure3_baseline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained_on
+from experiments.study.measuring import COST, add_settings, collect_runs, corpora_with_runs, corpus_of
 from experiments.study.statistics import summarise
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.record import RESULTS, read_table
+from vocabfold.runs.record import collect
+from vocabfold.runs.tables import RESULTS, read_table
 
 VOCABULARY_SIZE = 50_257
 BASELINES = {
@@ -36,63 +41,61 @@ PANELS = [
 ]
 
 
-def draw(scale: str) -> None:
-    """Draw one scale's figure."""
-    grouped, full = read_runs(scale)
-    corpora = corpora_of(grouped, full)
-    size = (2 * COLUMN_INCHES, 0.8 + 2.0 * len(corpora))
-    figure, axes = plt.subplots(len(corpora), 2, figsize=size, sharex=True, squeeze=False)
-    for axis, (_, _, published, column) in zip(axes[0], PANELS, strict=True):  # the authors' text was one
-        draw_published(axis, published, column)
-    for row, corpus in zip(axes, corpora, strict=True):
-        draw_corpus(row, grouped[grouped["corpus"] == corpus], full[full["corpus"] == corpus])
-        row[1].set_title(corpus if len(corpora) > 1 else "", loc="right", fontsize=7)
-    for axis in axes[-1]:
-        axis.set_xlabel("Group size S (slots a group)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    handles, labels = in_columns(handles, labels, 3)
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.suptitle(caption(grouped, full), fontsize=7)
-    save(figure, RESULTS / scale / "figure3_group_size.png")
-    path = RESULTS / scale / "figure3_group_size.md"
-    parts = [(grouped[grouped["corpus"] == name], full[full["corpus"] == name]) for name in corpora]
-    write_text(path, "\n".join(markdown(*part) for part in parts))
-    print(f"wrote {path}")
+add_options = add_settings
 
 
-def read_runs(scale: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(grouped, full softmax) runs of one hidden size, of every corpus."""
-    grouped = read_table("figure3_group_size", scale)
-    full = read_table("main_comparison", scale).query("head == 'full'")
-    if (RESULTS / scale / "figure3_baseline.csv").is_file():
-        full = pd.concat([full, read_table("figure3_baseline", scale)], ignore_index=True)
-    return grouped, full[full["hidden_size"].isin(grouped["hidden_size"]) & full["corpus"].isin(grouped["corpus"])]
+def measure(arguments: Namespace) -> None:
+    """Gather the finished training runs into the table."""
+    collect_runs("figure3_group_size", arguments.settings)
+    corpora = [corpus_of(arguments.settings)] if arguments.settings else corpora_with_runs("figure3_group_size")
+    for corpus in corpora:
+        if any((RESULTS / "runs" / corpus / "figure3_baseline").glob("*/row.json")):
+            print(f"wrote {collect('figure3_baseline', corpus)}")
 
 
-def corpora_of(grouped: pd.DataFrame, full: pd.DataFrame) -> list[str]:
-    """Those of main_comparison first."""
-    main = set(full.loc[full["experiment"] == "main_comparison", "corpus"])
-    return sorted(grouped["corpus"].unique(), key=lambda corpus: (corpus not in main, corpus))
-
-
-def draw_corpus(axes: Sequence[Axes], grouped: pd.DataFrame, full: pd.DataFrame) -> None:
-    """One corpus: memory and loss."""
-    for axis, (column, label, _, _) in zip(axes, PANELS, strict=True):
-        draw_ours(axis, grouped, column)
+def draw(corpus: str) -> None:
+    """Write one corpus' figure and table."""
+    folded, full = read_runs(corpus)
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.8), sharex=True)
+    for axis, (column, label, published, published_column) in zip(axes, PANELS, strict=True):
+        draw_published(axis, published, published_column)
+        draw_ours(axis, folded, column)
         draw_baselines(axis, full, column)
-        axis.axvline(VOCABULARY_SIZE**0.5, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
-        axis.set(xscale="log", ylabel=label)
+        draw_root(axis)
+        axis.set(xscale="log", ylabel=label, xlabel="Group size S (slots a group)")
         axis.xaxis.set_major_locator(FixedLocator([14, 56, 225, 900, 3600]))
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.text(
-            VOCABULARY_SIZE**0.5, 1.01, "√V", transform=axis.get_xaxis_transform(), ha="center", fontsize=7, color=GREY
-        )
     draw_simulated(axes[0])
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2]))
     axes[0].yaxis.set_major_formatter(ScalarFormatter())
     axes[0].yaxis.set_minor_formatter(NullFormatter())
+    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = in_columns(handles, labels, 3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    seeds = folded["seed"].nunique()
+    figure.suptitle(f"{trained_on(folded)}; {seeds} seeds, 95% intervals; {len(folded) + len(full)} runs", fontsize=7)
+    save(figure, RESULTS / corpus / "figure3_group_size.png")
+    path = RESULTS / corpus / "figure3_group_size.md"
+    write_text(path, markdown(folded, full))
+    print(f"wrote {path}")
+
+
+def read_runs(corpus: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(runs with the paper's head, runs with the full softmax) of one hidden size: the latter those of main_comparison,
+    or of figure3_baseline on a text that has none. Raises UserError where there are neither."""
+    folded = read_table("figure3_group_size", corpus)
+    has_baseline = (RESULTS / corpus / "figure3_baseline.csv").is_file()
+    full = read_table("figure3_baseline" if has_baseline else "main_comparison", corpus).query("head == 'full'")
+    return folded, full[full["hidden_size"].isin(folded["hidden_size"])]
+
+
+def draw_root(axis: Axes) -> None:
+    """Where the published text expects the least memory: sqrt V."""
+    root = VOCABULARY_SIZE**0.5
+    axis.axvline(root, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
+    axis.text(root, 1.01, "√V", transform=axis.get_xaxis_transform(), ha="center", fontsize=7, color=GREY)
 
 
 def in_columns(handles: list[Any], labels: list[str], columns: int) -> tuple[list[Any], list[str]]:
@@ -105,15 +108,15 @@ def in_columns(handles: list[Any], labels: list[str], columns: int) -> tuple[lis
 def draw_published(axis: Axes, name: str, column: str) -> None:
     """The authors' own points."""
     published = read_published(name, column)
-    label = "published, grouped (memory in GB)"
+    label = "published (memory in GB)"
     axis.plot(published["group_size"], published["mean"], color=GREY, marker=".", label=label, linewidth=0.8)
 
 
 def draw_simulated(axis: Axes) -> None:
-    """Our grouped head at the batch and sequence length of the published curve."""
+    """The paper's head at the batch and sequence length of the published curve."""
     table = read_simulated()
     shape = f"{table['batch_size'].iloc[0]} x {table['sequence_length'].iloc[0]}"
-    label = f"ours, grouped, simulated at {shape}"
+    label = f"ours, simulated at {shape}"
     axis.plot(table["group_size"], table["peak_gib"], color=COLORS["purple"], linestyle="-.", label=label)
 
 
@@ -124,9 +127,11 @@ def read_published(name: str, column: str) -> pd.DataFrame:
 
 
 def read_simulated() -> pd.DataFrame:
-    """The grouped head's rows of the simulated table."""
-    path = RESULTS / "simulated" / "figure3_simulated_memory.csv"
-    return read_reference(path, "run experiments/paper/figure3_simulated_memory.py first").query("head == 'grouped'")
+    """The paper's head's rows of the simulated table."""
+    path = COST / "figure3_simulated_memory.csv"
+    return read_reference(path, "run `python -m experiments figure3_simulated_memory measure` first").query(
+        "head != 'full'"
+    )
 
 
 def read_reference(path: Path, remedy: str) -> pd.DataFrame:
@@ -136,9 +141,9 @@ def read_reference(path: Path, remedy: str) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def draw_ours(axis: Axes, grouped: pd.DataFrame, column: str) -> None:
+def draw_ours(axis: Axes, folded: pd.DataFrame, column: str) -> None:
     """Means over seeds with 95% intervals."""
-    ours = summarise(grouped, ["group_size"], column)
+    ours = summarise(folded, ["group_size"], column)
     axis.errorbar(
         ours["group_size"],
         ours["mean"],
@@ -146,7 +151,7 @@ def draw_ours(axis: Axes, grouped: pd.DataFrame, column: str) -> None:
         color=COLORS["blue"],
         marker="o",
         capsize=2,
-        label="ours, grouped",
+        label="ours, the paper's head",
     )
 
 
@@ -160,13 +165,13 @@ def draw_baselines(axis: Axes, full: pd.DataFrame, column: str) -> None:
         )
 
 
-def markdown(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
+def markdown(folded: pd.DataFrame, full: pd.DataFrame) -> str:
     """One corpus in numbers: means and 95% intervals over seeds, extremes, and how the shapes follow the published."""
-    first = grouped.iloc[0]
-    lines = [f"Corpus {first['corpus']}, {first['tokens']:,} tokens.", ""]
+    first = folded.iloc[0]
+    lines = [f"{trained_on(folded)} ({first['tokens']:,}).", ""]
     lines += ["| S | validation loss (nats) | group accuracy | peak memory (GiB) | seeds |", "|---|---|---|---|---|"]
     loss, accuracy, memory = (
-        summarise(grouped, ["group_size"], column)
+        summarise(folded, ["group_size"], column)
         for column in ("validation_loss_nats", "group_accuracy", "peak_memory_gib")
     )
     means = zip(loss.itertuples(), accuracy["mean"], memory["mean"], strict=True)
@@ -177,7 +182,7 @@ def markdown(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
         peak_gib = full.loc[full["model"] == baseline["model"], "peak_memory_gib"].mean()
         interval = f"{baseline['mean']:.3f} ± {baseline['half_width']:.3f}"
         lines.append(f"| {BASELINES[baseline['model']][0]} | {interval} | | {peak_gib:.4f} | {baseline['seeds']} |")
-    hump, basin = compare_loss(grouped), compare_memory()
+    hump, basin = compare_loss(folded), compare_memory()
     measured = memory.sort_values("mean").iloc[0]
     return "\n".join(
         [
@@ -207,9 +212,9 @@ class Compared:
     correlation: float
 
 
-def compare_loss(grouped: pd.DataFrame) -> Compared:
+def compare_loss(folded: pd.DataFrame) -> Compared:
     """The mean validation loss, and where it is worst."""
-    ours = summarise(grouped, ["group_size"], "validation_loss_nats")
+    ours = summarise(folded, ["group_size"], "validation_loss_nats")
     published = read_published("figure3_val_loss", "val_loss_nats")
     worst, published_worst = (curve.sort_values("mean").iloc[-1] for curve in (ours, published))
     return Compared(ours, worst, published_worst, correlation(ours, published))
@@ -228,18 +233,3 @@ def correlation(ours: pd.DataFrame, published: pd.DataFrame) -> float:
     sizes = np.log(ours["group_size"].to_numpy(dtype=float))
     there = np.interp(sizes, np.log(published["group_size"].to_numpy(dtype=float)), published["mean"])
     return float(np.corrcoef(ours["mean"], there)[0, 1])
-
-
-def caption(grouped: pd.DataFrame, full: pd.DataFrame) -> str:
-    """What was trained, in one line."""
-    first = grouped.iloc[0]
-    budgets = grouped.groupby("corpus", sort=False)["tokens"].first()
-    corpora = " and ".join(f"{corpus}, {tokens / 1e6:.2f} M tokens" for corpus, tokens in budgets.items())
-    return (
-        f"{corpora}; hidden {first['hidden_size']}, {first['num_layers']} layers; {grouped['seed'].nunique()} seeds, "
-        f"95% intervals; {len(grouped) + len(full)} runs"
-    )
-
-
-if __name__ == "__main__":
-    draw_for_scales("figure3_group_size", draw)()

@@ -1,26 +1,26 @@
 """Figure 3's memory at the paper's own size, simulated: batch 32 x 512, hidden 64, 4 layers, 2 heads, fp32, Adam.
 
-    python -m experiments figure3_simulated_memory
+    python -m experiments figure3_simulated_memory measure
 
-writes results/simulated/figure3_simulated_memory.csv, one row a group size and one for the full softmax; seconds on any
-machine, since no floating-point tensor is real. figure3_group_size.py draws it beside the published curve.
+writes results/cost/figure3_simulated_memory.csv, one row a group size and one for the full softmax; seconds on any
+machine, since no floating-point tensor is real. figure3_group_size draws it beside the published curve.
 """
 
 from __future__ import annotations
+
+from argparse import Namespace
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vocabfold.command_line import one_line_errors
-from vocabfold.files import write_text
+from experiments.study.measuring import COST, identity, is_measured, write_measured
 from vocabfold.heads import HeadSettings
 from vocabfold.heads.settings import PartitionSettings
-from vocabfold.machine import BYTES_PER_GIB, code_commit, torch_version
+from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.simulate import SimulatedMemory, TrainingParts, simulated_peak_memory
 from vocabfold.models.build import ModelSettings, build_model
-from vocabfold.runs.record import RESULTS
 
 VOCABULARY_SIZE = 50_257
 BATCH_SIZE, SEQUENCE_LENGTH = 32, 512
@@ -51,24 +51,20 @@ def row_of(head: HeadSettings) -> dict[str, object]:
     return {"head": head.name, "group_size": head.partition.group_size, **parts}
 
 
-@one_line_errors
-def main() -> None:
-    """No arguments."""
-    heads = [HeadSettings(name="full", tied=True)]
-    heads += [HeadSettings(name="grouped", tied=False, partition=PartitionSettings(group_size=S)) for S in GROUP_SIZES]
+def measure(arguments: Namespace) -> None:
+    """Simulate every group size and write the table."""
+    path, measurement = COST / "figure3_simulated_memory.csv", identity("figure3_simulated_memory", arguments)
+    if is_measured(path, measurement):
+        return
+    heads = [HeadSettings("full", "full", tied=True)]
+    heads += [
+        HeadSettings("paper", "folded", tied=False, partition=PartitionSettings(group_size=S)) for S in GROUP_SIZES
+    ]
     table = pd.DataFrame([row_of(head) for head in tqdm(heads, desc="simulated training steps")])
     table["group_size"] = table["group_size"].astype("Int64")
     table = table.assign(
         batch_size=BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,
-        torch=torch_version(),
-        commit=code_commit(),
-        command="python -m experiments figure3_simulated_memory",
+        **origin("figure3_simulated_memory"),
     )
-    path = RESULTS / "simulated" / "figure3_simulated_memory.csv"
-    write_text(path, table.to_csv(index=False))
-    print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    main()
+    write_measured(table, path, measurement)

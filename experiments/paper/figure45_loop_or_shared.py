@@ -1,20 +1,17 @@
-"""One linear layer a group in a loop, or one shared layer with a scale and a shift: the two listings of arXiv
-2411.06371 (its Figures 4 and 5), timed against each other and against our sorted form of each.
+"""Figures 4 and 5 of arXiv 2411.06371: one linear layer a group in a loop, or one shared layer, scaled and shifted.
 
-    python -m experiments figure45_loop_or_shared [--scale laptop] [--rounds 7] [--train FILE]
+    python -m experiments figure45_loop_or_shared measure [--rounds 7] [KEY=VALUE ...]
+    python -m experiments figure45_loop_or_shared draw
 
-writes results/SCALE/figure45_loop_or_shared.csv, one row a head, size, pass and round, then the picture and the table;
-``--redraw`` only the last two. The head stands alone on random hidden states, with the first tokens of a real text as
-targets in token-id order, as published: over tokens N at S = 225 and over group sizes S at N = 4,096.
+times the two published listings against each other and against our sorted form of each: results/cost/
+figure45_loop_or_shared.csv, one row a scorer, size, pass and round, the picture and the table. The head stands alone on
+random hidden states, with the first tokens of a real text as targets in token-id order, as published: over tokens N at
+S = 225 and over group sizes S at N = 4,096.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +24,21 @@ from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.heads.training_step import load_tokens
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
-from vocabfold.command_line import ArgumentParser, one_line_errors
-from vocabfold.errors import UserError
+from experiments.heads.training_step import first_tokens
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, read_measured, save
+from experiments.study.measuring import (
+    COST,
+    add_rounds,
+    add_settings,
+    at_least_one,
+    composed,
+    identity,
+    is_measured,
+    measuring_device,
+    text_of,
+    write_measured,
+)
+from vocabfold.data.corpora import Corpus, load_corpus
 from vocabfold.files import write_text
 from vocabfold.heads import (
     FoldedHead,
@@ -41,11 +49,10 @@ from vocabfold.heads import (
     TokenScorer,
     equal_partition,
 )
-from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
-from vocabfold.measure.allocator import keep_freed_memory
+from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import peak_memory_of
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 NAME = "figure45_loop_or_shared"
 TOKENS, GROUP_SIZES = (256, 1024, 4096, 16384), (14, 56, 225, 900, 3864)
@@ -99,7 +106,7 @@ def measure_point(hidden: Tensor, targets: Tensor, vocabulary_size: int, slots: 
     heads = {name: LoneHead(looks[0], hidden, targets, vocabulary_size, slots) for name, looks in SCORERS.items()}
     calls = {(name, FORWARD): head.forward for name, head in heads.items()}
     calls |= {(name, BOTH): head.forward_and_backward for name, head in heads.items()}
-    named = {" | ".join(side): call for side, call in calls.items()}
+    named = {" | ".join(key): call for key, call in calls.items()}
     seconds = interleaved_seconds(named, rounds, 1, hidden.device, progress=False)
     rows: list[dict[str, Any]] = []
     for (name, direction), call in calls.items():
@@ -110,8 +117,8 @@ def measure_point(hidden: Tensor, targets: Tensor, vocabulary_size: int, slots: 
         row |= {"groups_seen": head.groups_seen, "scorer": name, "pass": direction}
         row |= {"parameter_gib": sum(p.nbytes for p in head.head.parameters()) / BYTES_PER_GIB}
         row |= {"peak_memory_gib": memory.peak_bytes / BYTES_PER_GIB}
-        side = seconds[f"{name} | {direction}"]
-        rows += [row | {"round": index, "seconds": value} for index, value in enumerate(side)]
+        values = seconds[f"{name} | {direction}"]
+        rows += [row | {"round": index, "seconds": value} for index, value in enumerate(values)]
         head.release()
     return pd.DataFrame(rows)
 
@@ -178,7 +185,7 @@ def markdown(table: pd.DataFrame) -> str:
     ])  # fmt: skip
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw_sizes(table: pd.DataFrame, path: Path) -> None:
     """Time and memory over N and over S; bars from the first to the third quartile."""
     fixed_tokens, fixed_size = fixed_values(table["tokens"].unique().tolist(), table["group_size"].unique().tolist())
     sweeps = {
@@ -189,7 +196,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     for column, (over, (rows, label)) in enumerate(sweeps.items()):
         for direction, dash in PASSES.items():
             for name in SCORERS:
-                draw_side(axes[:, column], rows[(rows["pass"] == direction) & (rows["scorer"] == name)], over, dash)
+                draw_scorer(axes[:, column], rows[(rows["pass"] == direction) & (rows["scorer"] == name)], over, dash)
         axes[0, column].set(xscale="log", yscale="log")
         axes[1, column].set(xlabel=label, yscale="log")
         axes[1, column].xaxis.set_major_locator(FixedLocator(sorted(rows[over].unique())))
@@ -213,7 +220,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     save(figure, path)
 
 
-def draw_side(axes: list[Axes], rows: pd.DataFrame, over: str, dash: str) -> None:
+def draw_scorer(axes: list[Axes], rows: pd.DataFrame, over: str, dash: str) -> None:
     """One scorer's time, with its quartiles, and memory."""
     _, _, color, marker = SCORERS[rows["scorer"].iloc[0]]
     low, middle, high = (1e3 * rows.groupby(over)["seconds"].quantile(share) for share in (0.25, 0.5, 0.75))
@@ -223,27 +230,11 @@ def draw_side(axes: list[Axes], rows: pd.DataFrame, over: str, dash: str) -> Non
     axes[1].plot(peak.index, peak, color=color, marker=marker, linestyle=dash)
 
 
-def write_from(path: Path) -> None:
-    """The table -> .md and .png beside it. Raises UserError where there is none or it is another's."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run python experiments/{NAME}.py --scale {path.parent.name} first")
-    table = pd.read_csv(path)
-    if "groups_seen" not in table.columns:
-        raise UserError(f"{path} has no column groups_seen: another version wrote it; measure again")
-    write_text(path.with_suffix(".md"), markdown(table))
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        draw(table, path.with_suffix(".png"))
-
-
-def measure(tokens: list[int], group_sizes: list[int], hidden_size: int, rounds: int, text: str | None) -> pd.DataFrame:
+def measure_points(
+    corpus: Corpus, tokens: list[int], group_sizes: list[int], hidden_size: int, rounds: int, device: torch.device
+) -> pd.DataFrame:
     """All points. Raises UserError where the text has too few tokens."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
-    corpus = load_tokens(text)
-    if len(corpus.train) < max(tokens):
-        raise UserError(f"{corpus.name} has {len(corpus.train):,} tokens: choose --tokens up to that, or a longer text")
-    targets = torch.from_numpy(corpus.train.tokens[: max(tokens)].astype("int64")).to(device)
+    targets = first_tokens(corpus, max(tokens)).to(device)
     torch.manual_seed(0)
     hidden = torch.randn(max(tokens), hidden_size, device=device)
     tables = [
@@ -251,43 +242,42 @@ def measure(tokens: list[int], group_sizes: list[int], hidden_size: int, rounds:
         for number, size in tqdm(points_of(tokens, group_sizes), desc="sizes")
     ]
     setting: dict[str, Any] = {
-        "corpus": corpus.name,
+        **corpus.described,
         "hidden_size": hidden_size,
         "vocabulary_size": corpus.vocabulary_size,
     }
-    table = pd.concat(tables, ignore_index=True).assign(
-        **setting,
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command=" ".join([f"python experiments/{NAME}.py", *sys.argv[1:]]),
-    )
+    table = pd.concat(tables, ignore_index=True).assign(**setting, **origin(NAME))
     return table[[*setting, *table.columns.drop(list(setting))]]
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop", help="results/SCALE takes the table (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--train", help="a local text, documents between <|endoftext|> lines (default: stories)")
+def add_options(parser: ArgumentParser) -> None:
+    """Rounds, sizes and the text."""
+    add_rounds(parser, 7)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="numbers of tokens N")
     parser.add_argument("--group-sizes", type=int, nargs="+", default=GROUP_SIZES, help="slots S of a group")
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--redraw", action="store_true", help="draw the committed table again, measure nothing")
-    arguments = parser.parse_args()
-    path = RESULTS / arguments.scale / f"{NAME}.csv"
-    if not arguments.redraw:
-        if min(*arguments.tokens, *arguments.group_sizes, arguments.hidden_size) < 1:
-            raise UserError("--tokens, --group-sizes and --hidden-size take numbers of at least 1")
-        table = measure(
-            arguments.tokens, arguments.group_sizes, arguments.hidden_size, arguments.rounds, arguments.train
-        )
-        write_text(path, table.to_csv(index=False))
-    write_from(path)
-    print(path.with_suffix(".md").read_text(encoding="utf-8") + f"wrote {path}")
+    parser.add_argument("--hidden-size", type=int, default=128, help="default %(default)s")
+    add_settings(parser)
 
 
-if __name__ == "__main__":
-    main()
+def measure(arguments: Namespace) -> None:
+    """Time every scorer at every size and write the table."""
+    at_least_one(arguments, "tokens", "group_sizes", "hidden_size")
+    settings = composed(arguments.settings)
+    path, measurement = COST / f"{NAME}.csv", identity(NAME, arguments, text_of(settings))
+    if is_measured(path, measurement):
+        return
+    sizes = (arguments.tokens, arguments.group_sizes, arguments.hidden_size, arguments.rounds)
+    write_measured(
+        measure_points(load_corpus(settings.data), *sizes, measuring_device()), path, measurement, beside="corpus"
+    )
+
+
+def draw(corpus: str) -> None:
+    """Write a picture for each text that targets came from, the first under the table's own name, and the words."""
+    path = RESULTS / corpus / f"{NAME}.csv"
+    parts = list(read_measured(path, ("groups_seen",)).groupby("corpus", sort=False))
+    for index, (text, rows) in enumerate(parts):
+        draw_sizes(rows, path.with_name(f"{NAME}_{text}.png" if index else f"{NAME}.png"))
+    words = "\n".join(markdown(rows) for _, rows in parts)
+    write_text(path.with_suffix(".md"), words)
+    print(words)

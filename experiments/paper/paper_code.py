@@ -109,7 +109,7 @@ class PostNormGrouped(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.MultiheadAttention):
                     module.dropout = 0.0
-        settings = HeadSettings(name="grouped", tied=False)
+        settings = HeadSettings("paper", "folded", tied=False)
         self.head = build_head(settings, sizes.vocabulary_size, self.embedding)
         self.register_buffer("positions", sinusoidal_positions(sizes.max_positions, sizes.hidden_size))
         future = torch.ones(sizes.max_positions, sizes.max_positions, dtype=torch.bool).triu(1)

@@ -51,7 +51,8 @@ class Case:
             num_heads=self.num_heads,
             max_positions=self.sequence_length,
         )
-        head = HeadSettings("grouped", tied=False) if self.model == "grouped" else HeadSettings("full", tied=True)
+        folded, full = HeadSettings("paper", "folded", tied=False), HeadSettings("full", "full", tied=True)
+        head = folded if self.model == "grouped" else full
         module = build_model(sizes, head, self.vocabulary_size)
         return module, lambda: module(tokens[:, :-1], tokens[:, 1:]).loss
 

@@ -1,13 +1,14 @@
 """How good are the models' stories? Table 1 of arXiv 2411.06371, on the runs of experiment=main_comparison.
 
-    python -m experiments table1_story_quality --measure laptop
-    python -m experiments table1_story_quality --measure laptop --judge language-model --judge-model NAME --base-url URL
+    python -m experiments table1_story_quality measure [KEY=VALUE ...]
+    python -m experiments table1_story_quality measure --judge language-model --judge-model NAME --base-url URL
+    python -m experiments table1_story_quality draw [CORPUS ...]
 
 cuts validation stories at random, lets every model write on (temperature 0.4, top-k 50) and has the stories judged into
-results/SCALE/table1_story_quality.csv, one row a run and judge, with a sample of them in
-table1_story_quality_stories.md; without --measure the table beside the published one and the picture are drawn again,
-for every scale that has been measured. Judges: the grammar of the embedded stories' own generator (for other texts what
-needs no grammar), or a language model behind an endpoint that speaks OpenAI's protocol.
+results/CORPUS/table1_story_quality.csv, one row a run and judge, with a sample of them in
+table1_story_quality_stories.md, and draws the table beside the published one and the picture. Judges: the grammar of
+the embedded stories' own generator (for other texts what needs no grammar), or a language model behind an endpoint that
+speaks OpenAI's protocol.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -48,26 +47,32 @@ from experiments.judging import (
 )
 from experiments.judging.language_model import RETRIES, TIMEOUT_SECONDS
 from experiments.paper.paper_tables import MODELS
-from experiments.study.figures import COLORS, COLUMN_INCHES, draw_for_scales, save
+from experiments.study.figures import COLORS, COLUMN_INCHES, save
+from experiments.study.measuring import (
+    add_settings,
+    at_least_one,
+    corpus_of,
+    identity,
+    is_measured,
+)
 from experiments.study.statistics import mean_and_interval
-from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.machine import code_commit, hardware, torch_version
-from vocabfold.runs.record import RESULTS, RUN_COLUMNS, read_table, write_table
+from vocabfold.machine import origin
+from vocabfold.runs.tables import RESULTS, RUN_COLUMNS, read_table, write_table
 
 EXPERIMENT = "table1_story_quality"
 TRAINED, HALF_TRAINED = "trained", "half-trained"
 SOURCES = {"main_comparison": TRAINED, EXPERIMENT: HALF_TRAINED}  # experiment of a run -> what its writer is called
 WRITERS = [OWN_ENDINGS, TRAINED, HALF_TRAINED, MIXED_SENTENCES, SHUFFLED_WORDS]
 STYLES = {OWN_ENDINGS: ("green", "^"), MIXED_SENTENCES: ("purple", "v"), SHUFFLED_WORDS: ("red", "x")}
-STYLES |= {"full": ("orange", "s"), "grouped": ("blue", "o")}
+STYLES |= {"full": ("orange", "s"), "paper": ("blue", "o")}
 JUDGES = ("grammar", "language-model")
 NUM_TRAINING_DOCUMENTS = 20_000  # at most so many are remembered by the judges that know the training text
 NUM_SHOWN, SHOWN_WORDS = 3, 15  # stories in the sample, and words of their beginnings
 SEED = 0  # of the beginnings and the spoilt references
 WHOLE = ["seed", "hidden_size", "num_layers", "steps", "tokens", "num_parameters", "stories"]
-ARM = ["writer", "model", "hidden_size", "head"]
+WRITER = ["writer", "model", "hidden_size", "head"]
 QUANTITIES = {**GrammarJudge.quantities, **LanguageModelJudge.quantities}
 # The column of the published table that a quantity comes nearest to.
 COUNTERPARTS = {
@@ -99,40 +104,73 @@ ANSWERS = Path(os.environ.get("VOCABFOLD_CACHE", "~/.cache/vocabfold")) / "judge
 PUBLISHED_COLUMNS = ("grammar", "creativity", "consistency", "plot", "age")
 
 
-def measure(scale: str, options: Namespace) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """Who judges what, and the text."""
+    parser.add_argument("--judge", choices=JUDGES, default="grammar", help="who judges (default %(default)s)")
+    parser.add_argument("--beginnings", type=int, default=40, help="validation stories (default %(default)s)")
+    parser.add_argument("--continuations", type=int, default=1, help="of each beginning (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of each (default %(default)s)")
+    group = parser.add_argument_group("--judge language-model")
+    group.add_argument("--judge-model", help="its name at the endpoint")
+    group.add_argument("--base-url", help="of the endpoint (default OPENAI_BASE_URL, or OpenAI)")
+    group.add_argument("--key-variable", default="OPENAI_API_KEY", help="variable with the key (default %(default)s)")
+    group.add_argument("--repeats", type=int, default=1, help="asks about each story (default %(default)s)")
+    group.add_argument("--retries", type=int, default=RETRIES, help="of a failing request (default %(default)s)")
+    group.add_argument("--timeout-seconds", type=float, default=TIMEOUT_SECONDS, help="(default %(default)s)")
+    group.add_argument("--dollars-per-million", type=float, nargs=2, default=(None, None), metavar=("IN", "OUT"))
+    group.add_argument("--cache", type=Path, default=ANSWERS, help="folder of answers (default %(default)s)")
+    group.add_argument("--yes", action="store_true", help="do not ask whether to go on after the estimate")
+    add_settings(parser)
+
+
+def measure(arguments: Namespace) -> None:
     """Let every finished run write and the judge judge. Raises UserError where no run of main_comparison is there."""
-    folder = RESULTS / "runs" / scale
+    at_least_one(arguments, "beginnings", "continuations", "max_tokens", "repeats")
+    corpus = corpus_of(arguments.settings)
+    folder = RESULTS / "runs" / corpus
     runs = {
         writer: sorted(row.parent for row in (folder / experiment).glob("*/row.json"))
         for experiment, writer in SOURCES.items()
     }
     if not runs[TRAINED]:
-        raise UserError(f"no run of main_comparison has finished at scale {scale}: `make paper SCALE={scale}` first")
-    written = list(written_by_runs(runs, options.beginnings, options.continuations, options.max_tokens, SEED))
+        raise UserError(f"no run of main_comparison on {corpus} has finished: run `make paper` first")
+    path = RESULTS / corpus / f"{EXPERIMENT}.csv"
+    names = [folder.name for folders in runs.values() for folder in folders]
+    measurement = identity(EXPERIMENT, judged_by(arguments), names)
+    if is_measured(path, measurement, "measurement"):
+        return
+    written = list(written_by_runs(runs, arguments.beginnings, arguments.continuations, arguments.max_tokens, SEED))
     materials = list({id(writer.material): writer.material for writer in written}.values())
     for material in materials:
         written += written_references(material, SEED)
-    judges = {id(material): judge_of(options, material) for material in materials}
+    judges = {id(material): judge_of(arguments, material) for material in materials}
     if isinstance(judge := judges[id(materials[0])], LanguageModelJudge):
-        agree(judge, [story for writer in written for story in writer.stories], options)
+        agree(judge, [story for writer in written for story in writer.stories], arguments)
     rows = []
     for writer in tqdm(written, desc="judging"):
         judge = judges[id(writer.material)]
         scores = pd.DataFrame(judge.scores(writer.stories))
-        row = {name: writer.row.get(name) for name in RUN_COLUMNS} | {"experiment": EXPERIMENT, "scale": scale}
+        row = {name: writer.row.get(name) for name in RUN_COLUMNS} | {
+            "experiment": EXPERIMENT,
+            "measurement": measurement,
+        }
         row |= {"writer": writer.name, "judge": judge.name, "stories": len(scores)}
         for quantity in judge.quantities:
             row[quantity], row[f"{quantity}_half_width"] = mean_and_bootstrap(scores[quantity].tolist())
-        origin = {"hardware": hardware(), "torch": torch_version(), "commit": code_commit()}
-        rows.append(row | origin | {"command": f"python experiments/{EXPERIMENT}.py --measure {scale}"})
+        rows.append(row | origin(EXPERIMENT))
     table = pd.DataFrame(rows)
-    path = RESULTS / scale / f"{EXPERIMENT}.csv"
     if path.is_file():  # what another judge said stays
-        before = read_table(EXPERIMENT, scale)
+        before = read_table(EXPERIMENT, corpus)
         table = pd.concat([before[~before["judge"].isin(table["judge"])], table], ignore_index=True)
     table[WHOLE] = table[WHOLE].astype("Int64")
-    write_table(table, path)
+    write_table(table, path, ("run", "corpus", "writer", "judge"))
     write_text(path.with_name(f"{EXPERIMENT}_stories.md"), sample(written))
+
+
+def judged_by(arguments: Namespace) -> Namespace:
+    """The options that decide what is judged and how: not where answers are kept or how patiently they are awaited."""
+    names = ("judge", "beginnings", "continuations", "max_tokens", "judge_model", "repeats")
+    return Namespace(**{name: getattr(arguments, name) for name in names})
 
 
 def judge_of(options: Namespace, material: Material) -> Judge:
@@ -162,11 +200,11 @@ def agree(judge: LanguageModelJudge, stories: Sequence[Story], options: Namespac
 
 
 def sample(written: Sequence[Written]) -> str:
-    """The first stories of each arm's first seed."""
+    """The first stories of each one's first seed."""
     models: dict[str, list[Story]] = {}
     for writer in written:
         if "model" in writer.row:
-            models.setdefault(arm_name(writer.row | {"writer": writer.name}), writer.stories)
+            models.setdefault(name_of(writer.row | {"writer": writer.name}), writer.stories)
     lines = ["# What the models wrote", "", f"The same beginnings for all; of each the last {SHOWN_WORDS} words."]
     for number in range(NUM_SHOWN):
         first = next(iter(models.values()))[number]
@@ -177,10 +215,10 @@ def sample(written: Sequence[Written]) -> str:
     return "\n".join([*lines, ""])
 
 
-def draw(scale: str) -> None:
-    """Write one scale's picture and table from results/SCALE/table1_story_quality.csv."""
-    table = read_table(EXPERIMENT, scale)
-    arms = arms_of(table)[::-1]
+def draw(corpus: str) -> None:
+    """Write one corpus' picture and table from results/CORPUS/table1_story_quality.csv."""
+    table = read_table(EXPERIMENT, corpus)
+    kinds_of_writer = writers_of(table)[::-1]
     panels = [
         (judge, name)
         for judge in sorted(set(table["judge"]))
@@ -188,17 +226,17 @@ def draw(scale: str) -> None:
         if name in measured(table, judge)
     ]
     num_rows = math.ceil(len(panels) / 3)
-    size = (2 * COLUMN_INCHES, 0.7 + (0.4 + 0.15 * len(arms)) * num_rows)
+    size = (2 * COLUMN_INCHES, 0.7 + (0.4 + 0.15 * len(kinds_of_writer)) * num_rows)
     figure, grid = plt.subplots(num_rows, 3, figsize=size, sharey=True, squeeze=False)
     for axis, (judge, quantity) in zip(grid.flat, panels, strict=False):
-        for position, arm in enumerate(arms):
-            mean, half_width, _ = summary(rows_of_arm(table, arm, judge), quantity)
-            color, marker = STYLES[arm["head"] if arm["head"] in STYLES else arm["writer"]]
+        for position, one in enumerate(kinds_of_writer):
+            mean, half_width, _ = summary(rows_of(table, one, judge), quantity)
+            color, marker = STYLES[one["head"] if one["head"] in STYLES else one["writer"]]
             style: dict[str, Any] = {"color": COLORS[color], "marker": marker, "capsize": 2}
-            if arm["writer"] == HALF_TRAINED:
+            if one["writer"] == HALF_TRAINED:
                 style["markerfacecolor"] = "white"
             axis.errorbar(mean, position, xerr=half_width, **style)
-        axis.set_yticks(range(len(arms)), [arm_name(arm) for arm in arms])
+        axis.set_yticks(range(len(kinds_of_writer)), [name_of(one) for one in kinds_of_writer])
         by = "" if judge in BY_RULES else f"\n{judge}"
         axis.set_xlabel(QUANTITIES[quantity] + by, fontsize=7)
         if quantity.endswith("_share"):
@@ -207,8 +245,8 @@ def draw(scale: str) -> None:
         axis.set_visible(False)
     first = table.iloc[0]
     figure.suptitle(f"{first['corpus']}, {first['stories']} stories from each writer; 95% intervals", fontsize=7)
-    save(figure, RESULTS / scale / f"{EXPERIMENT}.png")
-    write_text(path := RESULTS / scale / f"{EXPERIMENT}.md", markdown(table))
+    save(figure, RESULTS / corpus / f"{EXPERIMENT}.png")
+    write_text(path := RESULTS / corpus / f"{EXPERIMENT}.md", markdown(table))
     print(f"wrote {path}")
 
 
@@ -218,19 +256,19 @@ def measured(table: pd.DataFrame, judge: str) -> list[str]:
     return [name for name in QUANTITIES if name in rows and rows[name].notna().any()]
 
 
-def arms_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+def writers_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Every writer, model, hidden size and head that was judged, the best reference first, the worst last."""
-    arms = table[ARM].drop_duplicates()
-    order = arms["writer"].map(WRITERS.index)
-    rows = arms.assign(order=order).sort_values(["order", *ARM[1:]])[ARM].to_dict("records")
+    kinds_of_writer = table[WRITER].drop_duplicates()
+    order = kinds_of_writer["writer"].map(WRITERS.index)
+    rows = kinds_of_writer.assign(order=order).sort_values(["order", *WRITER[1:]])[WRITER].to_dict("records")
     return [{str(name): value for name, value in row.items()} for row in rows]
 
 
-def rows_of_arm(table: pd.DataFrame, arm: Mapping[str, Any], judge: str) -> pd.DataFrame:
-    """One judge's rows of an arm, one a seed."""
+def rows_of(table: pd.DataFrame, one: Mapping[str, Any], judge: str) -> pd.DataFrame:
+    """One judge's rows of an one, one a seed."""
     same = table["judge"] == judge
-    for name in ARM:
-        same &= table[name].isna() if pd.isna(arm[name]) else table[name] == arm[name]
+    for name in WRITER:
+        same &= table[name].isna() if pd.isna(one[name]) else table[name] == one[name]
     return table[same]
 
 
@@ -242,12 +280,12 @@ def summary(rows: pd.DataFrame, quantity: str) -> tuple[float, float, int]:
     return (*(mean_and_interval(rows[quantity].tolist()) if len(rows) else (math.nan, math.nan)), len(rows))
 
 
-def arm_name(arm: Mapping[str, Any]) -> str:
-    """How a reader calls an arm."""
-    if not isinstance(arm["model"], str):
-        return str(arm["writer"])
-    half = "" if arm["writer"] == TRAINED else f", {arm['writer']}"
-    return f"{MODELS[arm['model']]} {int(arm['hidden_size'])}, {arm['head']}{half}"
+def name_of(one: Mapping[str, Any]) -> str:
+    """How a reader calls an one."""
+    if not isinstance(one["model"], str):
+        return str(one["writer"])
+    half = "" if one["writer"] == TRAINED else f", {one['writer']}"
+    return f"{MODELS[one['model']]} {int(one['hidden_size'])}, {one['head']}{half}"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -257,21 +295,21 @@ def markdown(table: pd.DataFrame) -> str:
     for _, row in pd.read_csv(RESULTS / "paper" / "table1_published.csv").iterrows():
         cells = " | ".join(f"{row[name]:.2f}" for name in PUBLISHED_COLUMNS)
         lines.append(f"| {MODELS[row['model']]} {row['hidden_size']} | published: language model, of 10 | {cells} |")
-    arms, judges = arms_of(table), sorted(set(table["judge"]))
+    kinds_of_writer, judges = writers_of(table), sorted(set(table["judge"]))
     for judge in judges:
         unit = "share from 0 to 1" if judge in BY_RULES else "of 10"
-        for arm in arms:
-            rows = rows_of_arm(table, arm, judge)
+        for one in kinds_of_writer:
+            rows = rows_of(table, one, judge)
             cells = " | ".join(cell(rows, name) for name in COUNTERPARTS.get(judge, MARKS))
-            lines.append(f"| {arm_name(arm)} | {judge}, {unit} | {cells} |")
+            lines.append(f"| {name_of(one)} | {judge}, {unit} | {cells} |")
     for judge in judges:
         names = measured(table, judge)
         lines += ["", f"Everything measured by: {judge}", ""]
         lines.append("| writer | " + " | ".join(QUANTITIES[name] for name in names) + " | seeds |")
         lines.append("|---" * (len(names) + 2) + "|")
-        for arm in arms:
-            rows = rows_of_arm(table, arm, judge)
-            lines.append(f"| {arm_name(arm)} | " + " | ".join(cell(rows, name) for name in names) + f" | {len(rows)} |")
+        for one in kinds_of_writer:
+            rows = rows_of(table, one, judge)
+            lines.append(f"| {name_of(one)} | " + " | ".join(cell(rows, name) for name in names) + f" | {len(rows)} |")
         lines += ["", *differences(table, judge)]
     first, interval = table.iloc[0], "± 95%: Student's t over seeds, or resampled stories where there is one seed."
     lines += ["", *(NOTES[judge] for judge in judges if judge in NOTES), ""]
@@ -288,63 +326,22 @@ def cell(rows: pd.DataFrame, quantity: str | None) -> str:
 
 
 def differences(table: pd.DataFrame, judge: str) -> list[str]:
-    """Grouped minus full of each trained model and quantity: the mean over seeds, its interval, a paired t-test."""
+    """The paper's head minus full of each trained model and quantity: mean over seeds, interval, paired t-test."""
     lines = []
     rows = table[(table["judge"] == judge) & (table["writer"] == TRAINED)]
     for model in rows[["model", "hidden_size"]].drop_duplicates().to_dict("records"):
         of_model = rows[(rows["model"] == model["model"]) & (rows["hidden_size"] == model["hidden_size"])]
         for quantity in measured(table, judge):
             values = of_model.pivot_table(index="seed", columns="head", values=quantity).dropna()
-            if not {"full", "grouped"} <= set(values.columns) or len(values) < 2:
+            if not {"full", "paper"} <= set(values.columns) or len(values) < 2:
                 continue
-            change = values["grouped"] - values["full"]
+            change = values["paper"] - values["full"]
             mean, half_width = mean_and_interval(change.tolist())
             if change.std() == 0:  # both always at the end of their scale
                 continue
-            p_value = stats.ttest_rel(values["grouped"], values["full"]).pvalue
+            p_value = stats.ttest_rel(values["paper"], values["full"]).pvalue
             lines.append(
-                f"* {MODELS[model['model']]} {int(model['hidden_size'])}, {QUANTITIES[quantity]}: grouped minus full "
-                f"{mean:+.3f} ± {half_width:.3f} (paired t-test over {len(values)} seeds, p = {p_value:.2g})"
+                f"* {MODELS[model['model']]} {int(model['hidden_size'])}, {QUANTITIES[quantity]}: paper's head minus "
+                f"full {mean:+.3f} ± {half_width:.3f} (paired t-test over {len(values)} seeds, p = {p_value:.2g})"
             )
     return lines
-
-
-def parse_arguments() -> Namespace:
-    """The command line."""
-    parser = ArgumentParser(prog=f"python experiments/{EXPERIMENT}.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("scales", nargs="*", help="results/SCALE to measure (default laptop) or draw (default all)")
-    parser.add_argument("--measure", action="store_true", help="let the models write and the judge judge, then draw")
-    parser.add_argument("--judge", choices=JUDGES, default="grammar", help="who judges (default %(default)s)")
-    parser.add_argument("--beginnings", type=int, default=40, help="validation stories (default %(default)s)")
-    parser.add_argument("--continuations", type=int, default=1, help="of each beginning (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of each (default %(default)s)")
-    group = parser.add_argument_group("--judge language-model")
-    group.add_argument("--judge-model", help="its name at the endpoint")
-    group.add_argument("--base-url", help="of the endpoint (default OPENAI_BASE_URL, or OpenAI)")
-    group.add_argument("--key-variable", default="OPENAI_API_KEY", help="variable with the key (default %(default)s)")
-    group.add_argument("--repeats", type=int, default=1, help="asks about each story (default %(default)s)")
-    group.add_argument("--retries", type=int, default=RETRIES, help="of a failing request (default %(default)s)")
-    group.add_argument("--timeout-seconds", type=float, default=TIMEOUT_SECONDS, help="(default %(default)s)")
-    group.add_argument("--dollars-per-million", type=float, nargs=2, default=(None, None), metavar=("IN", "OUT"))
-    group.add_argument("--cache", type=Path, default=ANSWERS, help="folder of answers (default %(default)s)")
-    group.add_argument("--yes", action="store_true", help="do not ask whether to go on after the estimate")
-    arguments = parser.parse_args()
-    for name in ("beginnings", "continuations", "max_tokens", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: choose at least 1")
-    return arguments
-
-
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    arguments = parse_arguments()
-    if arguments.measure:
-        for scale in arguments.scales or ["laptop"]:
-            measure(scale, arguments)
-    sys.argv[1:] = arguments.scales  # all that drawing asks for
-    draw_for_scales(EXPERIMENT, draw)()
-
-
-if __name__ == "__main__":
-    main()

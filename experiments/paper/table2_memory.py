@@ -1,17 +1,20 @@
-"""Table 2 of arXiv 2411.06371: peak training memory of GPT-2, GPT-Neo and the grouped head, and on which card it fits.
+"""Table 2 of arXiv 2411.06371: peak training memory of GPT-2, GPT-Neo and the paper's head, and on which card it fits.
 
-    python -m experiments table2_memory [--measure]
+    python -m experiments table2_memory measure [--on-cuda]
+    python -m experiments table2_memory draw
 
 simulates one training step (fp32, Adam) at the paper's sizes on any machine: of this project's lean backbone and of the
-paper's own setting (vocabfold/models/paper_code.py; `pip install 'vocabfold[hf]'`); then for batches of 1 to 64 and
-sequences of 128 to 2,048. It writes results/simulated/table2_memory.csv and draws .md and .png from it. A table that is
-there is drawn without simulating again; --measure adds, on a machine with CUDA, the same steps measured on it.
+paper's own setting (experiments/paper/paper_code.py; `pip install 'vocabfold[hf]'`); then for batches of 1 to 64 and
+sequences of 128 to 2,048. It writes results/cost/table2_memory.csv, .md and .png; --on-cuda adds, on a machine with
+CUDA, the same steps measured on it.
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -20,16 +23,14 @@ from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 from tqdm import tqdm
 
 from experiments.paper.paper_tables import MODELS, SETTINGS, Case
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, STYLE, save
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
+from experiments.study.measuring import COST, identity, is_measured, write_measured
 from vocabfold.errors import UserError
-from vocabfold.files import write_text
-from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
+from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.simulate import simulated_peak_memory
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
-PATH = RESULTS / "simulated" / "table2_memory.csv"
 HIDDEN_SIZES = (128, 256, 1024, 2048)
 BATCH_SIZES = (1, 4, 16, 32, 64)
 SEQUENCE_LENGTHS = (128, 256, 512, 1024, 2048)
@@ -92,19 +93,14 @@ def measure_on_cuda(case: Case) -> float:
     return memory.reserved_bytes / BYTES_PER_GIB
 
 
-def table_of(measure: bool) -> pd.DataFrame:
+def table_of(on_cuda: bool) -> pd.DataFrame:
     """Simulate all cases, and measure them too if asked."""
     rows = []
     for case in tqdm(list(cases()), desc="simulated training steps", mininterval=2.0):
         row = simulate(case)
-        rows.append(row | ({"measured_reserved_gib": measure_on_cuda(case)} if measure else {}))
+        rows.append(row | ({"measured_reserved_gib": measure_on_cuda(case)} if on_cuda else {}))
     table = pd.DataFrame(rows)
-    return table.assign(
-        hardware=hardware(),
-        torch=torch_version(),
-        commit=code_commit(),
-        command="python -m experiments table2_memory",
-    )
+    return table.assign(**origin("table2_memory"))
 
 
 def fits(peak_gib: float, card: str) -> bool:
@@ -192,7 +188,7 @@ def peaks(table: pd.DataFrame) -> pd.Series:
     return at_published_batch(table).set_index(["setting", "model", "hidden_size"])["peak_memory_gib"]
 
 
-def draw(table: pd.DataFrame) -> None:
+def draw_sizes(table: pd.DataFrame, path: Path) -> None:
     """Memory over batch and sequence."""
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.8), sharey=True)
     panels = [
@@ -219,27 +215,23 @@ def draw(table: pd.DataFrame) -> None:
     axes[0].set_ylabel("Peak training memory (GiB)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    save(figure, PATH.with_suffix(".png"))
+    save(figure, path)
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="measure every case on this machine's GPU too")
-    arguments = parser.parse_args()
-    if arguments.measure and not torch.cuda.is_available():
-        raise UserError("--measure, but there is no CUDA here: leave it out to simulate only")
-    if arguments.measure or not PATH.is_file():
-        write_text(PATH, table_of(arguments.measure).to_csv(index=False))
-        print(f"wrote {PATH}")
-    table = pd.read_csv(PATH)
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        draw(table)
-    words = markdown(table)
-    write_text(PATH.with_suffix(".md"), words)
-    print(f"{words}wrote {PATH.with_suffix('.md')}")
+def add_options(parser: ArgumentParser) -> None:
+    """Whether to measure too."""
+    parser.add_argument("--on-cuda", action="store_true", help="measure every case on this machine's GPU too")
 
 
-if __name__ == "__main__":
-    main()
+def measure(arguments: Namespace) -> None:
+    """Simulate every case and write the table."""
+    if arguments.on_cuda and not torch.cuda.is_available():
+        raise UserError("--on-cuda, but there is no CUDA here: leave it out to simulate only")
+    path, measurement = COST / "table2_memory.csv", identity("table2_memory", arguments)
+    if not is_measured(path, measurement):
+        write_measured(table_of(arguments.on_cuda), path, measurement)
+
+
+def draw(corpus: str) -> None:
+    """Write the picture and the table in words."""
+    report(RESULTS / corpus / "table2_memory.csv", markdown, draw_sizes, ("peak_memory_gib",))

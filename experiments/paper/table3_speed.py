@@ -1,19 +1,16 @@
-"""Table 3 of arXiv 2411.06371: tokens per second and FLOPs of GPT-2, GPT-Neo and the grouped head.
+"""Table 3 of arXiv 2411.06371: tokens per second and FLOPs of GPT-2, GPT-Neo and the paper's head.
 
-    python -m experiments table3_speed [--rounds 5] [--hidden-sizes 128 256]
+    python -m experiments table3_speed measure [--rounds 5] [--hidden-sizes 128 256]
+    python -m experiments table3_speed draw
 
 times whole training steps and, apart, the forward pass alone (what the published figures are), all models in one
-interleaved run, and counts FLOPs at the published sizes. results/laptop/table3_speed.csv has a row for each model, pass
+interleaved run, and counts FLOPs at the published sizes. results/cost/table3_speed.csv has a row for each model, pass
 and round, table3_flops.csv the counts; table3_speed.md has both beside the published values.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 import pandas as pd
@@ -22,16 +19,15 @@ from torch import nn
 from tqdm import tqdm
 
 from experiments.paper.paper_tables import MODELS, SETTINGS, Case
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from experiments.study.figures import read_measured
+from experiments.study.measuring import COST, add_rounds, identity, is_measured, measuring_device, write_measured
 from vocabfold.files import write_text
-from vocabfold.machine import code_commit, hardware, torch_version
-from vocabfold.measure.allocator import keep_freed_memory
+from vocabfold.machine import origin
 from vocabfold.measure.flops import count_flops, count_flops_by_operator
 from vocabfold.measure.simulate import tensors_without_data
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary, tokens_per_second
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
-PATH = RESULTS / "laptop" / "table3_speed.csv"
 PUBLISHED_HIDDEN_SIZES = (128, 256, 1024)
 SEQUENCE_LENGTH = 512
 TIMED_SETTINGS = ("lean", "paper_code")
@@ -63,9 +59,11 @@ def count(model: str, hidden_size: int) -> dict[str, object]:
     }
 
 
-def sides_of(hidden_size: int, batch_size: int, device: torch.device) -> dict[tuple[str, str, str], Callable[[], None]]:
+def methods_of(
+    hidden_size: int, batch_size: int, device: torch.device
+) -> dict[tuple[str, str, str], Callable[[], None]]:
     """A whole training step and a forward pass for each setting and model, all on random tokens."""
-    sides: dict[tuple[str, str, str], Callable[[], None]] = {}
+    methods: dict[tuple[str, str, str], Callable[[], None]] = {}
     for setting in TIMED_SETTINGS:
         for model in MODELS:
             torch.manual_seed(0)
@@ -85,19 +83,19 @@ def sides_of(hidden_size: int, batch_size: int, device: torch.device) -> dict[tu
             def forward(loss: Callable[[], torch.Tensor] = loss) -> None:
                 loss()
 
-            sides[setting, model, "training step"] = step
-            sides[setting, model, "forward"] = forward
-    return sides
+            methods[setting, model, "training step"] = step
+            methods[setting, model, "forward"] = forward
+    return methods
 
 
-def measure(hidden_sizes: list[int], batch_size: int, rounds: int, device: torch.device) -> pd.DataFrame:
+def measure_passes(hidden_sizes: list[int], batch_size: int, rounds: int, device: torch.device) -> pd.DataFrame:
     """One row a model, pass and round."""
     rows = []
     for hidden_size in hidden_sizes:
-        sides = sides_of(hidden_size, batch_size, device)
-        by_name = {"/".join(key): run for key, run in sides.items()}
+        methods = methods_of(hidden_size, batch_size, device)
+        by_name = {"/".join(key): run for key, run in methods.items()}
         seconds = interleaved_seconds(by_name, rounds, 1, device, progress=True)
-        for setting, model, part in sides:
+        for setting, model, part in methods:
             for round_index, value in enumerate(seconds[f"{setting}/{model}/{part}"]):
                 key = {"setting": setting, "model": model, "hidden_size": hidden_size, "pass": part}
                 tokens = batch_size * SEQUENCE_LENGTH
@@ -150,39 +148,38 @@ def speed_table(table: pd.DataFrame, published: pd.DataFrame) -> list[str]:
     return lines
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+def add_options(parser: ArgumentParser) -> None:
+    """Rounds and sizes."""
+    add_rounds(parser, 5)
     parser.add_argument("--batch-size", type=int, default=2, help="sequences of 512 tokens (default %(default)s)")
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[128, 256], choices=PUBLISHED_HIDDEN_SIZES)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
-    published = pd.read_csv(RESULTS / "paper" / "table3_speed.csv")
+
+
+def measure(arguments: Namespace) -> None:
+    """Time and count every model and write both tables."""
+    path, measurement = COST / "table3_speed.csv", identity("table3_speed", arguments)
+    if is_measured(path, measurement):
+        return
+    device = measuring_device()
     sizes = [(model, hidden_size) for hidden_size in PUBLISHED_HIDDEN_SIZES for model in MODELS]
-    origin = {
-        "hardware": hardware(),
-        "torch": torch_version(),
-        "commit": code_commit(),
-        "command": " ".join(["python -m experiments table3_speed", *sys.argv[1:]]),
-    }
-    counts = pd.DataFrame([count(*size) for size in tqdm(sizes, desc="counted models")]).assign(**origin)
-    table = measure(arguments.hidden_sizes, arguments.batch_size, arguments.rounds, device).assign(**origin)
-    write_text(PATH.with_name("table3_flops.csv"), counts.to_csv(index=False))
-    write_text(PATH, table.to_csv(index=False))
+    counts = pd.DataFrame([count(*size) for size in tqdm(sizes, desc="counted models")])
+    timed = measure_passes(arguments.hidden_sizes, arguments.batch_size, arguments.rounds, device)
+    write_measured(counts.assign(**origin("table3_speed")), path.with_name("table3_flops.csv"), measurement)
+    write_measured(timed.assign(**origin("table3_speed")), path, measurement)
+
+
+def draw(corpus: str) -> None:
+    """Write both tables beside the published values."""
+    path = RESULTS / corpus / "table3_speed.csv"
+    timed, counts = read_measured(path, ("pass", "seconds")), read_measured(path.with_name("table3_flops.csv"))
+    published = pd.read_csv(RESULTS / "paper" / "table3_speed.csv")
+    first = timed.iloc[0]
     setting = (
-        f"Timed: V = 50,257, 8 layers, 8 heads, batch {arguments.batch_size} x {SEQUENCE_LENGTH}, fp32, Adam; "
-        f"{arguments.rounds} interleaved rounds, medians, and 2.5 to 97.5% range of the rounds' ratios.\n"
+        f"Timed: V = 50,257, 8 layers, 8 heads, batch {first['tokens'] // SEQUENCE_LENGTH} x {SEQUENCE_LENGTH}, fp32, "
+        f"Adam; {timed['round'].nunique()} interleaved rounds, medians, and 2.5 to 97.5% range of the rounds' ratios.\n"
         f"FLOPs: one sequence of {SEQUENCE_LENGTH} tokens; the published rule counts multiply-accumulates of the "
-        f"forward pass, attention products only for GPT-Neo.\n{hardware()}; torch {torch_version()}.\n"
+        f"forward pass, attention products only for GPT-Neo.\n{first['hardware']}; torch {first['torch']}.\n"
     )
-    words = "\n".join([*flops_table(counts, published), "", *speed_table(table, published), "", setting])
-    write_text(PATH.with_suffix(".md"), words)
-    print(f"{words}wrote {PATH}")
-
-
-if __name__ == "__main__":
-    main()
+    words = "\n".join([*flops_table(counts, published), "", *speed_table(timed, published), "", setting])
+    write_text(path.with_suffix(".md"), words)
+    print(f"{words}wrote {path.with_suffix('.md')}")

@@ -9,17 +9,17 @@ from matplotlib.axes import Axes
 
 from experiments.study.statistics import summarise
 from vocabfold.errors import UserError
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 
-def read_curves(experiment: str, scale: str, results: Path = RESULTS) -> pd.DataFrame:
-    """results/SCALE/EXPERIMENT_curves.csv. Raises UserError where there is none or it is another's."""
-    path = results / scale / f"{experiment}_curves.csv"
+def read_curves(experiment: str, corpus: str, results: Path = RESULTS) -> pd.DataFrame:
+    """results/CORPUS/EXPERIMENT_curves.csv. Raises UserError where there is none or it is another's."""
+    path = results / corpus / f"{experiment}_curves.csv"
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `make everything SCALE={scale}` first")
+        raise UserError(f"{path} is missing: run `python -m experiments {experiment} measure` first")
     table = pd.read_csv(path)
     if missing := [name for name in ("experiment", "seed", "step", "train_loss") if name not in table.columns]:
-        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; run `make everything` again")
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure again")
     return table
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vocabfold.command_line import one_line_errors
 from vocabfold.errors import UserError
 from vocabfold.files import replacing, write_text
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 # Okabe and Ito's palette: told apart by colour-blind readers too. Every series also has a marker or dash of its own.
 COLORS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7"}
@@ -42,9 +41,18 @@ STYLE: dict[str, Any] = {
 
 
 def seeds_of(table: pd.DataFrame) -> str:
-    """How many seeds each contender has, in words: a range where they differ."""
-    counts = table.groupby("contender")["seed"].nunique()
+    """How many seeds each head has, in words: a range where they differ."""
+    counts = table.groupby("head")["seed"].nunique()
     return f"{counts.max()} seeds" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()} seeds"
+
+
+def trained_on(table: pd.DataFrame) -> str:
+    """Text, size of the model and budget of the runs in a table, in words: what every caption begins with."""
+    first = table.iloc[0]
+    sizes = " and ".join(f"{size:,.0f}" for size in sorted(table["hidden_size"].dropna().unique()))
+    budget = f"{first['tokens'] / 1e6:.2f} M tokens"
+    corpora = " and ".join(table["corpus"].unique())
+    return f"{corpora}; hidden {sizes}, {first['num_layers']:.0f} layers; {budget}"
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -55,38 +63,40 @@ def save(figure: Figure, path: Path) -> None:
     print(f"wrote {path}")
 
 
+def read_measured(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A measured table; words such as "none" are values. Raises UserError where there is none or it lacks one of the
+    ``columns``."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `python -m experiments {path.stem} measure` first")
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    if missing := [name for name in columns if name not in table.columns]:
+        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure again")
+    return table
+
+
 def report(
     path: Path,
     markdown: Callable[[pd.DataFrame], str],
     draw: Callable[[pd.DataFrame, Path], None],
     columns: Sequence[str] = (),
 ) -> None:
-    """A table that a program measured, in words (.md, and on stdout) and as a figure (.png) beside it.
+    """A measured table in words (.md, and on stdout) and as a figure (.png) beside it.
 
     Raises UserError where there is no table or it lacks one of the ``columns``.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing: measure it first, with the same program and no option to draw alone")
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    if missing := [name for name in columns if name not in table.columns]:
-        raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure again")
+    table = read_measured(path, columns)
     words = markdown(table)
     write_text(path.with_suffix(".md"), words)
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        draw(table, path.with_suffix(".png"))
+    draw(table, path.with_suffix(".png"))
     print(words)
 
 
-def draw_for_scales(experiment: str, draw: Callable[[str], None]) -> Callable[[], None]:
-    """A program that draws ``experiment`` for the scales named on its command line, or for all that have its table."""
+def corpora_with(*tables: str) -> list[str]:
+    """The folders of results/ that hold one of the ``tables``, but for the published values."""
+    paths = [path for table in tables for path in RESULTS.glob(f"*/{table}.csv")]
+    return sorted({path.parent.name for path in paths} - {"paper"})
 
-    @one_line_errors
-    def program() -> None:
-        scales = sys.argv[1:] or sorted(path.parent.name for path in RESULTS.glob(f"*/{experiment}.csv"))
-        if not scales:
-            raise UserError(f"there is no results/*/{experiment}.csv to draw: run `make everything` first")
-        with plt.rc_context(STYLE):  # type: ignore[arg-type]
-            for scale in scales:
-                draw(scale)
 
-    return program
+def drawing() -> AbstractContextManager[None]:
+    """The context in which every figure is drawn."""
+    return plt.rc_context(STYLE)  # type: ignore[arg-type]

@@ -1,19 +1,51 @@
-"""results/SCALE/caching.csv, caching_memory.csv and caching_perplexity.csv -> caching.png and caching.md.
+"""Decoding with each cache: tokens per second, time to first token, peak memory, and what rounding costs in perplexity.
 
-python -m experiments caching [SCALE ...]
+    python -m vocabfold.train --multirun experiment=caching
+    python -m experiments caching measure [--rounds 5] [--run FOLDER ...] [KEY=VALUE ...]
+    python -m experiments caching draw [CORPUS ...]
+
+measures with the newest run (perplexity with all) and writes results/CORPUS/caching.csv, one row a workload, cache and
+round, caching_memory.csv and caching_perplexity.csv, and from these caching.md and caching.png.
 """
 
 from __future__ import annotations
 
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, draw_for_scales, save
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, read_measured, save
+from experiments.study.measuring import (
+    add_rounds,
+    add_settings,
+    corpus_of,
+    identity,
+    is_measured,
+    run_folders,
+    write_measured,
+)
+from experiments.tokens.caching_speed import (
+    MEMORY_WORKLOADS,
+    TRAINED,
+    WORKLOADS,
+    peak_memories,
+    perplexities,
+    speeds,
+    trained_model,
+)
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
+from vocabfold.machine import origin
+from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.speed import Ratio, ratio_summary
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.record import finished_row
+from vocabfold.runs.tables import RESULTS
 
 LIBRARIES = {"vocabfold": (COLORS["blue"], "o"), "transformers": (COLORS["orange"], "s")}
 RUN = ["corpus", "hidden_size", "num_layers", "head", "tokens"]
@@ -27,36 +59,61 @@ BYTES_GOAL = 0.52  # of bfloat16's bytes: half, and the scales
 PERPLEXITY_GOAL = 0.005
 
 
-def draw(scale: str) -> None:
-    """Write one scale's picture and table."""
-    table = read(scale, "caching.csv", "caching_speed.py")
-    kinds = read(scale, "caching_perplexity.csv", "caching_perplexity.py")
-    memory = read(scale, "caching_memory.csv", "caching_memory.py")
-    draw_picture(table, memory, scale)
+def add_options(parser: ArgumentParser) -> None:
+    """Rounds, runs and the text."""
+    add_rounds(parser, 5)
+    parser.add_argument("--run", type=Path, nargs="+", help="folders of runs (default: those of experiment=caching)")
+    add_settings(parser)
+
+
+def measure(arguments: Namespace) -> None:
+    """Measure speed, memory and perplexity, and write the three tables."""
+    corpus = corpus_of(arguments.settings)
+    folders = arguments.run or run_folders("caching", corpus)
+    path = RESULTS / corpus / "caching.csv"
+    measurement = identity("caching", arguments, [folder.name for folder in folders])
+    if is_measured(path, measurement):
+        return
+    keep_freed_memory()
+    needed = max(one.prompt_tokens + one.new_tokens for one in (*WORKLOADS, *MEMORY_WORKLOADS)) - 1
+    model, tokens = trained_model(folders[-1], needed)
+    with tempfile.TemporaryDirectory() as answers:
+        timed = speeds(model, tokens, arguments.rounds, Path(answers) / "speed")
+        memory = peak_memories(model, tokens, Path(answers) / "memory")
+    kinds = pd.DataFrame([row for folder in folders for row in perplexities(folder)])
+    trained = finished_row(folders[-1]) or {}
+    lead: dict[str, Any] = {name: trained.get(name) for name in TRAINED}
+    for name, rows in (("caching_memory", memory), ("caching_perplexity", kinds), ("caching", timed)):
+        table = pd.DataFrame([{"experiment": "caching"} | lead | row for row in rows.to_dict("records")])
+        table = table.assign(threads=torch.get_num_threads(), **origin("caching"))
+        write_measured(table, path.with_name(f"{name}.csv"), measurement)
+
+
+def draw(corpus: str) -> None:
+    """Write one corpus' picture and table."""
+    table, kinds, memory = (read(corpus, name) for name in ("caching", "caching_perplexity", "caching_memory"))
+    draw_picture(table, memory, corpus)
     first = table.iloc[0]
     parts = [speed_table(table, key) for key in (SHORT, LONG, REPEATED, SHARED)]
     parts += [memory_table(memory), perplexity_table(kinds), goals(table, kinds), verdicts(table, memory)]
     parts.append(
         f"{first['corpus']}; our model: hidden {first['hidden_size']}, {first['num_layers']} layers, "
-        f"{first['head']} head, fp32, greedy; transformers: GPT-2 of the same size, random weights, full softmax. One "
+        f"head={first['head']}, fp32, greedy; transformers: GPT-2 of the same size, random weights, full softmax. One "
         f"text at a time, {table['round'].nunique()} interleaved rounds: medians, in brackets the 2.5 to 97.5% range "
         f"of the rounds' ratios. Greedy texts of such small models repeat themselves, so that equal tokens prove "
         f"little for rounded caches. Threads: {first['threads']}; {first['hardware']}; torch {first['torch']}.\n"
     )
-    path = RESULTS / scale / "caching.md"
+    path = RESULTS / corpus / "caching.md"
     write_text(path, "\n\n".join(parts))
     print("\n\n".join(parts[-3:]) + f"wrote {path}")
 
 
-def read(scale: str, name: str, program: str) -> pd.DataFrame:
+def read(corpus: str, name: str) -> pd.DataFrame:
     """One of the tables. Raises UserError where there is none or it is another's."""
-    path = RESULTS / scale / name
+    path = RESULTS / corpus / f"{name}.csv"
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `make everything SCALE={scale}`, or python experiments/{program}")
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # "none" is the name of a cache
-    if "experiment" not in table.columns:
-        raise UserError(f"{path} has no column experiment: another program wrote it; run `make everything` again")
-    return table
+        raise UserError(f"{path} is missing: run `python -m experiments caching measure` first")
+    return read_measured(path, ("experiment",))
 
 
 def rows_of(table: pd.DataFrame, key: tuple[str, int, int]) -> pd.DataFrame:
@@ -67,7 +124,10 @@ def rows_of(table: pd.DataFrame, key: tuple[str, int, int]) -> pd.DataFrame:
 def seconds_of(rows: pd.DataFrame, library: str, column: str = "seconds") -> dict[str, list[float]]:
     """Seconds of every round of each cache of one library."""
     own = rows[rows["library"] == library]
-    return {str(cache): side.sort_values("round")[column].tolist() for cache, side in own.groupby("cache", sort=False)}
+    return {
+        str(cache): of_cache.sort_values("round")[column].tolist()
+        for cache, of_cache in own.groupby("cache", sort=False)
+    }
 
 
 def words(ratio: Ratio) -> str:
@@ -128,7 +188,7 @@ def perplexity_table(kinds: pd.DataFrame) -> str:
             low, change, high = perplexity_change(row)
             interval = "" if np.isnan(low) else f" ({low:+.4%} to {high:+.4%})"
             lines.append(
-                f"| {row['corpus']}, hidden {row['hidden_size']}, {row['num_layers']} layers, {row['head']} head, "
+                f"| {row['corpus']}, hidden {row['hidden_size']}, {row['num_layers']} layers, head={row['head']}, "
                 f"{row['tokens'] / 1e6:.2f} M tokens "
                 f"| {row['key_values']} | {row['bytes_a_position']:,.0f} | {row['bytes_a_position'] / half:.3f} "
                 f"| {row['validation_loss_nats']:.5f} | {row['perplexity']:.3f} "
@@ -160,7 +220,7 @@ def goals(table: pd.DataFrame, kinds: pd.DataFrame) -> str:
         row = rows[rows["key_values"] == "int8"].iloc[0]
         share = float(row["bytes_a_position"] / half["bytes_a_position"])
         low, change, high = perplexity_change(row)
-        run = f"hidden {row['hidden_size']}, {row['head']} head"
+        run = f"hidden {row['hidden_size']}, head={row['head']}"
         forgetful = rows[rows["loss_change_half_width_nats"].isna()]
         control = "".join(
             f"; a weak test where forgetting matters little: {other['key_values']} changes it by "
@@ -260,7 +320,7 @@ def combined(table: pd.DataFrame) -> str:
     )
 
 
-def draw_picture(table: pd.DataFrame, memory: pd.DataFrame, scale: str) -> None:
+def draw_picture(table: pd.DataFrame, memory: pd.DataFrame, corpus: str) -> None:
     """Tokens per second at both prompt lengths, time to the first token after a shared beginning, memory, by cache."""
     names = list(dict.fromkeys(table["cache"]))
     figure, axes = plt.subplots(1, 4, figsize=(2 * COLUMN_INCHES, 2.8), sharey=True)
@@ -273,13 +333,13 @@ def draw_picture(table: pd.DataFrame, memory: pd.DataFrame, scale: str) -> None:
     for index, (axis, (key, label)) in enumerate(zip(axes, panels, strict=True)):
         rows = rows_of(memory if key == FULL else table, key)
         for library, (color, marker) in LIBRARIES.items():
-            for cache, side in rows[rows["library"] == library].groupby("cache", sort=False):
+            for cache, of_cache in rows[rows["library"] == library].groupby("cache", sort=False):
                 if index == 2:
-                    values = 1e3 * side["seconds_to_first_token"]
+                    values = 1e3 * of_cache["seconds_to_first_token"]
                 elif index == 3:
-                    values = side["peak_memory_mib"] - side["weights_mib"]
+                    values = of_cache["peak_memory_mib"] - of_cache["weights_mib"]
                 else:
-                    values = key[2] / side["seconds"]
+                    values = key[2] / of_cache["seconds"]
                 middle = values.median()
                 height = names.index(str(cache)) + (0.15 if library == "transformers" else -0.15)
                 spread = [[middle - values.min()], [values.max() - middle]]
@@ -300,8 +360,4 @@ def draw_picture(table: pd.DataFrame, memory: pd.DataFrame, scale: str) -> None:
         x=0.02,
         ha="left",
     )
-    save(figure, RESULTS / scale / "caching.png")
-
-
-if __name__ == "__main__":
-    draw_for_scales("caching", draw)()
+    save(figure, RESULTS / corpus / "caching.png")

@@ -1,9 +1,5 @@
-"""Decoding with each cache, in one interleaved run: tokens per second and time to first token.
+"""How the caches of experiments/tokens/caching.py are measured: speed in one interleaved run, peak memory, perplexity.
 
-    python -m experiments caching_speed [--scale laptop] [--rounds 5] [--run FOLDER]
-
-needs a run of experiment=caching and writes results/SCALE/caching.csv, one row a workload, cache and round;
-caching_memory.py measures bytes, caching_perplexity.py what rounding costs, caching.py draws and judges.
 Peers: transformers' caches around a GPT-2 of the same size with random weights, since published ones need a network;
 speeds of the two libraries stand side by side, and only ratios within one are concluded from.
 """
@@ -12,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,20 +21,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments.study.program import measuring_parser
-from experiments.tokens.caching_perplexity import finished_runs
-from vocabfold.command_line import one_line_errors
+from experiments.study.statistics import mean_and_interval
+from experiments.tokens.quality import losses_through_cache
+from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
-from vocabfold.files import write_text
 from vocabfold.generate import generate
-from vocabfold.inference import PrefixCache, ResponseCache, fingerprint
-from vocabfold.machine import BYTES_PER_MIB, origin
-from vocabfold.measure.allocator import keep_freed_memory
+from vocabfold.inference import LAYER_CACHES, PrefixCache, ResponseCache, bytes_a_position, fingerprint
+from vocabfold.machine import BYTES_PER_MIB
+from vocabfold.measure.memory import peak_memory_of
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.models.build import ModelWithHead
 from vocabfold.runs.load import load_run
-from vocabfold.runs.record import RESULTS, finished_row
+from vocabfold.runs.record import finished_row
 from vocabfold.runs.settings import load_settings
 
 LIMIT_BYTES = 256 * BYTES_PER_MIB  # of each prefix and each response cache: nothing is evicted here
@@ -57,6 +51,20 @@ OURS = {
     "all coded": ("int8", True, True),
 }
 PEERS = {"none": "none", "key/value": "dynamic", "static": "static", "fp8": "fp8", "int4": "int4", "prefix": "dynamic"}
+CHUNK = 64  # tokens that are read at a time
+SHORT_CONTEXT = 16  # tokens: the control, which tells how much the past that is rounded matters at all
+TRAINED = (
+    "corpus",
+    "seed",
+    "model",
+    "hidden_size",
+    "num_layers",
+    "head",
+    "scorer",
+    "steps",
+    "tokens",
+    "num_parameters",
+)
 REUSE = ("key/value", "prefix", "response", "all exact", "all coded")  # what a prompt seen before can be read with
 
 
@@ -85,10 +93,12 @@ WORKLOADS = (
     Workload("repeated", 448, 448, 64, REUSE),
     Workload("shared beginning", 512, 448, 1),
 )
+# Peak memory is measured at a full context.
+MEMORY_WORKLOADS = (Workload("distinct", 510, 0, 2), Workload("repeated", 510, 510, 2, REUSE))
 
 
 @dataclass
-class Side:
+class Decoder:
     """One library and cache under one workload, with caches of its own."""
 
     module: nn.Module
@@ -114,7 +124,7 @@ class Side:
         self.written.append(tokens)
 
 
-def our_side(model: ModelWithHead, cache: str, workload: Workload, tokens: np.ndarray, folder: Path) -> Side:
+def our_decoder(model: ModelWithHead, cache: str, workload: Workload, tokens: np.ndarray, folder: Path) -> Decoder:
     """Greedy decoding with our caches; ``folder`` takes the answers."""
     key_values, with_prefixes, with_responses = OURS[cache]
     prefixes = PrefixCache(LIMIT_BYTES) if with_prefixes else None
@@ -131,10 +141,10 @@ def our_side(model: ModelWithHead, cache: str, workload: Workload, tokens: np.nd
         return responses.answer(request, lambda: compute(prompt, count))
 
     held = list if prefixes is None else prefixes.tensors
-    return Side(model, "vocabfold", cache, workload, workload.prompts(tokens), answer, held, responses)
+    return Decoder(model, "vocabfold", cache, workload, workload.prompts(tokens), answer, held, responses)
 
 
-def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> dict[str, Side]:
+def peer_decoders(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> dict[str, Decoder]:
     """Greedy decoding of transformers' GPT-2 with transformers' caches; none where transformers is not installed."""
     try:
         from experiments.tokens import hugging_face
@@ -143,7 +153,7 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
         return {}
     torch.manual_seed(0)
     peer = hugging_face.random_gpt2(model.gpt.config)
-    sides = {}
+    decoders = {}
     for cache in [name for name in PEERS if name in workload.caches]:
         kind, beginning = PEERS[cache], None
         held: Callable[[], list[Tensor]] = list
@@ -165,8 +175,8 @@ def peer_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray) -> 
                 text.append(int(reader.read(text).argmax()))
                 yield text[-1]
 
-        sides[cache] = Side(peer, "transformers", cache, workload, workload.prompts(tokens), answer, held)
-    return sides
+        decoders[cache] = Decoder(peer, "transformers", cache, workload, workload.prompts(tokens), answer, held)
+    return decoders
 
 
 def keys_and_values(cache: Any) -> list[Tensor]:
@@ -174,54 +184,54 @@ def keys_and_values(cache: Any) -> list[Tensor]:
     return [part for layer in cache.layers for part in (layer.keys, layer.values)]
 
 
-def build_sides(model: ModelWithHead, workload: Workload, tokens: np.ndarray, folder: Path) -> dict[str, Side]:
+def build_decoders(model: ModelWithHead, workload: Workload, tokens: np.ndarray, folder: Path) -> dict[str, Decoder]:
     """All that take turns under one workload; ``folder`` takes the answers of each."""
-    sides = {}
+    decoders = {}
     for cache in [name for name in OURS if name in workload.caches]:
-        sides[f"vocabfold {cache}"] = our_side(model, cache, workload, tokens, folder / cache.replace("/", "-"))
-    for cache, side in peer_sides(model, workload, tokens).items():
-        sides[f"transformers {cache}"] = side
-    return sides
+        decoders[f"vocabfold {cache}"] = our_decoder(model, cache, workload, tokens, folder / cache.replace("/", "-"))
+    for cache, decoder in peer_decoders(model, workload, tokens).items():
+        decoders[f"transformers {cache}"] = decoder
+    return decoders
 
 
-def measure(model: ModelWithHead, tokens: np.ndarray, rounds: int, folder: Path) -> pd.DataFrame:
-    """Every workload, one after the other; within one, all sides take turns. One row a side and round."""
+def speeds(model: ModelWithHead, tokens: np.ndarray, rounds: int, folder: Path) -> pd.DataFrame:
+    """Every workload, one after the other; within one, all decoders take turns. One row a decoder and round."""
     rows = []
     for number, workload in enumerate(tqdm(WORKLOADS, desc="workloads")):
-        sides = build_sides(model, workload, tokens, folder / str(number))
-        steps = {name: side.step for name, side in sides.items()}
+        decoders = build_decoders(model, workload, tokens, folder / str(number))
+        steps = {name: decoder.step for name, decoder in decoders.items()}
         seconds = interleaved_seconds(steps, rounds, 1, torch.device("cpu"), progress=True)
-        for name, side in sides.items():
-            baseline = sides.get(f"{side.library} none", sides[f"{side.library} key/value"])
-            rows += side_rows(side, seconds[name], baseline)
+        for name, decoder in decoders.items():
+            baseline = decoders.get(f"{decoder.library} none", decoders[f"{decoder.library} key/value"])
+            rows += decoder_rows(decoder, seconds[name], baseline)
     return pd.DataFrame(rows)
 
 
-def side_rows(side: Side, seconds: list[float], baseline: Side) -> list[dict[str, Any]]:
+def decoder_rows(decoder: Decoder, seconds: list[float], baseline: Decoder) -> list[dict[str, Any]]:
     """One row a timed round; what holds for all rounds stands in each."""
-    pairs = [pair for texts in zip(baseline.written, side.written, strict=True) for pair in zip(*texts, strict=True)]
-    row: dict[str, Any] = identity(side) | {
-        "kept_between_answers_mib": sum(tensor.nbytes for tensor in side.held()) / BYTES_PER_MIB,
+    pairs = [pair for texts in zip(baseline.written, decoder.written, strict=True) for pair in zip(*texts, strict=True)]
+    row: dict[str, Any] = described(decoder) | {
+        "kept_between_answers_mib": sum(tensor.nbytes for tensor in decoder.held()) / BYTES_PER_MIB,
         "same_tokens_share": float(np.mean([ours == theirs for ours, theirs in pairs])),
     }
-    if side.responses is not None:
-        answers = len(list(side.responses.folder.iterdir()))
-        row["answer_bytes_a_token"] = side.responses.stored_bytes / (answers * side.workload.new_tokens)
+    if decoder.responses is not None:
+        answers = len(list(decoder.responses.folder.iterdir()))
+        row["answer_bytes_a_token"] = decoder.responses.stored_bytes / (answers * decoder.workload.new_tokens)
     return [
         row | {"round": index, "seconds": whole, "seconds_to_first_token": first}
-        for index, (whole, first) in enumerate(zip(seconds, side.first_seconds[-len(seconds) :], strict=True))
+        for index, (whole, first) in enumerate(zip(seconds, decoder.first_seconds[-len(seconds) :], strict=True))
     ]
 
 
-def identity(side: Side) -> dict[str, Any]:
+def described(decoder: Decoder) -> dict[str, Any]:
     """What a row is about."""
     return {
-        "library": side.library,
-        "cache": side.cache,
-        "workload": side.workload.name,
-        "prompt_tokens": side.workload.prompt_tokens,
-        "shared_tokens": side.workload.shared_tokens,
-        "new_tokens": side.workload.new_tokens,
+        "library": decoder.library,
+        "cache": decoder.cache,
+        "workload": decoder.workload.name,
+        "prompt_tokens": decoder.workload.prompt_tokens,
+        "shared_tokens": decoder.workload.shared_tokens,
+        "new_tokens": decoder.workload.new_tokens,
     }
 
 
@@ -234,33 +244,61 @@ def trained_model(run: Path, needed: int) -> tuple[ModelWithHead, np.ndarray]:
     return model, tokens
 
 
-def write(rows: pd.DataFrame, run: Path, scale: str, name: str) -> None:
-    """results/SCALE/NAME.csv with what was measured on which run, machine and code."""
-    trained = finished_row(run) or {}
-    names = ("corpus", "seed", "model", "hidden_size", "num_layers", "head", "scorer", "tokens", "num_parameters")
-    first = {"experiment": "caching", "scale": scale} | {name: trained.get(name) for name in names}
-    table = pd.DataFrame([first | row for row in rows.to_dict("records")]).assign(
-        threads=torch.get_num_threads(),
-        **origin(f"experiments/{Path(sys.argv[0]).name}"),
+def peak_memories(model: ModelWithHead, tokens: np.ndarray, folder: Path) -> pd.DataFrame:
+    """One row a cache, for an unseen prompt and for one that comes again; ``folder`` takes the answers."""
+    decoders = [
+        decoder
+        for number, workload in enumerate(MEMORY_WORKLOADS)
+        for decoder in build_decoders(model, workload, tokens, folder / str(number)).values()
+    ]
+    return pd.DataFrame([peak_row(decoder) for decoder in tqdm(decoders, desc="peak memory")])
+
+
+def peak_row(decoder: Decoder) -> dict[str, object]:
+    """Bytes at the peak of one answer after another one: weights, what is kept between answers, and the rest."""
+    decoder.step()
+    kept = decoder.held()
+    kept_bytes = sum(tensor.nbytes for tensor in kept)
+    memory = peak_memory_of(
+        decoder.step, torch.device("cpu"), [*decoder.module.parameters(), *decoder.module.buffers(), *kept]
     )
-    path = RESULTS / scale / f"{name}.csv"
-    write_text(path, table.to_csv(index=False))
-    print(f"wrote {path}")
+    return described(decoder) | {
+        "weights_mib": (memory.live_bytes_before - kept_bytes) / BYTES_PER_MIB,
+        "kept_between_answers_mib": kept_bytes / BYTES_PER_MIB,
+        "peak_memory_mib": memory.peak_bytes / BYTES_PER_MIB,
+    }
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = measuring_parser(__doc__, rounds=5)
-    parser.add_argument("--run", type=Path, help="folder of the trained run; default: the newest of experiment=caching")
-    arguments = parser.parse_args()
-    keep_freed_memory()
-    run = arguments.run or finished_runs(arguments.scale)[-1]
-    model, tokens = trained_model(run, max(workload.prompt_tokens + workload.new_tokens for workload in WORKLOADS) - 1)
-    with tempfile.TemporaryDirectory() as answers:
-        table = measure(model, tokens, arguments.rounds, Path(answers))
-    write(table, run, arguments.scale, "caching")
+def perplexities(run: Path) -> list[dict[str, Any]]:
+    """One row a kind of keys and values, over the whole validation set of the run: loss, and its change from exact.
 
-
-if __name__ == "__main__":
-    main()
+    The 95% interval of the change is over the rows of the validation set, each as long as a training sequence. A last
+    row, without an interval, has exact keys and values but forgets all after SHORT_CONTEXT tokens.
+    """
+    settings = load_settings(run)
+    model = load_run(run, torch.device("cpu"))
+    corpus = load_corpus(settings.data)
+    length = settings.sequence_length
+    batches = corpus.batches("valid", BatchPlan(length, batch_size=4, seed=0))
+    short = corpus.batches("valid", BatchPlan(SHORT_CONTEXT, batch_size=4 * length // SHORT_CONTEXT, seed=0))
+    trained = finished_row(run) or {}
+    rows, exact = [], None
+    for kind, layer_cache in tqdm(LAYER_CACHES.items(), desc=run.name):
+        sums, counts = losses_through_cache(model, batches.evaluation_batches(), kind, CHUNK)
+        exact = sums if exact is None else exact
+        whole = counts == length  # the last row may be shorter, and then has another spread
+        change, half_width = mean_and_interval(((sums - exact)[whole] / length).tolist())
+        loss = float(sums.sum() / counts.sum())
+        cache = model.gpt.new_cache(1, layer_cache)
+        with torch.inference_mode():
+            model.gpt(torch.zeros(1, 1, dtype=torch.long), cache)
+        row: dict[str, Any] = {name: trained.get(name) for name in TRAINED}
+        row |= {"sequence_length": length, "key_values": kind, "validation_loss_nats": loss}
+        row |= {"perplexity": np.exp(loss), "loss_change_nats": change, "loss_change_half_width_nats": half_width}
+        rows.append(row | {"bytes_a_position": bytes_a_position(cache)})
+    sums, counts = losses_through_cache(model, short.evaluation_batches(), "exact", SHORT_CONTEXT)
+    loss = float(sums.sum() / counts.sum())
+    control = {"key_values": f"exact, {SHORT_CONTEXT} tokens of context", "validation_loss_nats": loss}
+    control |= {"perplexity": np.exp(loss), "loss_change_nats": loss - rows[0]["validation_loss_nats"]}
+    rows.append(rows[0] | control | {"loss_change_half_width_nats": None})
+    return rows

@@ -15,7 +15,7 @@ from vocabfold.errors import UserError
 from vocabfold.models.gpt import GPTConfig
 
 CACHES = ("none", "dynamic", "static", "fp8", "int4")
-INT4_CHANNELS = 32  # that share a scale, as in our own int4 cache
+INT4_CHANNELS = 32  # that share a corpus, as in our own int4 cache
 
 
 def random_gpt2(config: GPTConfig) -> GPT2LMHeadModel:

@@ -1,10 +1,11 @@
 """Text coded with trained models against general compressors: bits a byte, speed, and the models' own cross entropy.
 
-    python -m experiments model_coding [--scale laptop] [--rounds 3] [--text FILE] [--run NAME=RUN_FOLDER ...]
+    python -m experiments model_coding measure [--rounds 3] [--run NAME=RUN_FOLDER ...] [KEY=VALUE ...]
+    python -m experiments model_coding draw [CORPUS ...]
 
-writes results/SCALE/model_coding.csv (one row a coder), .png and .md. The text must be one that no model saw; without
---text it is embedded stories beyond every corpus. Without --run the models are those of heads_pareto with seed 0: the
-full softmax and folded heads, each at its own learning rate. ``--draw`` redraws from the table.
+writes results/CORPUS/model_coding.csv (one row a coder), .png and .md. The text is one that no model saw: the
+validation text, or of the embedded stories those beyond every corpus. Without --run the models are those of
+heads_pareto with seed 0: the full softmax and folded heads, each at its own learning rate.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import bz2
 import lzma
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,50 +25,60 @@ import pandas as pd
 import pyarrow
 import torch
 
+from experiments.judging.writing import documents_of
+from experiments.judging.writing import text_of as written_in
 from experiments.study.figures import COLORS, COLUMN_INCHES, report, save
-from experiments.study.program import measuring_parser
+from experiments.study.measuring import (
+    add_rounds,
+    add_settings,
+    composed,
+    identity,
+    is_measured,
+    run_folders,
+    text_of,
+    write_measured,
+)
 from vocabfold.coding.container import decode, encode
-from vocabfold.command_line import one_line_errors
 from vocabfold.compress import load_text_model
+from vocabfold.data.corpora import load_corpus
 from vocabfold.data.stories import stories
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.errors import UserError
-from vocabfold.files import write_text
 from vocabfold.inference.model_coder import Rows, decode_tokens, encode_tokens, most_rows, one_thread
 from vocabfold.inference.text_file import TextModel
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
 from vocabfold.runs.checkpoint import WEIGHTS_NAME
-from vocabfold.runs.record import RESULTS, RUN_COLUMNS, finished_row
-from vocabfold.runs.settings import load_settings
+from vocabfold.runs.record import finished_row
+from vocabfold.runs.settings import Settings, load_settings
+from vocabfold.runs.tables import RESULTS
 
 NAME = "model_coding"
 CPU = torch.device("cpu")
-UNSEEN_STORIES = (1_000_000, 1_000_060)  # of the embedded generator's seed 0: far beyond what any scale trains on
+UNSEEN_STORIES = (1_000_000, 1_000_060)  # of the embedded generator's seed 0: far beyond what any run trains on
 FULL = "full"
-MODELS = {  # contender -> its name in the table
-    "full_free": "full softmax",
+MODELS = {  # head -> its name in the table
+    "full_untied": "full softmax, untied",
     "scale_shift_bpe": "scale and shift, bpe",
-    "linear_clustered": "linear, clustered",
+    "folded": "linear, clustered",
     "shortlist_frequency": "shortlist 2,048",
 }
-TRAINED_COLUMNS = [*RUN_COLUMNS[RUN_COLUMNS.index("seed") : RUN_COLUMNS.index("steps") + 1], "validation_loss_nats"]
-Side = tuple[Callable[[], bytes], Callable[[bytes], bytes]]
+Coder = tuple[Callable[[], bytes], Callable[[bytes], bytes]]
 
 
-def general_sides(text: bytes) -> dict[str, Side]:
+def general_compressors(text: bytes) -> dict[str, Coder]:
     """Compressors of bytes, and two token coders that need no model."""
     tokenizer = load_tokenizer("gpt2")
     tokens = tokenizer.encode_bytes(text)
 
-    def arrow(name: str, level: int) -> Side:
+    def arrow(name: str, level: int) -> Coder:
         codec = pyarrow.Codec(name, compression_level=level)
         return (
             lambda: codec.compress(text, asbytes=True),
             lambda code: codec.decompress(code, len(text), asbytes=True),
         )
 
-    def token_coder(name: str) -> Side:
+    def token_coder(name: str) -> Coder:
         return (
             lambda: encode(tokenizer.encode_bytes(text), tokenizer.vocabulary_size, name),
             lambda code: tokenizer.decode_bytes(decode(code)),
@@ -83,7 +95,7 @@ def general_sides(text: bytes) -> dict[str, Side]:
     }
 
 
-def model_side(coder: TextModel, text: bytes) -> Side:
+def model_compressor(coder: TextModel, text: bytes) -> Coder:
     """The coder of vocabfold.compress on one segment."""
     tokens = coder.tokenizer.encode_bytes(text)
     end_token = coder.tokenizer.end_token
@@ -111,14 +123,16 @@ def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
     return total / math.log(2)
 
 
-def measure(text: bytes, runs: dict[str, Path], excerpt_bytes: int, rounds: int) -> list[dict[str, Any]]:
+def measure_coders(text: bytes, runs: dict[str, Path], excerpt_bytes: int, rounds: int) -> list[dict[str, Any]]:
     """One row a coder: sizes of the whole text, speeds on its beginning."""
     coders = {name: load_text_model(folder) for name, folder in runs.items()}
     excerpt = text[:excerpt_bytes]
-    sides = general_sides(text) | {name: model_side(coder, text) for name, coder in coders.items()}
-    timed_sides = general_sides(excerpt) | {name: model_side(coder, excerpt) for name, coder in coders.items()}
+    compressors = general_compressors(text) | {name: model_compressor(coder, text) for name, coder in coders.items()}
+    timed_compressors = general_compressors(excerpt) | {
+        name: model_compressor(coder, excerpt) for name, coder in coders.items()
+    }
     rows, timed = [], dict[str, Callable[[], Any]]()
-    for name, (encoder, decoder) in sides.items():
+    for name, (encoder, decoder) in compressors.items():
         code = encoder()
         if decoder(code) != text:
             raise AssertionError(f"{name} does not give back what it was given")
@@ -142,7 +156,7 @@ def measure(text: bytes, runs: dict[str, Path], excerpt_bytes: int, rounds: int)
         row["bits_per_byte"] = 8 * len(code) / len(text)
         row["bits_per_byte_with_model"] = 8 * (len(code) + row["model_bytes"]) / len(text)
         rows.append(row)
-        short_encoder, short_decoder = timed_sides[name]
+        short_encoder, short_decoder = timed_compressors[name]
         timed[f"{name} encode"] = short_encoder
         timed[f"{name} decode"] = partial(short_decoder, short_encoder())
     seconds = interleaved_seconds(timed, rounds, 0, CPU, progress=True)
@@ -199,7 +213,7 @@ def met(is_met: bool) -> str:
     return "met" if is_met else "not met"
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw_coders(table: pd.DataFrame, path: Path) -> None:
     """Bits a byte of every coder, and decoding speed."""
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.4), sharey=True)
     table = table.sort_values("bits_per_byte", ascending=False, ignore_index=True)
@@ -214,53 +228,63 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.grid(axis="y", visible=False)
     kinds = {"coded with a model": "blue", "without": "orange"}
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[color]) for color in kinds.values()]
+    first = table.iloc[0]
+    figure.suptitle(f"{first['corpus']}, {first['bytes']:,} bytes that no model saw", fontsize=7)
     figure.legend(handles, list(kinds), loc="outside lower center", ncols=2)
     save(figure, path)
 
 
-def trained_runs(scale: str) -> dict[str, Path]:
+def trained_runs(corpus: str) -> dict[str, Path]:
     """The finished runs of MODELS with seed 0. Raises UserError where there is none."""
-    found: dict[str, Path] = {}
-    for contender, name in MODELS.items():
-        for folder in sorted((RESULTS / "runs" / scale / "heads_pareto").glob(f"gpt2-{contender}-*-seed0-*")):
-            if finished_row(folder) is not None:
-                found[f"model, {name}"] = folder
+    rows = {folder: finished_row(folder) or {} for folder in run_folders("heads_pareto", corpus)}
+    found = {
+        f"model, {name}": folder
+        for head, name in MODELS.items()
+        for folder, row in rows.items()
+        if row.get("head") == head and row.get("seed") == 0
+    }
     if not found:
-        raise UserError(f"no finished run of scale {scale}: run `make tokens SCALE={scale}` first, or name --run")
+        raise UserError(f"no run of heads_pareto on {corpus} has seed 0: run `make tokens` first, or name --run")
     return found
 
 
 def named_paths(pairs: list[str]) -> dict[str, Path]:
-    """NAME=FOLDER pairs."""
+    """NAME=FOLDER pairs. Raises UserError for anything else."""
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise UserError(f"--run {wrong[0]}: write NAME=RUN_FOLDER")
     return {f"model, {name}": Path(folder) for name, _, folder in (pair.partition("=") for pair in pairs)}
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = measuring_parser(__doc__, rounds=3)
-    parser.add_argument("--text", type=Path, help="a local file that no model saw")
-    parser.add_argument("--corpus", default="text", help="what tables call --text (default %(default)s)")
+def unseen_text(settings: Settings) -> bytes:
+    """The embedded stories beyond every corpus, or the validation text. Raises UserError where there is none."""
+    if settings.data["name"] == "stories":
+        return "\n".join(stories(0, *UNSEEN_STORIES)).encode()
+    corpus = load_corpus(settings.data)
+    tokenizer = written_in(corpus)
+    return "\n".join(tokenizer.decode(one) for one in documents_of(corpus.valid, tokenizer.end_token)).encode()
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Rounds, runs and the text."""
+    add_rounds(parser, 3)
     parser.add_argument("--run", action="append", default=[], metavar="NAME=RUN_FOLDER")
     parser.add_argument("--excerpt-bytes", type=int, default=40_000, help="of the text are timed (default %(default)s)")
-    parser.add_argument("--draw", action="store_true", help="only redraw from the table")
-    arguments = parser.parse_args()
-    path = RESULTS / arguments.scale / f"{NAME}.csv"
-    if not arguments.draw:
-        if arguments.text is not None and not arguments.text.is_file():
-            raise UserError(f"--text: there is no file {arguments.text}")
-        runs = named_paths(arguments.run) or trained_runs(arguments.scale)
-        corpus, text = "stories", "\n".join(stories(0, *UNSEEN_STORIES)).encode()
-        if arguments.text is not None:
-            corpus, text = arguments.corpus, arguments.text.read_bytes()
-        rows = measure(text, runs, arguments.excerpt_bytes, arguments.rounds)
-        lead = {"experiment": NAME, "scale": arguments.scale, "corpus": corpus}
-        named = "" if arguments.text is None else " --text FILE"
-        command = f"python -m experiments model_coding --scale {arguments.scale}{named}"
-        last = origin(NAME) | {"command": command}  # without the path of a local text
-        write_text(path, pd.DataFrame([lead | row | last for row in rows]).to_csv(index=False))
-    report(path, markdown, draw)
+    add_settings(parser)
 
 
-if __name__ == "__main__":
-    main()
+def measure(arguments: Namespace) -> None:
+    """Code the text with every coder and write the table."""
+    settings = composed(arguments.settings)
+    runs = named_paths(arguments.run) or trained_runs(settings.corpus)
+    path = RESULTS / settings.corpus / f"{NAME}.csv"
+    measurement = identity(NAME, arguments, text_of(settings), [folder.name for folder in runs.values()])
+    if is_measured(path, measurement):
+        return
+    rows = measure_coders(unseen_text(settings), runs, arguments.excerpt_bytes, arguments.rounds)
+    lead = {"experiment": NAME, "corpus": settings.corpus}
+    write_measured(pd.DataFrame([lead | row | origin(NAME) for row in rows]), path, measurement)
+
+
+def draw(corpus: str) -> None:
+    """Write the picture and the table in words."""
+    report(RESULTS / corpus / f"{NAME}.csv", markdown, draw_coders, ("coder", "bits_per_byte"))

@@ -1,17 +1,18 @@
 """Token streams at rest: bits a token, speed and memory of every coder and peer, against the entropies of the stream.
 
-    python -m experiments token_coding [--scale laptop] [--rounds 5] [--text NAME=FILE ...]
+    python -m experiments token_coding measure [--rounds 3] [KEY=VALUE ...]
+    python -m experiments token_coding draw [CORPUS ...]
 
-writes results/SCALE/token_coding.csv (one row a stream and coder), .png and .md. Without --text the streams are
-embedded stories; with it, local UTF-8 files, documents between <|endoftext|> lines. Ids: GPT-2's, and a WordPiece of
-up to 30,522 tokens (the size of bert-base-uncased, which needs a download) trained here on the same text. ``--draw``
-redraws from the table.
+writes results/CORPUS/token_coding.csv (one row a stream and coder), .png and .md, of the training text. Ids: GPT-2's,
+and a WordPiece of up to 30,522 tokens (the size of bert-base-uncased, which needs a download) trained here on the same
+text.
 """
 
 from __future__ import annotations
 
 import time
 import tracemalloc
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,19 +27,26 @@ import tokenizers
 import torch
 from matplotlib.axes import Axes
 
+from experiments.judging.writing import documents_of
+from experiments.judging.writing import text_of as written_in
 from experiments.study.figures import COLORS, COLUMN_INCHES, report, save
-from experiments.study.program import measuring_parser
+from experiments.study.measuring import (
+    add_rounds,
+    add_settings,
+    composed,
+    identity,
+    is_measured,
+    text_of,
+    write_measured,
+)
 from vocabfold.coding.coders import CODERS
 from vocabfold.coding.container import Container, decode, encode
 from vocabfold.coding.frequencies import count_frequencies, index_of
-from vocabfold.command_line import one_line_errors
-from vocabfold.data.stories import stories
-from vocabfold.data.tokenizer import END_OF_TEXT, load_tokenizer
-from vocabfold.errors import UserError
-from vocabfold.files import write_text
+from vocabfold.data.corpora import load_corpus
+from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 NAME = "token_coding"
 BERT_VOCABULARY_SIZE = 30_522
@@ -48,7 +56,7 @@ STATIC = ("huffman", "arithmetic", "rans", "folded")
 MIB = 1 << 20
 LABEL_HEIGHT_POINTS, LABEL_WIDTH_POINTS = 5.5, 30.0
 CPU = torch.device("cpu")
-Side = tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]
+Coder = tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]
 
 
 def streams(texts: dict[str, list[str]]) -> list[tuple[str, str, np.ndarray, int]]:
@@ -78,7 +86,7 @@ def entropies_bits(tokens: np.ndarray) -> tuple[float, float]:
     return joint(tokens), joint(pairs) - joint(tokens[:-1])
 
 
-def peers(tokens: np.ndarray, vocabulary_size: int) -> dict[str, Side]:
+def peers(tokens: np.ndarray, vocabulary_size: int) -> dict[str, Coder]:
     """Other people's coders, in memory: constriction's ANS with the same table, and blosc2 on the raw ids."""
     model = count_frequencies(tokens, vocabulary_size)
     distribution = constriction.stream.model.Categorical(model.frequencies / float(1 << model.bits), perfect=False)
@@ -106,15 +114,15 @@ def timed_call(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def coded_bytes(coded: Any) -> int:
-    """Of what a side's encoder gave."""
+    """Of what an encoder gave."""
     return int(coded[0].nbytes) if isinstance(coded, tuple) else len(coded)
 
 
-def measure(
+def measure_stream(
     corpus: str, tokenizer: str, tokens: np.ndarray, vocabulary_size: int, rounds: int, speed_tokens: int
 ) -> list[dict[str, Any]]:
     """One row a coder. Speeds of all but LEARNING are of the stream repeated to ``speed_tokens``."""
-    sides: dict[str, Side] = {
+    coders: dict[str, Coder] = {
         name: (
             partial(encode, vocabulary_size=vocabulary_size, coder=name),
             partial(decode, vocabulary_size=vocabulary_size),
@@ -125,7 +133,7 @@ def measure(
     many = np.tile(tokens, max(1, speed_tokens // len(tokens)))
     rows = []
     timed: dict[str, Callable[[], Any]] = {}
-    for name, (encoder, decoder) in sides.items():
+    for name, (encoder, decoder) in coders.items():
         coded, encode_seconds = timed_call(partial(encoder, tokens))
         _, decode_seconds = timed_call(partial(decoder, coded))
         tracemalloc.start()
@@ -246,7 +254,7 @@ def general_compressor(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw_streams(table: pd.DataFrame, path: Path) -> None:
     """Decoding speed against bits a token, one panel a stream."""
     groups = list(table.groupby(["corpus", "tokenizer"], sort=False))
     num_rows = -(-len(groups) // 2)
@@ -273,9 +281,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 def label_points(axis: Axes, rows: pd.DataFrame) -> None:
     """The coders' names beside their points, ours to the right, the peers' to the left, each below the one above."""
     points_a_pixel = 72 / axis.figure.dpi
-    for is_ours, side in rows.groupby(rows["coder"].isin(CODERS)):
+    for is_ours, names in rows.groupby(rows["coder"].isin(CODERS)):
         above: list[tuple[float, float]] = []  # x and y in points of the names that stand
-        for _, row in side.sort_values("decode_million_tokens_per_second", ascending=False).iterrows():
+        for _, row in names.sort_values("decode_million_tokens_per_second", ascending=False).iterrows():
             place = (row["bits_per_token"], row["decode_million_tokens_per_second"])
             x, y = (float(value) * points_a_pixel for value in axis.transData.transform(place))
             near = [other for other_x, other in above if abs(other_x - x) < LABEL_WIDTH_POINTS]
@@ -293,39 +301,29 @@ def label_points(axis: Axes, rows: pd.DataFrame) -> None:
             )
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = measuring_parser(__doc__, rounds=3)
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="a local UTF-8 text")
-    parser.add_argument("--stories", type=int, default=1000, help="embedded stories, where there is no --text")
+def add_options(parser: ArgumentParser) -> None:
+    """Rounds, sizes and the text."""
+    add_rounds(parser, 3)
+    parser.add_argument("--documents", type=int, default=1000, help="of the training text (default %(default)s)")
     parser.add_argument("--speed-tokens", type=int, default=SPEED_TOKENS, help="timed (default %(default)s)")
-    parser.add_argument("--add", action="store_true", help="keep the table's rows of other texts")
-    parser.add_argument("--draw", action="store_true", help="only redraw from the table")
-    arguments = parser.parse_args()
-    path = RESULTS / arguments.scale / f"{NAME}.csv"
-    if not arguments.draw:
-        texts: dict[str, list[str]] = {}
-        for named in arguments.text:
-            name, _, file = named.partition("=")
-            if not Path(file).is_file():
-                raise UserError(f"--text {named}: there is no file {file!r}; write NAME=FILE")
-            parts = Path(file).read_text(encoding="utf-8").split(END_OF_TEXT)
-            texts[name] = [part.strip() for part in parts if part.strip()]
-        if not texts:
-            texts["stories"] = list(stories(0, 0, arguments.stories))
-        rows = [row for stream in streams(texts) for row in measure(*stream, arguments.rounds, arguments.speed_tokens)]
-        names = " ".join(f"--text {named.partition('=')[0]}=FILE" for named in arguments.text)
-        command = f"python -m experiments token_coding --scale {arguments.scale} {names}".strip()
-        last = origin(NAME) | {"command": command}  # without the paths of local texts
-        lead = {"experiment": NAME, "scale": arguments.scale}
-        table = pd.DataFrame([lead | row | last for row in rows])
-        if arguments.add and path.is_file():
-            kept = pd.read_csv(path)
-            table = pd.concat([kept[~kept["corpus"].isin(table["corpus"])], table])
-        write_text(path, table.to_csv(index=False))
-    report(path, markdown, draw)
+    add_settings(parser)
 
 
-if __name__ == "__main__":
-    main()
+def measure(arguments: Namespace) -> None:
+    """Code the text with every coder and write the table."""
+    settings = composed(arguments.settings)
+    path, measurement = RESULTS / settings.corpus / f"{NAME}.csv", identity(NAME, arguments, text_of(settings))
+    if is_measured(path, measurement):
+        return
+    corpus = load_corpus(settings.data)
+    tokenizer = written_in(corpus)
+    documents = documents_of(corpus.train, tokenizer.end_token, arguments.documents)
+    texts = {settings.corpus: [tokenizer.decode(document) for document in documents]}
+    sizes = (arguments.rounds, arguments.speed_tokens)
+    rows = [row for stream in streams(texts) for row in measure_stream(*stream, *sizes)]
+    write_measured(pd.DataFrame([{"experiment": NAME} | row | origin(NAME) for row in rows]), path, measurement)
+
+
+def draw(corpus: str) -> None:
+    """Write the picture and the table in words."""
+    report(RESULTS / corpus / f"{NAME}.csv", markdown, draw_streams, ("coder", "bits_per_token"))

@@ -1,42 +1,50 @@
 """Training from every token store: bytes on disk, and the share of a training step that waits for its batch.
 
-    python -m experiments token_store [--scale laptop] [--steps 96] [--text FILE]
+    python -m experiments token_store measure [--steps 96] [KEY=VALUE ...]
+    python -m experiments token_store draw [CORPUS ...]
 
-writes results/SCALE/token_store.csv, one row a store, and .md. The model is the grouped one at the size of the paper's
-ablation, whose steps are the fastest and so wait most. Without --text the stream is embedded stories.
+writes results/CORPUS/token_store.csv, one row a store, and .md. The model has the paper's head at the size of the
+paper's ablation, whose steps are the fastest and so wait most.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import pandas as pd
 import torch
 
-from vocabfold.command_line import ArgumentParser, one_line_errors
+from experiments.study.figures import read_measured
+from experiments.study.measuring import (
+    add_settings,
+    at_least_one,
+    composed,
+    identity,
+    is_measured,
+    text_of,
+    write_measured,
+)
 from vocabfold.data.batches import Batches
 from vocabfold.data.corpora import load_corpus
 from vocabfold.data.token_file import STORES
-from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.heads import HeadSettings
-from vocabfold.machine import code_commit, hardware, torch_version
+from vocabfold.machine import origin
 from vocabfold.models.build import ModelSettings, build_model
-from vocabfold.runs.record import RESULTS
+from vocabfold.runs.tables import RESULTS
 
 NAME = "token_store"
 WARM_UP_STEPS = 2
 
 
-def measure(data: dict[str, Any], steps: int) -> dict[str, Any]:
+def measure_store(data: dict[str, Any], steps: int) -> dict[str, Any]:
     """One training of ``steps`` steps from a store: where its time went, and the losses that it saw."""
     corpus = load_corpus(data)
     torch.manual_seed(0)
-    head = HeadSettings(name="grouped", tied=False, scorer="scale_shift_sorted")
+    head = HeadSettings("paper", "folded", tied=False, scorer="scale_shift_sorted")
     model = build_model(
         ModelSettings(hidden_size=64, num_layers=4, num_heads=2, max_positions=256), head, corpus.vocabulary_size
     )
@@ -55,7 +63,7 @@ def measure(data: dict[str, Any], steps: int) -> dict[str, Any]:
         if step >= WARM_UP_STEPS:
             waited += ready - started
             total += time.perf_counter() - started
-    return {
+    return corpus.described | {
         "tokens": len(corpus.train),
         "stored_bytes": sum(path.stat().st_size for path in corpus.train.folder.glob("tokens.*")),
         "steps": steps,
@@ -86,44 +94,32 @@ def markdown(table: pd.DataFrame) -> str:
     )
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="laptop")
-    parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--text", type=Path, help="a local UTF-8 text")
-    parser.add_argument("--corpus", default="text", help="what the table calls --text (default %(default)s)")
-    parser.add_argument("--stories", type=int, default=1000, help="embedded stories, where there is no --text")
-    arguments = parser.parse_args()
-    if arguments.steps < 1:
-        raise UserError(f"--steps is {arguments.steps}: choose at least 1")
-    if arguments.text is None:
-        sizes = {"num_train_documents": arguments.stories, "num_valid_documents": 1}
-        corpus, source = "stories", {"name": "stories", "seed": 0, **sizes}
-    else:
-        corpus, source = arguments.corpus, {"name": "text", "train": str(arguments.text), "valid": str(arguments.text)}
+def add_options(parser: ArgumentParser) -> None:
+    """Steps and the text."""
+    parser.add_argument("--steps", type=int, default=96, help="default %(default)s")
+    add_settings(parser)
+
+
+def measure(arguments: Namespace) -> None:
+    """Train from every store and write the table."""
+    at_least_one(arguments, "steps")
+    settings = composed(arguments.settings)
+    path = RESULTS / settings.corpus / f"{NAME}.csv"
+    measurement = identity(NAME, arguments, text_of(settings))
+    if is_measured(path, measurement):
+        return
     rows = []
     with tempfile.TemporaryDirectory() as cache_dir:
         for store in STORES:
-            data = source | {
-                "tokenizer": "gpt2",
-                "cache_dir": cache_dir,
-                "workers": 1,
-                "store": store,
-                "layout": "packed",
-            }
-            lead = {"experiment": NAME, "scale": arguments.scale, "corpus": corpus, "store": store}
-            named = "" if arguments.text is None else " --text FILE"
-            command = f"python -m experiments token_store --scale {arguments.scale}{named}"
-            origin = {"hardware": hardware(), "torch": torch_version(), "commit": code_commit(), "command": command}
-            rows.append(lead | measure(data, arguments.steps) | origin)
-    table = pd.DataFrame(rows)
-    path = RESULTS / arguments.scale / f"{NAME}.csv"
-    write_text(path, table.to_csv(index=False))
-    write_text(path.with_suffix(".md"), markdown(table))
-    print(markdown(table), file=sys.stdout)
+            data = settings.data | {"cache_dir": cache_dir, "workers": 1, "store": store, "layout": "packed"}
+            lead = {"experiment": NAME, "store": store}
+            rows.append(lead | measure_store(data, arguments.steps) | origin(NAME))
+    write_measured(pd.DataFrame(rows), path, measurement)
 
 
-if __name__ == "__main__":
-    main()
+def draw(corpus: str) -> None:
+    """Write the table in words."""
+    path = RESULTS / corpus / f"{NAME}.csv"
+    words = markdown(read_measured(path, ("store", "waiting_share")))
+    write_text(path.with_suffix(".md"), words)
+    print(words)

@@ -86,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def exit_with(error: BaseException) -> NoReturn:
     """Print ``error`` as one line, below any progress bar, and leave with status 2."""
     module = sys.modules["__main__"].__spec__
-    program = f"python -m {module.name}" if module else Path(sys.argv[0]).name
+    program = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
     tqdm.write(f"{program}: {one_line(error)}", file=sys.stderr)
     raise SystemExit(2) from None
 

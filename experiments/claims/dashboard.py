@@ -2,25 +2,27 @@
 
     pip install 'vocabfold[dashboards]' && wandb login
     wandb sync results/runs/*/*/*/wandb/offline-run-*
-    python -m experiments dashboard [--entity NAME] [--project vocabfold] [--scale text]
+    python -m experiments dashboard draw [CORPUS]
 
-The panels show what the mirrors of the runs hold (vocabfold/records.py): curves while training, and the tables' own
-values, which stand in a run's summary as result.COLUMN. --print writes what would be sent and sends nothing.
+The panels show what the mirrors of the runs hold (vocabfold/runs/record.py): curves while training, and the tables' own
+values, which stand in a run's summary as result.COLUMN. WANDB_ENTITY and WANDB_PROJECT (vocabfold) choose where it is
+saved; with WANDB_MODE=offline what would be sent is printed and nothing is sent.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
-from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.errors import UserError
 from vocabfold.runs.record import RESULT
 
+CORPORA = ("",)  # without a name: the runs of all texts
 NAME = "vocabfold: the report"
 # A section for each part of the report: its title, with the experiments that it is about, and its panels as (kind, what
 # is drawn, against what): a curve a head, a bar a group of runs, or a point a run. A workspace has one list of runs;
-# they stand grouped by scale/experiment there, so that the others can be hidden.
+# they stand grouped by corpus/experiment there, so that the others can be hidden.
 CURVE, BAR, POINT = "curve", "bar", "point"
 SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "On par with GPT-2 and GPT-Neo (main_comparison)": (
@@ -36,9 +38,9 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "Which head, which order (heads_pareto, order_matters)": (
         (CURVE, "validation_loss_nats", "tokens"),
-        (BAR, "perplexity", "contender"),
+        (BAR, "perplexity", "head.name"),
         (POINT, "validation_loss_nats", "flops_per_token"),
-        (BAR, "group_accuracy", "contender"),
+        (BAR, "group_accuracy", "head.name"),
     ),
     "Vocabulary size (vocabulary_scaling)": ((POINT, "excess_loss_nats", "vocabulary_size"),),
     "Figures 2, 6 and 7: the image study (shapes)": (
@@ -55,7 +57,7 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-def workspace(entity: str, project: str, scale: str | None) -> Any:
+def workspace(entity: str, project: str, corpus: str) -> Any:
     """The Workspace object; nothing is sent. Raises UserError where wandb-workspaces is missing."""
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -74,12 +76,12 @@ def workspace(entity: str, project: str, scale: str | None) -> Any:
         x = panels.SummaryMetric(f"{RESULT}.{against}")
         return panels.ScatterPlot(title=f"{column} against {against}", x=x, y=value)
 
-    chosen = [workspaces.Tags("tags").isin([f"scale:{scale}"])] if scale else []
+    chosen = [workspaces.Tags("tags").isin([f"corpus:{corpus}"])] if corpus else []
     columns = [f"summary:{RESULT}.{name}" for name in ("validation_loss_nats", "perplexity", "peak_memory_gib")]
     return workspaces.Workspace(
         entity=entity,
         project=project,
-        name=f"{NAME}, {scale}" if scale else NAME,
+        name=f"{NAME}, {corpus}" if corpus else NAME,
         sections=[
             workspaces.Section(name=title, panels=[panel(*one) for one in ones], is_open=True)
             for title, ones in SECTIONS.items()
@@ -108,27 +110,19 @@ def entity_of_login(named: str | None) -> str:
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(f"Weights & Biases does not answer ({error}): check the network and `wandb login`") from error
     if not logged_in or not entity:
-        raise UserError("nobody is logged in to Weights & Biases: run `wandb login` first, or see it with --print")
+        raise UserError(
+            "nobody is logged in to Weights & Biases: run `wandb login` first, or set WANDB_MODE=offline to see it"
+        )
     return entity
 
 
-@one_line_errors
-def main() -> None:
-    """Command line; see --help."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--entity", help="user or team; default: the one who is logged in")
-    parser.add_argument("--project", default="vocabfold", help="as wandb.project of the runs (default %(default)s)")
-    parser.add_argument("--scale", help="only runs of this scale")
-    parser.add_argument("--print", action="store_true", help="write what would be sent, and send nothing")
-    arguments = parser.parse_args()
-    if arguments.print:
-        built = workspace(arguments.entity or "ENTITY", arguments.project, arguments.scale)
+def draw(corpus: str) -> None:
+    """Save the workspace, with the runs of one text or, for "", of all; with WANDB_MODE=offline print what would be
+    sent."""
+    project = os.environ.get("WANDB_PROJECT", "vocabfold")
+    if os.environ.get("WANDB_MODE") == "offline":
+        built = workspace(os.environ.get("WANDB_ENTITY", "ENTITY"), project, corpus)
         print(json.dumps(specification(built), indent=1))
         return
-    entity = entity_of_login(arguments.entity)
-    built = workspace(entity, arguments.project, arguments.scale)
+    built = workspace(entity_of_login(os.environ.get("WANDB_ENTITY")), project, corpus)
     print(f"saved {built.save().url}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Floors of a head's time, and timings in another process."""
+"""Lower bounds of a head's time, and timings in another process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from experiments.study.floor import least_bytes, products_of
+from experiments.study.lower_bound import least_bytes, products_of
 from experiments.study.other_process import OtherProcess
 
 from vocabfold.errors import UserError

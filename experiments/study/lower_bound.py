@@ -1,6 +1,6 @@
 """The least that a step can cost on this machine: its matrix products, and the bytes that it has to move.
 
-Two floors: the products at the machine's best matrix rate, or each product of the step at the rate that its own shape
+Two bounds: the products at the machine's best matrix rate, or each product of the step at the rate that its own shape
 reaches alone. Elementwise work, the exponentials of a softmax above all, is in neither.
 """
 

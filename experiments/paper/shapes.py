@@ -1,0 +1,163 @@
+"""Figures 2, 6 and 7 of arXiv 2411.06371, the image study: accuracy, training loss and group accuracy over training.
+
+    python -m vocabfold.train --multirun experiment=shapes
+    python -m experiments shapes measure
+    python -m experiments shapes draw [CORPUS ...]
+
+results/CORPUS/shapes_curves.csv -> shapes_figure2.png (accuracy, and by learning rate), shapes_figure6.png (training
+loss), shapes_figure7.png (group accuracy, with the published range) and shapes.md beside it. What pictures that look
+alike leave to be reached is in figure1_shapes.csv.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from experiments.study.curves import draw_curve, read_curves, runs_of
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save
+from experiments.study.measuring import add_settings, collect_runs
+from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
+from vocabfold.errors import UserError
+from vocabfold.files import write_text
+from vocabfold.runs.tables import RESULTS
+
+TABLES = ("shapes_curves",)
+PUBLISHED_LEARNING_RATE = 1e-3
+FULL, PAPER = "full", "paper"
+HEADS = {FULL: ("full softmax", COLORS["orange"], "s"), PAPER: ("the paper's head", COLORS["blue"], "o")}
+STYLES = ("--", "-", ":")
+QUANTITIES = {
+    "validation_accuracy": ("validation accuracy", "{:.4f}"),
+    "validation_group_accuracy": ("validation group accuracy", "{:.4f}"),
+    "validation_loss_nats": ("validation loss (nats)", "{:.3f}"),
+    "train_loss": ("training loss (nats)", "{:.3f}"),
+}
+
+add_options = add_settings
+
+
+def measure(arguments: Namespace) -> None:
+    """Gather the finished training runs into the table and their curves."""
+    collect_runs("shapes", arguments.settings)
+
+
+def draw(corpus: str) -> None:
+    """Write the three pictures and the table of one set of classes."""
+    curves = read_curves("shapes", corpus)
+    classes = int(read_ceilings(corpus)["classes"].iloc[0])
+    title = f"{classes:,} classes of pictures; {runs_of(curves)}"
+    draw_accuracy(curves, corpus, title)
+    draw_loss(curves, corpus, title, classes)
+    draw_group_accuracy(curves[curves["head"] == PAPER], corpus, title)
+    path = RESULTS / corpus / "shapes.md"
+    write_text(path, markdown(ends_of(curves), corpus))
+    print(f"wrote {path}")
+
+
+def draw_accuracy(curves: pd.DataFrame, corpus: str, title: str) -> None:
+    """Figure 2: accuracy against steps at the published learning rate, and where it ends at each."""
+    ends = ends_of(curves)
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.3), sharey=True)
+    published = curves[curves["learning_rate"] == PUBLISHED_LEARNING_RATE]
+    for head, (label, color, marker) in HEADS.items():
+        draw_curve(axes[0], published[published["head"] == head], "validation_accuracy", color, label)
+        rows = summarise(ends[ends["head"] == head], ["learning_rate"], "validation_accuracy")
+        line = {"color": color, "marker": marker, "capsize": 3, "label": label}
+        axes[1].errorbar(rows["learning_rate"], rows["mean"], yerr=rows["half_width"], **line)
+    axes[0].set(xlabel=f"Optimizer step (learning rate {PUBLISHED_LEARNING_RATE:g})", ylabel="Validation accuracy")
+    axes[1].set(xlabel="Learning rate", xscale="log")
+    rates = sorted(ends["learning_rate"].unique())
+    axes[1].set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes[1].minorticks_off()
+    for axis in axes:
+        axis.axhline(ceiling(corpus, "accuracy"), color=GREY, linewidth=0.8, linestyle="--", label="best possible")
+    axes[0].set_ylim(0, 1)
+    axes[0].legend(loc="best")
+    figure.suptitle(title, fontsize=7)
+    save(figure, RESULTS / corpus / "shapes_figure2.png")
+
+
+def draw_loss(curves: pd.DataFrame, corpus: str, title: str, classes: int) -> None:
+    """Figure 6: training loss against steps at every learning rate."""
+    figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.3), sharey=True)
+    for axis, (head, (label, color, _)) in zip(axes, HEADS.items(), strict=True):
+        rows = curves[curves["head"] == head]
+        for style, (learning_rate, runs) in zip(STYLES, rows.groupby("learning_rate"), strict=False):
+            draw_curve(axis, runs, "train_loss", color, f"{learning_rate:g}", style)
+        axis.axhline(math.log(classes), color=GREY, linewidth=0.8, linestyle=(0, (1, 2)), label=f"ln {classes:,}")
+        axis.set_title(label, fontsize=8)
+        axis.set_xlabel("Optimizer step")
+        axis.legend(title="learning rate", title_fontsize=7)
+    axes[0].set_ylabel("Training loss (nats)")
+    axes[0].set_ylim(bottom=0)
+    figure.suptitle(title, fontsize=7)
+    save(figure, RESULTS / corpus / "shapes_figure6.png")
+
+
+def draw_group_accuracy(curves: pd.DataFrame, corpus: str, title: str) -> None:
+    """Figure 7: group accuracy of the paper's head against steps, with the published range."""
+    figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 3.0))
+    for style, (learning_rate, rows) in zip(STYLES, curves.groupby("learning_rate"), strict=False):
+        label = f"learning rate {learning_rate:g}"
+        draw_curve(axis, rows, "validation_group_accuracy", COLORS["blue"], label, style)
+    published = pd.read_csv(RESULTS / "paper" / "image_study.csv").dropna(subset=["group_accuracy_low"])
+    low, high = published["group_accuracy_low"].min(), published["group_accuracy_high"].max()
+    axis.axhspan(low, high, color=COLORS["green"], alpha=0.3, linewidth=0, label="published, 184,320 classes")
+    best = ceiling(corpus, "group accuracy")
+    axis.axhline(best, color=GREY, linewidth=0.8, linestyle="--", label="best possible")
+    axis.set(xlabel="Optimizer step", ylabel="Validation group accuracy", ylim=(0, 1.02))
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.suptitle(title.replace("; ", "\n"), fontsize=7)
+    save(figure, RESULTS / corpus / "shapes_figure7.png")
+
+
+def ends_of(curves: pd.DataFrame) -> pd.DataFrame:
+    """Where each run's curve ends."""
+    return curves.sort_values("step").groupby(["head", "learning_rate", "seed"], as_index=False).last()
+
+
+def read_ceilings(corpus: str) -> pd.DataFrame:
+    """The table of figure1_shapes. Raises UserError where it is missing."""
+    path = RESULTS / corpus / "figure1_shapes.csv"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `python -m experiments figure1_shapes measure` first")
+    return pd.read_csv(path)
+
+
+def ceiling(corpus: str, quantity: str) -> float:
+    """The best accuracy, or group accuracy, that pictures which look alike leave."""
+    table = read_ceilings(corpus)
+    return float(table.loc[table["quantity"] == f"best {quantity}", "value"].iloc[0])
+
+
+def markdown(ends: pd.DataFrame, corpus: str) -> str:
+    """Where each head ends at each learning rate: means and 95% intervals over seeds."""
+    lines = [
+        "| head, learning rate | " + " | ".join(title for title, _ in QUANTITIES.values()) + " | seeds |",
+        "|---" * (len(QUANTITIES) + 2) + "|",
+    ]
+    for (head, learning_rate), rows in ends.groupby(["head", "learning_rate"]):
+        cells = []
+        for column, (_, form) in QUANTITIES.items():
+            mean, half_width = mean_and_interval(rows[column].dropna().tolist() or [float("nan")])
+            cells.append("" if pd.isna(mean) else f"{form.format(mean)} ± {form.format(half_width)}")
+        lines.append(f"| {HEADS[str(head)][0]}, {learning_rate:g} | " + " | ".join(cells) + f" | {len(rows)} |")
+    notes = [f"At step {ends['step'].max():,}; mean ± 95% interval (Student's t) over seeds.", *difference(ends)]
+    return "\n".join([*lines, "", *notes, f"Best possible accuracy: {ceiling(corpus, 'accuracy'):.4f}.", ""])
+
+
+def difference(ends: pd.DataFrame) -> list[str]:
+    """The paper's head minus the full softmax in accuracy at each learning rate, seed by seed."""
+    lines = []
+    for learning_rate, rows in ends.groupby("learning_rate"):
+        found = difference_over_seeds(rows, "head", PAPER, FULL, "validation_accuracy")
+        if found.count > 1:
+            lines.append(
+                f"Learning rate {learning_rate:g}: the paper's head minus the full softmax {found.mean:+.4f} ± "
+                f"{found.half_width:.4f} in accuracy (paired t-test over {found.count} seeds, p = {found.p_value:.2g})."
+            )
+    return lines
