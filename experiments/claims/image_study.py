@@ -17,20 +17,20 @@ from experiments.claims.base import (
     rows_where,
     with_columns,
 )
-from experiments.paper.shapes import PUBLISHED_LEARNING_RATE, ends_of
-from experiments.study.curves import read_curves
+from experiments.paper.shapes import PUBLISHED_LEARNING_RATE, ends_of, sets_of
 from experiments.study.statistics import difference_over_seeds, summarise
 
+FOLDER = "shapes"  # under results/; the largest set of classes there is judged
 CLASSES = 184_320
 CHANCES = 2  # a head has learned nothing while its accuracy is at most so many times a guess's
 NEAR_UNIFORM = 0.05  # and while its training loss is within this share of ln V
 COMMAND = "`make pictures`"
 
 
-def attributes(corpus: str) -> Finding:
+def attributes(_: str) -> Finding:
     """Table 4 and Figure 1."""
     product = math.prod(len(options.split(";")) for options in reference("table4_attributes")["options"])
-    examples = pictures(corpus)
+    examples = pictures()
     best = rows_where(examples, "figure1_shapes.csv", quantity="best accuracy")["value"].iloc[0]
     classes = int(examples["classes"].iloc[0])
     counted = Check(f"the options of Table 4 combine to {CLASSES:,} classes", f"{product:,}", product == CLASSES)
@@ -38,21 +38,22 @@ def attributes(corpus: str) -> Finding:
     return Finding((counted, at_least("no two classes look alike: best possible accuracy", best, 1.0, "{:.4f}", found)))
 
 
-def pictures(corpus: str) -> pd.DataFrame:
-    """The table of Figure 1."""
+def pictures() -> pd.DataFrame:
+    """The table of Figure 1, its largest set of classes."""
     command = "python -m experiments figure1_shapes measure"
-    return measured(corpus, "figure1_shapes", command, ("quantity", "value", "classes"))
+    table = measured(FOLDER, "figure1_shapes", command, ("quantity", "value", "classes"))
+    return table[table["classes"] == table["classes"].max()]
 
 
-def ends(corpus: str) -> tuple[pd.DataFrame, int]:
+def ends() -> tuple[pd.DataFrame, int]:
     """(where each run at the published learning rate ends, number of classes)."""
-    name = f"results/{corpus}/shapes_curves.csv"
+    name = f"results/{FOLDER}/shapes_curves.csv"
+    _, classes, curves = sets_of(FOLDER)[0]
     columns = ("head", "learning_rate", "validation_accuracy", "validation_group_accuracy")
-    curves = with_columns(read_curves("shapes", corpus), name, columns)
-    rows = rows_where(ends_of(curves), name, learning_rate=PUBLISHED_LEARNING_RATE)
-    for head in ("full", "grouped"):
+    rows = rows_where(ends_of(with_columns(curves, name, columns)), name, learning_rate=PUBLISHED_LEARNING_RATE)
+    for head in ("full", "paper"):
         rows_where(rows, name, head=head)
-    return rows, int(pictures(corpus)["classes"].iloc[0])
+    return rows, classes
 
 
 def mean_of(rows: pd.DataFrame, head: str, column: str) -> float:
@@ -60,11 +61,11 @@ def mean_of(rows: pd.DataFrame, head: str, column: str) -> float:
     return float(summarise(rows[rows["head"] == head], ["head"], column)["mean"].iloc[0])
 
 
-def accuracy(corpus: str) -> Finding:
+def accuracy(_: str) -> Finding:
     """Figure 2."""
-    rows, classes = ends(corpus)
+    rows, classes = ends()
     full = mean_of(rows, "full", "validation_accuracy")
-    difference = difference_over_seeds(rows, "head", "grouped", "full", "validation_accuracy")
+    difference = difference_over_seeds(rows, "head", "paper", "full", "validation_accuracy")
     found = f"grouped minus full {difference.mean:+.4f} ± {difference.half_width:.4f} over {difference.count} seeds"
     return Finding((
         at_most("the full softmax stays at a guess", full, CHANCES / classes, "{:.4f}", f"full, of {classes:,}: {{}}"),
@@ -72,11 +73,11 @@ def accuracy(corpus: str) -> Finding:
     ))  # fmt: skip
 
 
-def training_loss(corpus: str) -> Finding:
+def training_loss(_: str) -> Finding:
     """Figure 6."""
-    rows, classes = ends(corpus)
+    rows, classes = ends()
     uniform = math.log(classes)
-    full, grouped = (mean_of(rows, head, "train_loss") for head in ("full", "grouped"))
+    full, grouped = (mean_of(rows, head, "train_loss") for head in ("full", "paper"))
     published = reference("image_study").set_index("head")["training_loss_nats"]
     share = float(published["grouped"] / published["full"])
     return Finding((
@@ -86,10 +87,10 @@ def training_loss(corpus: str) -> Finding:
     ))  # fmt: skip
 
 
-def group_accuracy(corpus: str) -> Finding:
+def group_accuracy(_: str) -> Finding:
     """Figure 7."""
-    rows, classes = ends(corpus)
-    value = mean_of(rows, "grouped", "validation_group_accuracy")
+    rows, classes = ends()
+    value = mean_of(rows, "paper", "validation_group_accuracy")
     low = float(reference("image_study")["group_accuracy_low"].min())
     found = f"of {classes:,} classes: {{}}"
     return Finding((at_least("group accuracy in the published range or above", value, low, "{:.3f}", found),))
@@ -113,7 +114,7 @@ CLAIMS = (
         "Eight attributes make the classes of the image study, and pictures show them",
         lambda: f"{CLASSES:,} classes",
         attributes,
-        ("{corpus}/figure1_shapes.png", "{corpus}/figure1_shapes.md", "paper/table4_attributes.csv"),
+        ("shapes/figure1_shapes.png", "shapes/figure1_shapes.md", "paper/table4_attributes.csv"),
         "`python -m experiments figure1_shapes measure`",
     ),
     Claim(
@@ -121,7 +122,7 @@ CLAIMS = (
         "Validation accuracy: the full softmax never learns the classes, the grouped head does",
         lambda: published_end("validation_accuracy", "{:g}"),
         accuracy,
-        ("{corpus}/shapes_figure2.png", "{corpus}/shapes.md", "{corpus}/shapes.csv"),
+        ("shapes/shapes_figure2.png", "shapes/shapes.md", "shapes/shapes.csv"),
         COMMAND,
     ),
     Claim(
@@ -129,7 +130,7 @@ CLAIMS = (
         "Training loss: the full softmax stays at ln V, the grouped head falls to a third of it",
         lambda: published_end("training_loss_nats", "{:g} nats"),
         training_loss,
-        ("{corpus}/shapes_figure6.png", "{corpus}/shapes.md", "{corpus}/shapes.csv"),
+        ("shapes/shapes_figure6.png", "shapes/shapes.md", "shapes/shapes.csv"),
         COMMAND,
     ),
     Claim(
@@ -137,7 +138,7 @@ CLAIMS = (
         "The grouped head nearly always finds the group of a picture",
         published_groups,
         group_accuracy,
-        ("{corpus}/shapes_figure7.png", "{corpus}/shapes.md", "{corpus}/shapes.csv"),
+        ("shapes/shapes_figure7.png", "shapes/shapes.md", "shapes/shapes.csv"),
         COMMAND,
     ),
 )

@@ -9,6 +9,7 @@ import pandas as pd
 from experiments.claims.base import Check, Claim, Finding, at_least, at_most, fixed, measured, with_columns
 from experiments.embeddings.both_ends import GOAL, named, settings_of, with_plain
 from experiments.embeddings.embedding_compression import ONE_PERCENT, PUBLISHED, is_better, summary, with_differences
+from experiments.embeddings.methods import with_settings
 from experiments.paper.main_comparison import MARGIN_NATS
 from experiments.study.statistics import mean_and_interval
 from vocabfold.errors import UserError
@@ -22,7 +23,7 @@ STRUCTURE = 0.95  # of the error on shuffled entries: below it, a tensor train f
 def tensor_train_at(corpus: str, compression: float) -> pd.Series:
     """The one of a per-token tensor train, not trained on, whose compression is nearest."""
     path = f"results/{corpus}/embedding_compression.csv"
-    columns = ("embedding", "embedding_setting", "embedding_compression", "recovery_tokens")
+    columns = ("embedding", "embedding_compression", "recovery_tokens")
     table = with_columns(read_table("embedding_compression", corpus), path, columns)
     rows = with_differences(table)
     rows = rows[(rows["embedding"] == "tensor_train") & (rows["stage"] == "compressed")]
@@ -70,7 +71,9 @@ def compressed_and_usable(corpus: str) -> Finding:
 def embedding_tables(corpus: str) -> pd.DataFrame:
     """The errors of every method on every embedding table."""
     columns = ("table", "embedding", "embedding_compression", "relative_error", "hidden_size", "wanted_compression")
-    return measured(corpus, "embedding_tables", "python -m experiments embedding_tables measure", columns)
+    return with_settings(
+        measured(corpus, "embedding_tables", "python -m experiments embedding_tables measure", columns)
+    )
 
 
 def finds_structure(corpus: str) -> Finding:
@@ -100,7 +103,7 @@ def finds_structure(corpus: str) -> Finding:
 def small_and_on_par(corpus: str) -> Finding:
     """A whole model with head and embedding folded."""
     path = f"results/{corpus}/both_ends.csv"
-    with_columns(read_table("both_ends", corpus), path, ("embedding", "embedding_setting", "model_bytes"))
+    with_columns(read_table("both_ends", corpus), path, ("embedding", "model_bytes"))
     table = with_plain(corpus)
     plain_bytes = float(table.loc[table["head"] == "full", "model_bytes"].iloc[0])
     compressed = []

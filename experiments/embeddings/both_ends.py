@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy import stats
 
+from experiments.embeddings.methods import with_settings
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained_on
 from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import mean_and_interval
@@ -67,7 +68,7 @@ def with_plain(corpus: str) -> pd.DataFrame:
         )
     # The plain rows are older than the columns of embeddings: a full softmax tied to a float32 table.
     plain = plain.assign(model_bytes=BYTES_PER_NUMBER * plain["num_parameters"], embedding="dense")
-    table = pd.concat([plain, runs], ignore_index=True)
+    table = with_settings(pd.concat([plain, runs], ignore_index=True))
     table[SETTING] = table[SETTING].astype(object).where(table[SETTING].notna(), "")
     return table
 

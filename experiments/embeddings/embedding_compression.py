@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from experiments.embeddings.methods import LOOKS, PUBLISHED
+from experiments.embeddings.methods import LOOKS, PUBLISHED, with_settings
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained_on
 from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import mean_and_interval
@@ -83,7 +83,7 @@ def with_differences(table: pd.DataFrame) -> pd.DataFrame:
     stage = table["recovery_tokens"].map(
         lambda tokens: "scratch" if pd.isna(tokens) else "compressed" if tokens == 0 else "recovered"
     )
-    table = table.assign(stage=stage, embedding_setting=table["embedding_setting"].fillna(""))
+    table = with_settings(table.assign(stage=stage))
     dense = table[table["embedding"] == "dense"].set_index(["corpus", "seed", "stage"])["validation_loss_nats"]
     compared = [
         # Compressing nothing and training on nothing is the dense run itself.

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from experiments.embeddings.methods import compressed_tables
+from experiments.embeddings.methods import compressed_tables, with_settings
 from experiments.study.figures import read_measured
 from experiments.study.measuring import SETTINGS_HELP, composed, identity, is_measured, text_of, write_measured
 from vocabfold.data.batches import Batches, BatchPlan
@@ -100,7 +100,7 @@ def measure_weights(folder: Path, settings: Settings, sequence_length: int, batc
 def markdown(table: pd.DataFrame) -> str:
     """Every row."""
     lines = ["| embedding | setting | where | compression | relative error | perplexity |", "|---" * 6 + "|"]
-    for _, row in table.iterrows():
+    for _, row in with_settings(table).iterrows():
         lines.append(
             f"| {row['embedding']} | {row['embedding_setting']} | {row['place']} | {row['embedding_compression']:.2f} "
             f"| {row['relative_error']:.4f} | {row['perplexity']:.2f} |"

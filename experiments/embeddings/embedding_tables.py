@@ -24,7 +24,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from experiments.embeddings.methods import LOOKS, PUBLISHED, compressed_tables
+from experiments.embeddings.methods import LOOKS, PUBLISHED, compressed_tables, with_settings
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
 from experiments.study.measuring import add_settings, corpus_of, identity, is_measured, write_measured
 from vocabfold.embeddings import EmbeddingSettings, relative_error
@@ -153,7 +153,7 @@ def markdown(table: pd.DataFrame) -> str:
         "| table | method | setting | compression | relative error | compress (s) | lookup of 16,384, dense = 1 |",
         "|---" * 7 + "|",
     ]
-    for _, row in table.iterrows():
+    for _, row in with_settings(table).iterrows():
         lines.append(
             f"| {row['table']} | {row['embedding']} | {row['embedding_setting']} | {row['embedding_compression']:.2f} "
             f"| {row['relative_error']:.4f} | {row['compress_seconds']:.2f} "

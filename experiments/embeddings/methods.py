@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import pandas as pd
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +23,21 @@ LOOKS = {
 }
 # What arXiv 2307.00526 claims: the compression at which it calls the model better than the original, and the highest.
 PUBLISHED = (3.31, 38.40)
+
+
+def with_settings(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with ``embedding_setting``: the columns that describe each method's size in one word for a reader."""
+
+    def words(row: pd.Series) -> str:
+        if row["embedding"] == "tensor_train":
+            return f"{row['embedding_mode_sizes']} r{row['embedding_ranks']}"
+        if pd.notna(row.get("embedding_rank")):
+            return f"rank {row['embedding_rank']:.0f}"
+        if not str(row["embedding"]).startswith("int"):
+            return ""
+        return f"group {group:.0f}" if pd.notna(group := row.get("embedding_group_size")) else "row"
+
+    return table.assign(embedding_setting=table.apply(words, axis=1))
 
 
 @dataclass(frozen=True)

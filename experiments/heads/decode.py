@@ -78,21 +78,13 @@ def load_runs(folders: list[Path], device: torch.device) -> list[Run]:
         row = finished_row(folder)
         if row is None:
             raise UserError(f"{folder} holds no finished run: train it to its end, or name another folder")
-        run = Run(name_of(row), row, load_run(folder, device))
+        run = Run(str(row["head"]), row, load_run(folder, device))
         if run.name in runs:
             raise UserError(f"two of the runs are both {run.name}: name the folders to compare on the command line")
         runs[run.name] = run
     if FULL not in runs:
         raise UserError("none of the runs has the full softmax, which the others are compared with: name one")
     return sorted(runs.values(), key=lambda run: run.name != FULL)
-
-
-def name_of(row: dict[str, Any]) -> str:
-    """What a run's head is called."""
-    if not row.get("scorer"):
-        return str(row["head"])
-    shortlist = f", shortlist {row['shortlist']:,}" if row["shortlist"] else ""
-    return f"{row['scorer']}, {row['partition_order']}{shortlist}"
 
 
 def prompts_of(folder: Path, batch_size: int, length: int) -> Tensor:

@@ -26,7 +26,7 @@ PARTITION = ["partition_order", "shortlist"]
 ORDERS = {
     "bpe": ("BPE order", COLORS["orange"], "s"),
     "frequency": ("frequency", COLORS["blue"], "o"),
-    "clustered_run": ("clustered by the teacher's embedding", COLORS["green"], "^"),
+    "clustered": ("clustered by the teacher's embedding", COLORS["green"], "^"),
     "random": ("random", COLORS["purple"], "v"),
 }
 PANELS = {"perplexity": "Validation perplexity", "lost_nats": "Above the teacher (nats per token)"}

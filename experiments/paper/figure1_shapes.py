@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,7 +38,7 @@ def settings_of(words: Sequence[str]) -> Settings:
     return composed(["experiment=shapes", *words])
 
 
-def draw_examples(shapes: Shapes, corpus: str) -> None:
+def draw_examples(shapes: Shapes, path: Path) -> None:
     """A sheet of validation pictures, every one labelled with its class."""
     numbers = shapes.num_train + np.random.default_rng(0).choice(shapes.num_valid, ROWS * COLUMNS, replace=False)
     figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2 * COLUMN_INCHES, COLUMN_INCHES * 1.25))
@@ -46,7 +47,7 @@ def draw_examples(shapes: Shapes, corpus: str) -> None:
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{number % len(shapes.classes):,}", fontsize=6, pad=2)
         axis.spines[:].set(visible=True, linewidth=0.3)
-    save(figure, RESULTS / corpus / "figure1_shapes.png")
+    save(figure, path)
 
 
 def table_of(shapes: Shapes, found: Lookalikes) -> pd.DataFrame:
@@ -99,13 +100,16 @@ def measure(arguments: Namespace) -> None:
         return
     shapes = load_shapes(settings.data)
     table = table_of(shapes, find_lookalikes(shapes.classes, shapes.image_size))
-    write_measured(table.assign(data=json.dumps(settings.data)), path, measurement)
+    write_measured(table.assign(data=json.dumps(settings.data)), path, measurement, beside="classes")
 
 
 def draw(corpus: str) -> None:
-    """Write examples and the table in words."""
+    """Write examples and the table in words of each set of classes; the largest set's have the plain names."""
     path = RESULTS / corpus / "figure1_shapes.csv"
     table = read_measured(path, ("quantity", "data"))
-    draw_examples(load_shapes(json.loads(table["data"].iloc[0])), corpus)
-    write_text(path.with_suffix(".md"), markdown(table))
-    print(f"{markdown(table)}\nwrote {path.with_suffix('.md')}")
+    parts = [rows for _, rows in sorted(table.groupby("classes"), reverse=True, key=lambda part: int(str(part[0])))]
+    for place, rows in enumerate(parts):
+        suffix = f"_{rows['classes'].iloc[0]}" if place else ""
+        draw_examples(load_shapes(json.loads(rows["data"].iloc[0])), path.with_name(f"figure1_shapes{suffix}.png"))
+    write_text(path.with_suffix(".md"), "\n".join(markdown(rows) for rows in parts))
+    print(f"wrote {path.with_suffix('.md')}")

@@ -86,8 +86,8 @@ def read_runs(corpus: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(runs with the paper's head, runs with the full softmax) of one hidden size: the latter those of main_comparison,
     or of figure3_baseline on a text that has none. Raises UserError where there are neither."""
     folded = read_table("figure3_group_size", corpus)
-    has_baseline = (RESULTS / corpus / "figure3_baseline.csv").is_file()
-    full = read_table("figure3_baseline" if has_baseline else "main_comparison", corpus).query("head == 'full'")
+    main = (RESULTS / corpus / "main_comparison.csv").is_file()
+    full = read_table("main_comparison" if main else "figure3_baseline", corpus).query("head == 'full'")
     return folded, full[full["hidden_size"].isin(folded["hidden_size"])]
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -23,7 +25,7 @@ from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.tables import RESULTS
+from vocabfold.runs.tables import RESULTS, read_table
 
 TABLES = ("shapes_curves",)
 PUBLISHED_LEARNING_RATE = 1e-3
@@ -46,19 +48,43 @@ def measure(arguments: Namespace) -> None:
 
 
 def draw(corpus: str) -> None:
-    """Write the three pictures and the table of one set of classes."""
-    curves = read_curves("shapes", corpus)
-    classes = int(read_ceilings(corpus)["classes"].iloc[0])
-    title = f"{classes:,} classes of pictures; {runs_of(curves)}"
-    draw_accuracy(curves, corpus, title)
-    draw_loss(curves, corpus, title, classes)
-    draw_group_accuracy(curves[curves["head"] == PAPER], corpus, title)
+    """Write three pictures and a table for each set of classes; the largest set's have the plain names."""
+    sections = []
+    for suffix, classes, curves in sets_of(corpus):
+        title = f"{classes:,} classes of pictures; {runs_of(curves)}"
+        ceilings = ceilings_of(corpus, classes)
+        place = RESULTS / corpus
+        draw_accuracy(curves, ceilings, title, place / f"shapes_figure2{suffix}.png")
+        draw_loss(curves, classes, title, place / f"shapes_figure6{suffix}.png")
+        draw_group_accuracy(curves[curves["head"] == PAPER], ceilings, title, place / f"shapes_figure7{suffix}.png")
+        sections.append(f"{classes:,} classes:\n\n{markdown(ends_of(curves), ceilings)}")
     path = RESULTS / corpus / "shapes.md"
-    write_text(path, markdown(ends_of(curves), corpus))
+    write_text(path, "\n".join(sections))
     print(f"wrote {path}")
 
 
-def draw_accuracy(curves: pd.DataFrame, corpus: str, title: str) -> None:
+def sets_of(corpus: str) -> list[tuple[str, int, pd.DataFrame]]:
+    """(end of the pictures' names, number of classes, curves) of each set of classes, the largest first."""
+    curves, table = read_curves("shapes", corpus), read_table("shapes", corpus)
+    classes = curves["run"].map(table.set_index("run")["vocabulary_size"]).astype(int)
+    numbers = sorted(classes.unique(), reverse=True)
+    return [
+        (f"_{number}" if place else "", int(number), curves[classes == number]) for place, number in enumerate(numbers)
+    ]
+
+
+def ceilings_of(corpus: str, classes: int) -> dict[str, float]:
+    """The best accuracy and group accuracy that pictures which look alike leave. Raises UserError where figure1_shapes
+    has not measured them."""
+    path = RESULTS / corpus / "figure1_shapes.csv"
+    rows = pd.read_csv(path).query("classes == @classes") if path.is_file() else pd.DataFrame()
+    if rows.empty:
+        raise UserError(f"{path} has no {classes} classes: run `python -m experiments figure1_shapes measure` first")
+    best = rows[rows["quantity"].str.startswith("best ")].set_index("quantity")["value"]
+    return {str(quantity).removeprefix("best "): float(value) for quantity, value in best.items()}
+
+
+def draw_accuracy(curves: pd.DataFrame, ceilings: dict[str, float], title: str, path: Path) -> None:
     """Figure 2: accuracy against steps at the published learning rate, and where it ends at each."""
     ends = ends_of(curves)
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.3), sharey=True)
@@ -66,7 +92,7 @@ def draw_accuracy(curves: pd.DataFrame, corpus: str, title: str) -> None:
     for head, (label, color, marker) in HEADS.items():
         draw_curve(axes[0], published[published["head"] == head], "validation_accuracy", color, label)
         rows = summarise(ends[ends["head"] == head], ["learning_rate"], "validation_accuracy")
-        line = {"color": color, "marker": marker, "capsize": 3, "label": label}
+        line: dict[str, Any] = {"color": color, "marker": marker, "capsize": 3, "label": label}
         axes[1].errorbar(rows["learning_rate"], rows["mean"], yerr=rows["half_width"], **line)
     axes[0].set(xlabel=f"Optimizer step (learning rate {PUBLISHED_LEARNING_RATE:g})", ylabel="Validation accuracy")
     axes[1].set(xlabel="Learning rate", xscale="log")
@@ -74,14 +100,14 @@ def draw_accuracy(curves: pd.DataFrame, corpus: str, title: str) -> None:
     axes[1].set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes[1].minorticks_off()
     for axis in axes:
-        axis.axhline(ceiling(corpus, "accuracy"), color=GREY, linewidth=0.8, linestyle="--", label="best possible")
+        axis.axhline(ceilings["accuracy"], color=GREY, linewidth=0.8, linestyle="--", label="best possible")
     axes[0].set_ylim(0, 1)
     axes[0].legend(loc="best")
     figure.suptitle(title, fontsize=7)
-    save(figure, RESULTS / corpus / "shapes_figure2.png")
+    save(figure, path)
 
 
-def draw_loss(curves: pd.DataFrame, corpus: str, title: str, classes: int) -> None:
+def draw_loss(curves: pd.DataFrame, classes: int, title: str, path: Path) -> None:
     """Figure 6: training loss against steps at every learning rate."""
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.3), sharey=True)
     for axis, (head, (label, color, _)) in zip(axes, HEADS.items(), strict=True):
@@ -95,10 +121,10 @@ def draw_loss(curves: pd.DataFrame, corpus: str, title: str, classes: int) -> No
     axes[0].set_ylabel("Training loss (nats)")
     axes[0].set_ylim(bottom=0)
     figure.suptitle(title, fontsize=7)
-    save(figure, RESULTS / corpus / "shapes_figure6.png")
+    save(figure, path)
 
 
-def draw_group_accuracy(curves: pd.DataFrame, corpus: str, title: str) -> None:
+def draw_group_accuracy(curves: pd.DataFrame, ceilings: dict[str, float], title: str, path: Path) -> None:
     """Figure 7: group accuracy of the paper's head against steps, with the published range."""
     figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 3.0))
     for style, (learning_rate, rows) in zip(STYLES, curves.groupby("learning_rate"), strict=False):
@@ -107,12 +133,12 @@ def draw_group_accuracy(curves: pd.DataFrame, corpus: str, title: str) -> None:
     published = pd.read_csv(RESULTS / "paper" / "image_study.csv").dropna(subset=["group_accuracy_low"])
     low, high = published["group_accuracy_low"].min(), published["group_accuracy_high"].max()
     axis.axhspan(low, high, color=COLORS["green"], alpha=0.3, linewidth=0, label="published, 184,320 classes")
-    best = ceiling(corpus, "group accuracy")
+    best = ceilings["group accuracy"]
     axis.axhline(best, color=GREY, linewidth=0.8, linestyle="--", label="best possible")
     axis.set(xlabel="Optimizer step", ylabel="Validation group accuracy", ylim=(0, 1.02))
     figure.legend(loc="outside lower center", ncols=2)
     figure.suptitle(title.replace("; ", "\n"), fontsize=7)
-    save(figure, RESULTS / corpus / "shapes_figure7.png")
+    save(figure, path)
 
 
 def ends_of(curves: pd.DataFrame) -> pd.DataFrame:
@@ -120,21 +146,7 @@ def ends_of(curves: pd.DataFrame) -> pd.DataFrame:
     return curves.sort_values("step").groupby(["head", "learning_rate", "seed"], as_index=False).last()
 
 
-def read_ceilings(corpus: str) -> pd.DataFrame:
-    """The table of figure1_shapes. Raises UserError where it is missing."""
-    path = RESULTS / corpus / "figure1_shapes.csv"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `python -m experiments figure1_shapes measure` first")
-    return pd.read_csv(path)
-
-
-def ceiling(corpus: str, quantity: str) -> float:
-    """The best accuracy, or group accuracy, that pictures which look alike leave."""
-    table = read_ceilings(corpus)
-    return float(table.loc[table["quantity"] == f"best {quantity}", "value"].iloc[0])
-
-
-def markdown(ends: pd.DataFrame, corpus: str) -> str:
+def markdown(ends: pd.DataFrame, ceilings: dict[str, float]) -> str:
     """Where each head ends at each learning rate: means and 95% intervals over seeds."""
     lines = [
         "| head, learning rate | " + " | ".join(title for title, _ in QUANTITIES.values()) + " | seeds |",
@@ -147,7 +159,7 @@ def markdown(ends: pd.DataFrame, corpus: str) -> str:
             cells.append("" if pd.isna(mean) else f"{form.format(mean)} ± {form.format(half_width)}")
         lines.append(f"| {HEADS[str(head)][0]}, {learning_rate:g} | " + " | ".join(cells) + f" | {len(rows)} |")
     notes = [f"At step {ends['step'].max():,}; mean ± 95% interval (Student's t) over seeds.", *difference(ends)]
-    return "\n".join([*lines, "", *notes, f"Best possible accuracy: {ceiling(corpus, 'accuracy'):.4f}.", ""])
+    return "\n".join([*lines, "", *notes, f"Best possible accuracy: {ceilings['accuracy']:.4f}.", ""])
 
 
 def difference(ends: pd.DataFrame) -> list[str]:
