@@ -16,7 +16,7 @@ from run_cases import PICTURES, TINY, call, start, write_corpus
 from vocabfold import train
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
-ARMS = {("full", 0), ("full", 1), ("grouped", 0), ("grouped", 1)}
+ARMS = {("full", 0), ("full", 1), ("paper", 0), ("paper", 1)}
 LAUNCHER_CLASSES = {
     "processes": "JoblibLauncher",
     "local_executor": "LocalLauncher",
@@ -109,11 +109,11 @@ def test_a_sweep_gives_each_job_a_folder_and_skips_what_has_finished(
 def test_a_failing_job_does_not_stop_the_sweep_and_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    status = call(train.main, monkeypatch, "--multirun", *TINY, "head=grouped", "head.partition.group_size=0,225")
+    status = call(train.main, monkeypatch, "--multirun", *TINY, "head=paper", "head.partition.group_size=0,225")
     written = capfd.readouterr().err
     assert status == 2
     assert "head.partition.group_size is 0" in written and "Traceback" not in written
-    assert set(rows_of(folder).values()) == {("grouped", 0)}
+    assert set(rows_of(folder).values()) == {("paper", 0)}
 
 
 @pytest.mark.parametrize("launcher", ["processes", "local_executor"])
@@ -122,7 +122,7 @@ def test_launchers_train_in_other_processes(folder: Path, launcher: str) -> None
         folder, "-m", "vocabfold.train", "--multirun", *TINY, f"hydra/launcher={launcher}", "head=full,grouped"
     )
     assert ended.returncode == 0, ended.stderr
-    assert set(rows_of(folder).values()) == {("full", 0), ("grouped", 0)}
+    assert set(rows_of(folder).values()) == {("full", 0), ("paper", 0)}
     logs = [path.parent for path in folder.glob("results/runs/multirun/submitit/*/*_log.err")]
     assert len(set(logs)) == (2 if launcher == "local_executor" else 0)
     assert {path.name for path in folder.iterdir()} == {"train.txt", "valid.txt", "cache", "results"}

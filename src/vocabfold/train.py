@@ -105,9 +105,8 @@ class Trainer:
             with self.autocast():
                 self.trained(inputs, targets).loss.backward()
 
-        devices = [self.device] if self.device.type == "cuda" else []
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # batch norm's running means
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             flops = training_flops_per_token(forward_and_backward, targets.numel())
         for buffer, value in buffers:
             buffer.copy_(value)
@@ -166,7 +165,10 @@ class Trainer:
             bar.update()
         bar.close()
         self.model.train()
-        return evaluation_columns(sums.means(self.ranks, "validation_"), self.corpus)
+        result = evaluation_columns(sums.means(self.ranks, "validation_"), self.corpus)
+        if not math.isfinite(result["validation_loss_nats"]):
+            raise UserError(not_finite(self, result["validation_loss_nats"]))
+        return result
 
     def save(self) -> None:
         """Write a checkpoint of this very step."""
@@ -272,12 +274,11 @@ def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
     """
     settings, ranks = trainer.settings, trainer.ranks
     evaluation: dict[str, float] = {}
-    name = Path(settings.run_dir).name
     if settings.compile and ranks.is_first:
         tqdm.write("torch.compile compiles during the first steps: that takes a minute or more", file=sys.stderr)
     with (
         stop_requests() as request,
-        ranks.progress_bar(total=trainer.total_steps, initial=trainer.step, desc=name) as bar,
+        ranks.progress_bar(total=trainer.total_steps, initial=trainer.step, desc=Path(settings.run_dir).name) as bar,
     ):
         if trainer.step == 0 and settings.start.type != "none":
             evaluation = trainer.evaluate()
