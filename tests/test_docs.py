@@ -163,6 +163,14 @@ def test_every_text_of_a_committed_table_is_described() -> None:
         assert f"| {corpus} |" in described and digest in described, corpus
 
 
+def test_the_table_of_training_steps_keeps_sizes_apart() -> None:
+    """A ratio over rounds of two sizes is the speed of neither."""
+    with (ROOT / "results/cost/training_step.csv").open(encoding="utf-8", newline="") as file:
+        measured = {(row["run"], row["hidden_size"]) for row in csv.DictReader(file)}
+    words = text_of(ROOT / "results/cost/training_step.md")
+    assert sorted(re.findall(r"^Hidden (\d+)", words, flags=re.MULTILINE)) == sorted(size for _, size in measured)
+
+
 def test_the_headline_leads_to_the_line_that_computes_it() -> None:
     """README -> table -> its experiment -> the statistics: four files, the number in the first two."""
     text = text_of(README)
