@@ -176,6 +176,9 @@ def test_the_headline_leads_to_the_line_that_computes_it() -> None:
     text = text_of(README)
     claim = "0.959"
     (table,) = re.findall(r"`(results/[\w/]+heads_pareto\.md)`", text)
-    assert claim in text and claim in text_of(ROOT / table)
+    measured = text_of(ROOT / table)
+    assert claim in text and claim in measured
+    for number in re.findall(r"\d+\.\d+ ± \d+\.\d+|\d\.\d+ \(\d\.\d+ to \d\.\d+\)", text):
+        assert number in measured, number
     experiment = text_of(ROOT / "experiments/heads/heads_pareto.py")
     assert "def perplexity_ratio" in experiment and "experiments.study.statistics" in experiment
