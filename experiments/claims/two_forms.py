@@ -10,11 +10,13 @@ LOOP, SHARED = "linear_looped", "scale_shift"
 TRAINED = "forward and backward"
 
 
-def loop_or_shared(_: str) -> Finding:
+def loop_or_shared(corpus: str) -> Finding:
     """The loop's time over the shared layer's at every size."""
-    columns = ("tokens", "group_size", "scorer", "pass", "round", "seconds")
+    columns = ("corpus", "tokens", "group_size", "scorer", "pass", "round", "seconds")
     table = measured("cost", NAME, f"python -m experiments {NAME} measure", columns)
     table = rows_where(table, f"results/cost/{NAME}.csv", **{"pass": TRAINED})
+    texts = table["corpus"].unique()  # timed with the tokens of a text; of any where this one was not timed
+    table = table[table["corpus"] == (corpus if corpus in texts else texts[0])]
     checks = []
     for (tokens, size), rows in table.groupby(["tokens", "group_size"]):
         seconds = {str(name): of.sort_values("round")["seconds"].tolist() for name, of in rows.groupby("scorer")}
