@@ -3,17 +3,21 @@ short and explains its words before it uses them."""
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from experiments.__main__ import experiments, parser_of
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from run_cases import call
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +25,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MOST_LINES, MOST_COLUMNS = 120, 120
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"^(make|python -m|torchrun|pip install|wandb) ")
+COMMAND = re.compile(r"^(make \w|python -m |torchrun |pip install |wandb )")
 FORBIDDEN = ("as usual", "not done again", "that no loss has", "needs nobody", "contender", "grouped head", "free rows")
 # The first place of each of these words in the README has to be the one that says what it means.
 DEFINITIONS = {"head": '("head")', "folded": "*folded*", "clustered": '("clustered")', "shortlist": "*shortlist*"}
@@ -56,10 +60,9 @@ def check_training(overrides: list[str]) -> None:
     firsts = [override.partition(",")[0] for override in overrides if not override.startswith("--")]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        if "--help" in overrides:
-            return
-        swept = compose("train", firsts, return_hydra_config=True).hydra.sweeper.params or {}
-        firsts += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
+        if any(override.startswith(("experiment=", "hydra/")) for override in firsts):
+            swept = compose("train", firsts, return_hydra_config=True).hydra.sweeper.params or {}
+            firsts += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
         settings_from(compose("train", firsts))
 
 
@@ -67,6 +70,26 @@ def check_training(overrides: list[str]) -> None:
 def test_training_commands_compose(command: str) -> None:
     words = shlex.split(command)
     check_training(words[words.index("vocabfold.train") + 1 :])
+
+
+@pytest.mark.parametrize("command", of("python -m vocabfold.generate", "python -m vocabfold.compress"))
+def test_commands_on_a_run_get_as_far_as_its_folder(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The folder RUN, which is not there; all before it is taken."""
+    (tmp_path / ("story.txt.vftm" if "--decompress" in command else "story.txt")).touch()
+    monkeypatch.chdir(tmp_path)
+    program, *words = shlex.split(command)[2:]
+    assert call(import_module(program).main, monkeypatch, *words) == 2
+    assert "RUN holds no config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", of("python -m experiments"))
+def test_experiments_take_their_command(command: str) -> None:
+    name, *words = shlex.split(command)[3:] or [""]
+    if name:  # without one they are listed
+        room, _ = experiments()[name]
+        parser_of(name, import_module(f"experiments.{room}.{name}")).parse_args(words)
 
 
 @pytest.mark.parametrize("command", of("make"))
@@ -126,11 +149,36 @@ def test_the_readme_is_short_and_explains_its_words() -> None:
     assert tables[0].count("\n|") - 2 <= 8
 
 
+def test_every_text_of_a_committed_table_is_described() -> None:
+    """By its SHA-256, in docs/data.md; sequences and pictures that are drawn have none to list."""
+    described = text_of(ROOT / "docs" / "data.md")
+    named = set()
+    for path in ROOT.glob("results/*/*.csv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            first = next(csv.DictReader(file), {})
+        if first.get("corpus_sha256") and first["corpus"] not in ("zipf", "shapes"):
+            named.add((first["corpus"], first["corpus_sha256"]))
+    assert {corpus for corpus, _ in named} >= {"stories", "tinystories"}
+    for corpus, digest in named:
+        assert f"| {corpus} |" in described and digest in described, corpus
+
+
+def test_the_table_of_training_steps_keeps_sizes_apart() -> None:
+    """A ratio over rounds of two sizes is the speed of neither."""
+    with (ROOT / "results/cost/training_step.csv").open(encoding="utf-8", newline="") as file:
+        measured = {(row["run"], row["hidden_size"]) for row in csv.DictReader(file)}
+    words = text_of(ROOT / "results/cost/training_step.md")
+    assert sorted(re.findall(r"^Hidden (\d+)", words, flags=re.MULTILINE)) == sorted(size for _, size in measured)
+
+
 def test_the_headline_leads_to_the_line_that_computes_it() -> None:
     """README -> table -> its experiment -> the statistics: four files, the number in the first two."""
     text = text_of(README)
     claim = "0.959"
     (table,) = re.findall(r"`(results/[\w/]+heads_pareto\.md)`", text)
-    assert claim in text and claim in text_of(ROOT / table)
+    measured = text_of(ROOT / table)
+    assert claim in text and claim in measured
+    for number in re.findall(r"\d+\.\d+ ± \d+\.\d+|\d\.\d+ \(\d\.\d+ to \d\.\d+\)", text):
+        assert number in measured, number
     experiment = text_of(ROOT / "experiments/heads/heads_pareto.py")
     assert "def perplexity_ratio" in experiment and "experiments.study.statistics" in experiment

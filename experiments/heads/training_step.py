@@ -238,14 +238,14 @@ def measure(arguments: Namespace) -> None:
         distinct_targets=len(case.targets.unique()),
         **origin("training_step"),
     )
-    write_measured(table, path, measurement, beside="corpus")
+    write_measured(table, path, measurement, beside="run")
 
 
 def draw(corpus: str) -> None:
     """Write the table in words, with the goals."""
     path = RESULTS / corpus / "training_step.csv"
     table = read_measured(path, ("method", "head_seconds"))
-    parts = [rows for _, rows in table.groupby("corpus", sort=False)]
+    parts = [rows for _, rows in table.groupby("run", sort=False)]  # sizes and texts apart
     words = "\n".join(f"{describe(rows)}\n\n{setting_of(rows)}\n{goals(rows)}\n" for rows in parts)
     write_text(path.with_suffix(".md"), words)
     print(words + f"wrote {path.with_suffix('.md')}")
