@@ -89,9 +89,10 @@ def test_every_sweep_file_belongs_to_an_experiment_and_a_text_and_changes_someth
     without = composed(f"experiment={experiment}", chosen[1], "~sweep")
     assert config != without
     swept = config.hydra.sweeper.params
+    parsed = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in swept.items()])
     first = {
-        key: next(iter(OverridesParser.create().parse_overrides([f"{key}={values}"])[0].sweep_iterator()))
-        for key, values in swept.items()
+        each.key_or_group: next(iter(each.sweep_string_iterator())) if each.is_sweep_override() else each.value()
+        for each in parsed
     }
     words = [f"{key}={value}" for key, value in first.items() if key != "optimizer.learning_rate"]
     # What was chosen on a training text stands in a table that need not be there yet.
