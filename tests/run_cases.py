@@ -28,7 +28,7 @@ TINY = [
 ]
 # The same for models of pictures, of 16 classes.
 PICTURES = [
-    "data=shapes",
+    "data=shapes_256",
     "budget=steps_2",
     "data.image_size=32",
     "data.workers=0",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 
 from run_cases import call, experiment_path
 from test_published_weights import write_architecture
-from vocabfold.compress_embedding import embedding_of, parser
 from vocabfold.embeddings import build_embedding
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
 
 def program(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -66,11 +66,14 @@ def test_tables_are_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: p
     assert "name the folder of a finished run" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "conf" / "compression").glob("*.txt")), ids=lambda path: path.stem
-)
-def test_every_list_of_compressions_is_readable(path: Path) -> None:
-    arguments = parser().parse_args(["run", f"@{path}"])
-    assert arguments.runs == [Path("run")] and 0 in arguments.recovery_share
-    for overrides in arguments.embeddings:
-        build_embedding(embedding_of(overrides), 50_257, 64)
+@pytest.mark.parametrize("data", ["stories", "tinystories"])
+def test_every_compression_of_the_sweep_can_be_built(data: str) -> None:
+    options = ["experiment=embedding_compressed", f"data={data}", "start.run=run"]
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        swept = compose("train", options, return_hydra_config=True).hydra.sweeper.params["embedding"]
+        forms = re.findall(r"\{.*?\}", swept)
+        assert len(forms) > 5
+        for form in forms:
+            settings = settings_from(compose("train", [*options, f"embedding={form}"]))
+            assert (settings.start.type, settings.experiment) == ("compress", "embedding_compression")
+            build_embedding(settings.embedding, 50_257, 64)

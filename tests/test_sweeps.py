@@ -17,6 +17,7 @@ from run_cases import PICTURES, TINY, call, start, write_corpus
 from vocabfold import train
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
+GROUPS = ("size", "budget", "data", "model", "head", "embedding", "start")
 HEADS = {("full", 0), ("full", 1), ("paper", 0), ("paper", 1)}
 LAUNCHER_CLASSES = {
     "processes": "JoblibLauncher",
@@ -51,11 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("group", "option"),
-    [
-        (group, option)
-        for group in ("size", "budget", "data", "model", "head", "embedding", "start")
-        for option in options(group)
-    ],
+    [(group, option) for group in GROUPS for option in options(group)],
 )
 def test_every_option_composes_to_checked_settings(group: str, option: str) -> None:
     pictures = ["model=cnn", "data=shapes"] if option == "cnn" or option.startswith(("shapes", "pictures")) else []
