@@ -30,8 +30,8 @@ IMPOSSIBLE_SETTINGS = [
     ("optimizer.learning_rte=1", "unknown key optimizer.learning_rte: did you mean optimizer.learning_rate?"),
     ("data.trian=x", "unknown key data.trian: did you mean data.train?"),
     ("+nothing=3", "unknown key nothing: --help lists the keys"),
-    ("head=nonesuch", "there is no head=nonesuch: choose one of adaptive, chunked, full, fused, grouped"),
-    ("data=nonesuch", "there is no data=nonesuch: choose one of shapes, stories, text"),
+    ("head=nonesuch", "there is no head=nonesuch: choose one of adaptive, chunked, folded, full, "),
+    ("data=nonesuch", "there is no data=nonesuch: choose one of shapes, shapes_2304, shapes_256, stories, text"),
     ("experiment=nonesuch", "there is no experiment=nonesuch: choose one of both_ends, caching"),
     ("seed", "cannot read 'seed': write key=value"),
     ("seed=[1,", "cannot read 'seed=[1,': write key=value"),
@@ -294,9 +294,9 @@ def test_damaged_weights_are_refused(refused: Refused, workplace: Path, tmp_path
 
 
 def test_records_of_an_unknown_experiment_are_refused(refused: Refused) -> None:
-    assert "usage: python -m vocabfold.runs.record EXPERIMENT SCALE" in refused(records.main, "single")
-    written = refused(records.main, "nonesuch", "smoke")
-    assert "holds no finished run: run `make everything SCALE=smoke` first" in written
+    assert "usage: python -m vocabfold.runs.record EXPERIMENT CORPUS" in refused(records.main, "single")
+    written = refused(records.main, "nonesuch", "stories")
+    assert "holds no finished run: train experiment=nonesuch on that text first" in written
 
 
 def test_the_program_itself_names_itself_and_prints_no_traceback(tmp_path: Path) -> None:
