@@ -8,13 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from vocabfold.compress_embedding import embedding_of, parser
 
 from run_cases import experiment
 from test_published_weights import write_architecture
-from vocabfold.embeddings import build_embedding
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -48,23 +44,14 @@ def test_tables_are_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: p
     Path("run").mkdir()
     table = torch.randn(300, 4) @ torch.randn(4, 32)
     save_file({"backbone.token_embedding.weight": table}, "run/model.safetensors")
-    assert experiment(monkeypatch, "embedding_tables", "measure", "--rows", "300", "--run", "run") == 0, (
+    assert experiment(monkeypatch, "embedding_tables", "measure", "--rows", "100", "--run", "run") == 0, (
         capfd.readouterr().err
     )
     rows = pd.read_csv("results/stories/embedding_tables.csv")
     low = rows[(rows["embedding"] == "low_rank") & (rows["wanted_compression"] == 3.31)].set_index("table")
     assert low.loc["run run", "relative_error"] < 1e-5 < low.loc["run run, shuffled", "relative_error"]
     assert {"Gaussian", "run run", "run run, shuffled"} <= set(rows["table"])
+    assert experiment(monkeypatch, "embedding_tables", "draw", "stories") == 0
     assert Path("results/stories/embedding_tables.png").is_file()
-    assert program("embedding_tables", monkeypatch, "--run", "nowhere") == 2
+    assert experiment(monkeypatch, "embedding_tables", "measure", "--run", "nowhere") == 2
     assert "name the folder of a finished run" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "conf" / "compression").glob("*.txt")), ids=lambda path: path.stem
-)
-def test_every_list_of_compressions_is_readable(path: Path) -> None:
-    arguments = parser().parse_args(["run", f"@{path}"])
-    assert arguments.runs == [Path("run")] and 0 in arguments.recovery_share
-    for overrides in arguments.embeddings:
-        build_embedding(embedding_of(overrides), 50_257, 64)

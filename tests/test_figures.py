@@ -40,7 +40,7 @@ PICTURES |= {
     "vocabulary_scaling": ["vocabulary_scaling", "larger_vocabulary"],
     "shapes": ["shapes_figure2", "shapes_figure6", "shapes_figure7"],
 }
-# Models and heads of two seeds and more, one of them with a single seed: an interval that does not exist must not stop a figure.
+# Models and heads of two seeds and more, and one of a single seed: an interval that does not exist stops no figure.
 MODELS = [
     ("gpt2", "full", None, 3),
     ("gpt2", "paper", 225, 2),
