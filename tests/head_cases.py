@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +75,19 @@ LAYOUTS = {
     "shortlist_in_token_order": Layout(40, None, shortlist=1),
     "all_but_one_group_single": Layout(12, 5, shuffled=True, shortlist=7),
 }
+
+
+def every_pair(*axes: Iterable[Any]) -> list[Any]:
+    """Cases of three axes for ``parametrize`` in which each value meets each value of the other axes: all pairs of the
+    first two, while the third, which is no longer than either, takes turns. A mapping gives its values, by name."""
+    rows, columns, turns = (
+        [(str(name), axis[name] if isinstance(axis, Mapping) else name) for name in axis] for axis in axes
+    )
+    assert len(turns) <= min(len(rows), len(columns))
+    cases = [
+        (row, column, turns[(i + j) % len(turns)]) for i, row in enumerate(rows) for j, column in enumerate(columns)
+    ]
+    return [pytest.param(*(value for _, value in case), id="-".join(name for name, _ in case)) for case in cases]
 
 
 def adaptive_cutoffs(vocabulary_size: int) -> list[int]:

@@ -27,8 +27,18 @@ TINY = [
     "wandb.mode=disabled",
     "device=cpu",
 ]
-# The same for models of pictures: experiment=shapes brings 16 classes of its own at this scale.
-PICTURES = ["budget=steps_2", "model.hidden_size=16", "model.num_layers=2", "wandb.mode=disabled", "device=cpu"]
+# The same for models of pictures, of 16 classes.
+PICTURES = [
+    "data=shapes_256",
+    "budget=steps_2",
+    "data.image_size=32",
+    "data.workers=0",
+    "data.attributes={pattern:[solid],rotation_degrees:[0],colour:[red,blue],size:[huge],texture:[none],opacity:[1.0],border:[solid]}",
+    "model.hidden_size=16",
+    "model.num_layers=2",
+    "wandb.mode=disabled",
+    "device=cpu",
+]
 
 
 # The same text for an experiment that measures.

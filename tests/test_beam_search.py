@@ -20,10 +20,10 @@ from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 
 MAX_POSITIONS = 9
 HEADS = {
-    "full": HeadSettings(name="full", tied=True),
-    "scale_shift": HeadSettings(name="grouped", tied=False),
+    "full": HeadSettings(tied=True),
+    "scale_shift": HeadSettings(type="folded", tied=False),
     "shortlist": HeadSettings(
-        name="grouped", tied=False, scorer="linear_sorted", partition=PartitionSettings(shortlist=2)
+        type="folded", tied=False, scorer="linear_sorted", partition=PartitionSettings(shortlist=2)
     ),
 }
 PROMPT = [1, 3, 2]
@@ -177,7 +177,7 @@ def test_the_program_searches_and_refuses_what_does_not_go_together(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
     write_corpus(tmp_path)
-    assert call(train.main, monkeypatch, *TINY, "head=grouped", "run_dir=run") == 0
+    assert call(train.main, monkeypatch, *TINY, "head=paper", "run_dir=run") == 0
     texts = []
     for options in (["--beams", "1"], ["--temperature", "0"], ["--beams", "3", "--length-penalty", "0"]):
         capfd.readouterr()

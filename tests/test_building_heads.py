@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from head_cases import HIDDEN_SIZE
 from vocabfold.errors import UserError
-from vocabfold.heads import FoldedHead, HeadSettings, LoopedLinearScorer, ScaleShiftScorer, build_head
+from vocabfold.heads import FoldedHead, HeadSettings, LoopedLinearScorer, ScaleShiftScorer, build_head, folded_head
 from vocabfold.heads.describe import describe_head
 from vocabfold.heads.settings import PartitionSettings
 
 
-@pytest.mark.parametrize("name", ["full", "grouped"])
+@pytest.mark.parametrize("name", ["full", "folded"])
 def test_a_tied_head_uses_the_embedding_itself(name: str) -> None:
     embedding = nn.Embedding(30, HIDDEN_SIZE)
     before = embedding.weight.detach().clone()
-    head = build_head(HeadSettings(name=name, tied=True, scorer="linear_sorted"), 30, embedding)
+    head = build_head(HeadSettings(type=name, tied=True, scorer="linear_sorted"), 30, embedding)
     assert any(parameter is embedding.weight for parameter in head.parameters())
     assert torch.equal(embedding.weight, before)
     head.loss(torch.randn(4, HIDDEN_SIZE), torch.tensor([1, 2, 3, 29])).loss.backward()
@@ -26,9 +28,9 @@ def test_a_tied_head_uses_the_embedding_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("scorer", ["scale_shift", "linear_looped"])
-def test_build_grouped_head(scorer: str) -> None:
+def test_build_folded_head(scorer: str) -> None:
     settings = HeadSettings(
-        name="grouped", tied=False, scorer=scorer, init_std=0.1, partition=PartitionSettings(group_size=7)
+        name="paper", type="folded", tied=False, scorer=scorer, init_std=0.1, partition=PartitionSettings(group_size=7)
     )
     embedding = nn.Embedding(5000, HIDDEN_SIZE)
     head = build_head(settings, 5000, embedding)
@@ -37,7 +39,7 @@ def test_build_grouped_head(scorer: str) -> None:
     assert all(parameter is not embedding.weight for parameter in head.parameters())
     assert float(head.group_weight.detach().std()) == pytest.approx(0.1, rel=0.1)
     assert describe_head(settings, head) == {
-        "head": "grouped",
+        "head": "paper",
         "tied": False,
         "scorer": scorer,
         "partition_order": "bpe",
@@ -47,7 +49,8 @@ def test_build_grouped_head(scorer: str) -> None:
     }
     settings.scorer, settings.partition = "low_rank", PartitionSettings("random", 7, seed=3)
     row = describe_head(settings, build_head(settings, 5000, embedding))
-    assert (row["scorer"], row["partition_order"]) == ("low_rank_rank4", "random_seed3")
+    assert (row["scorer"], row["head_rank"]) == ("low_rank", 4)
+    assert (row["partition_order"], row["partition_seed"]) == ("random", 3)
     full = HeadSettings(tied=False)
     assert describe_head(full, build_head(full, 5000, embedding)) == {"head": "full", "tied": False}
 
@@ -55,17 +58,17 @@ def test_build_grouped_head(scorer: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (HeadSettings(name="ful"), r"head\.name is 'ful': choose one of full, grouped, chunked, adaptive, fused"),
+        (HeadSettings(type="ful"), r"head\.type is 'ful': choose one of full, folded, chunked, adaptive, fused"),
         (
-            HeadSettings(name="grouped", scorer="x"),
+            HeadSettings(type="folded", scorer="x"),
             r"head\.scorer is 'x': choose one of scale_shift, scale_shift_sorted,",
         ),
         (
-            HeadSettings(name="grouped", partition=PartitionSettings(order="x")),
+            HeadSettings(type="folded", partition=PartitionSettings(order="x")),
             r"order is 'x': choose one of bpe, freq",
         ),
-        (HeadSettings(name="grouped", tied=True), r"use head\.tied=false or head\.scorer=linear_sorted"),
-        (HeadSettings(name="grouped", tied=False, partition=PartitionSettings(group_size=0)), r"group_size is 0"),
+        (HeadSettings(type="folded", tied=True), r"use head\.tied=false or head\.scorer=linear_sorted"),
+        (HeadSettings(type="folded", tied=False, partition=PartitionSettings(group_size=0)), r"group_size is 0"),
     ],
 )
 def test_build_head_names_what_is_wrong(settings: HeadSettings, message: str) -> None:
@@ -76,3 +79,44 @@ def test_build_head_names_what_is_wrong(settings: HeadSettings, message: str) ->
 def test_a_tied_head_needs_a_row_for_each_token() -> None:
     with pytest.raises(UserError, match=r"31 rows for 30 tokens"):
         build_head(HeadSettings(), 30, nn.Embedding(31, HIDDEN_SIZE))
+
+
+def test_a_folded_head_takes_the_place_of_a_linear_layer_in_a_model_of_ones_own() -> None:
+    """The lines of README.md, before and after, in one small model that learns with both."""
+    torch.manual_seed(0)
+    tokens = np.random.default_rng(0).integers(0, 12, 500) * 4  # a quarter of the vocabulary
+    inputs, targets = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
+    losses = {}
+    for kind in ("before", "after"):
+        embedding = nn.Embedding(50, 16)
+        if kind == "before":
+            lm_head = nn.Linear(16, 50, bias=False)
+            parameters = [*embedding.parameters(), *lm_head.parameters()]
+        else:
+            head = folded_head(16, 50, tokens)
+            parameters = [*embedding.parameters(), *head.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=0.05)
+        for _ in range(30):
+            hidden = embedding(inputs)
+            loss = F.cross_entropy(lm_head(hidden), targets) if kind == "before" else head.loss(hidden, targets).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[kind] = loss.item()
+    assert losses["after"] < 2.6 and abs(losses["after"] - losses["before"]) < 0.3  # log 12 = 2.48
+    assert head.log_prob(hidden[:5]).exp().sum(dim=-1).allclose(torch.ones(5))
+    assert set(head.sample(hidden[:50], top_p=0.5).tolist()) <= set(tokens.tolist())
+
+
+def test_folded_head_groups_by_neighbours_by_ids_and_shares_rows() -> None:
+    tokens = np.arange(3000) % 60
+    by_neighbours, by_ids = folded_head(8, 60, tokens, group_size=6, shortlist=3), folded_head(8, 60, group_size=6)
+    assert by_neighbours.partition.order[:3].tolist() == [0, 1, 2]
+    assert (by_neighbours.partition.sizes[:3] == 1).all() and by_neighbours.partition.num_slots <= 7
+    assert by_ids.partition.order.tolist() == list(range(60))
+    assert not torch.equal(by_neighbours.partition.order.sort().values, by_neighbours.partition.order)
+    embedding = nn.Embedding(60, 8)
+    tied = folded_head(8, 60, tokens, tied_weight=embedding.weight)
+    assert any(parameter is embedding.weight for parameter in tied.parameters())
+    with pytest.raises(UserError, match="give the tokens of the training text"):
+        folded_head(8, 60, shortlist=3)

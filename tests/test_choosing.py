@@ -16,8 +16,9 @@ from run_cases import TINY, call, write_corpus
 from vocabfold import train
 from vocabfold.data.token_file import TokenFile
 from vocabfold.errors import UserError
-from vocabfold.runs.record import IDENTITY_COLUMNS, ORIGIN_COLUMNS, RUN_COLUMNS, collect, write_table
+from vocabfold.runs.record import collect
 from vocabfold.runs.settings import CONFIG_FOLDER, chosen_learning_rate
+from vocabfold.runs.tables import IDENTITY_COLUMNS, ORIGIN_COLUMNS, RUN_COLUMNS, write_table
 
 
 def token_file(*lengths: int) -> TokenFile:
@@ -64,10 +65,11 @@ def test_development_documents_are_neither_trained_on_nor_the_validation_set(
     assert len(split.valid) >= 0.25 * len(whole.train) and len(whole.valid) < 10
 
 
-def rates_row(contender: str, rate: float, seed: int, loss: float) -> dict[str, Any]:
+def rates_row(head: str, rate: float, seed: int, loss: float) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(RUN_COLUMNS + ORIGIN_COLUMNS, "x")
-    row |= {"learning_rate": rate, "seed": seed, "validation_loss_nats": loss, "contender": contender}
-    return row | {"group_size": 2, "num_groups": 2, "shortlist": 0, "scorer": contender}
+    row |= {"learning_rate": rate, "seed": seed, "validation_loss_nats": loss, "head": head}
+    row |= {"run": f"{head}-{rate}-{seed}", "corpus_documents": 20, "corpus_tokens": 1000}
+    return row | {"group_size": 2, "num_groups": 2, "shortlist": 0, "scorer": head}
 
 
 def test_the_rate_with_the_least_mean_loss_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +80,8 @@ def test_the_rate_with_the_least_mean_loss_is_chosen(tmp_path: Path, monkeypatch
     assert chosen_learning_rate("text", "a") == 2e-3 and chosen_learning_rate("text", "b") == 8e-3
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        config = compose("train", ["experiment=heads_pareto", "scale=text", "contender=full_free"])
-    with pytest.raises(Exception, match="has no full_free"):
+        config = compose("train", ["experiment=heads_pareto", "data=text", "head=full_untied"])
+    with pytest.raises(Exception, match="has no full_untied"):
         _ = config.optimizer.learning_rate
 
 
@@ -87,7 +89,7 @@ def test_a_missing_table_of_rates_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(train.main, monkeypatch, "experiment=order_matters", "contender=scale_shift_bpe") == 2
+    assert call(train.main, monkeypatch, "experiment=order_matters", "head=scale_shift_bpe") == 2
     written = capfd.readouterr().err
     assert written.count("\n") == 1 and "learning_rates.csv is missing" in written
 
@@ -95,18 +97,18 @@ def test_a_missing_table_of_rates_is_one_line(
 @pytest.mark.parametrize("evaluations", [1, 2])
 def test_curves_are_collected_from_runs_that_are_evaluated_on_their_way(tmp_path: Path, evaluations: int) -> None:
     for seed in (0, 1):
-        folder = tmp_path / "runs" / "smoke" / "sweep" / f"run{seed}"
+        folder = tmp_path / "runs" / "stories" / "sweep" / f"run{seed}"
         folder.mkdir(parents=True)
         (folder / "row.json").write_text(json.dumps(rates_row("a", 1e-3, seed, 2.0)))
         lines = [{"step": 1, "train_loss": 9.0, "learning_rate": 5e-4, "peak_memory_gib": 1.0}]
         lines += [{"step": step, "train_loss": 8.0, "validation_loss_nats": 7.0} for step in range(2, 2 + evaluations)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    collect("sweep", "smoke", tmp_path)
-    path = tmp_path / "smoke" / "sweep_curves.csv"
+    collect("sweep", "stories", tmp_path)
+    path = tmp_path / "stories" / "sweep_curves.csv"
     assert path.is_file() == (evaluations > 1)
     if evaluations > 1:
         curves = pd.read_csv(path)
         assert len(curves) == 6 and curves["step"].tolist() == [1, 2, 3] * 2
         assert set(curves["learning_rate"]) == {1e-3}  # the run's own, not that of a step
-        assert set(IDENTITY_COLUMNS) | {"contender", "train_loss"} <= set(curves.columns)
+        assert set(IDENTITY_COLUMNS) | {"train_loss"} <= set(curves.columns)
         assert "peak_memory_gib" not in curves.columns

@@ -30,8 +30,8 @@ IMPOSSIBLE_SETTINGS = [
     ("optimizer.learning_rte=1", "unknown key optimizer.learning_rte: did you mean optimizer.learning_rate?"),
     ("data.trian=x", "unknown key data.trian: did you mean data.train?"),
     ("+nothing=3", "unknown key nothing: --help lists the keys"),
-    ("head=nonesuch", "there is no head=nonesuch: choose one of adaptive, chunked, full, fused, grouped"),
-    ("data=nonesuch", "there is no data=nonesuch: choose one of shapes, stories, text"),
+    ("head=nonesuch", "there is no head=nonesuch: choose one of adaptive, chunked, folded, full, "),
+    ("data=nonesuch", "there is no data=nonesuch: choose one of shapes, shapes_2304, shapes_256, stories, text"),
     ("experiment=nonesuch", "there is no experiment=nonesuch: choose one of both_ends, caching"),
     ("seed", "cannot read 'seed': write key=value"),
     ("seed=[1,", "cannot read 'seed=[1,': write key=value"),
@@ -63,12 +63,12 @@ IMPOSSIBLE_SETTINGS = [
     ("model.num_heads=3", "hidden_size 16 is not a multiple of num_heads 3: choose"),
     ("budget.steps=null budget.tokens=null", "set budget.epochs, budget.steps, budget.tokens or budget.seconds"),
     ("budget.steps=0", "budget.steps is 0: choose more than 0"),
-    ("head=grouped head.partition.group_size=0", "group_size is 0: choose between 1 and the vocabulary size 50257"),
-    ("head=grouped head.partition.group_size=50258", "choose between 1 and the vocabulary size 50257"),
-    ("head=grouped head.scorer=nonesuch", "choose one of scale_shift, scale_shift_sorted, "),
-    ("head=grouped head.tied=true", "use head.tied=false or head.scorer=linear_sorted"),
+    ("head=paper head.partition.group_size=0", "group_size is 0: choose between 1 and the vocabulary size 50257"),
+    ("head=paper head.partition.group_size=50258", "choose between 1 and the vocabulary size 50257"),
+    ("head=paper head.scorer=nonesuch", "choose one of scale_shift, scale_shift_sorted, "),
+    ("head=paper head.tied=true", "use head.tied=false or head.scorer=linear_sorted"),
     ("head.label_smoothing=2", "head.label_smoothing is 2.0: choose between 0 (none) and 1"),
-    ("head=grouped head.scorer=low_rank_sorted head.softcap=30", "head.softcap works with the plain scorers only: use"),
+    ("head=paper head.scorer=low_rank_sorted head.softcap=30", "head.softcap works with the plain scorers only: use"),
     pytest.param("head=fused", "head=fused needs CUDA", marks=NO_CUDA),
     ("data.train=missing.txt", "there is no file missing.txt; give the path of a UTF-8 text file"),
     ("data.train=null", "data=text needs data.train=FILE and data.valid=FILE"),
@@ -294,9 +294,9 @@ def test_damaged_weights_are_refused(refused: Refused, workplace: Path, tmp_path
 
 
 def test_records_of_an_unknown_experiment_are_refused(refused: Refused) -> None:
-    assert "usage: python -m vocabfold.runs.record EXPERIMENT SCALE" in refused(records.main, "single")
-    written = refused(records.main, "nonesuch", "smoke")
-    assert "holds no finished run: run `make everything SCALE=smoke` first" in written
+    assert "usage: python -m vocabfold.runs.record EXPERIMENT CORPUS" in refused(records.main, "single")
+    written = refused(records.main, "nonesuch", "stories")
+    assert "holds no finished run: train experiment=nonesuch on that text first" in written
 
 
 def test_the_program_itself_names_itself_and_prints_no_traceback(tmp_path: Path) -> None:

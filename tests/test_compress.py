@@ -25,7 +25,7 @@ from vocabfold.inference import text_file
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_corpus(folder)
-    arguments = (*TINY, "head=grouped", "head.scorer=linear_sorted")
+    arguments = (*TINY, "head=paper", "head.scorer=linear_sorted")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         monkeypatch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))

@@ -33,9 +33,9 @@ def test_at_first_a_hidden_state_of_zeros_gives_the_unigram_distribution(kind: s
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["full", "grouped"])
+@pytest.mark.parametrize("name", ["full", "folded"])
 def test_settings_ask_for_them_and_weights_bring_them(name: str) -> None:
-    settings = HeadSettings(name, tied=False, count_biases=True, scorer="linear_conditioned", condition_width=3)
+    settings = HeadSettings(type=name, tied=False, count_biases=True, scorer="linear_conditioned", condition_width=3)
     settings.partition = PartitionSettings(group_size=4)
     embedding = nn.Embedding(11, HIDDEN_SIZE)
     built = build_head(settings, 11, embedding, counts=COUNTS)

@@ -263,18 +263,18 @@ def test_ids_rows_and_tables_out_of_range_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "dense"])
-@pytest.mark.parametrize("head", ["full", "grouped"])
-def test_every_embedding_trains_under_every_free_head_and_lends_no_rows(name: str, head: str) -> None:
+@pytest.mark.parametrize("head", ["full", "folded"])
+def test_every_embedding_trains_under_every_untied_head_and_lends_no_rows(name: str, head: str) -> None:
     model_settings = ModelSettings(hidden_size=HIDDEN, num_layers=1, num_heads=2, max_positions=8)
-    free = HeadSettings(name=head, tied=False, scorer="linear_sorted")
+    untied = HeadSettings(type=head, tied=False, scorer="linear_sorted")
     torch.manual_seed(0)
-    model = build_model(model_settings, free, VOCABULARY, embedding=settings_of(name))
+    model = build_model(model_settings, untied, VOCABULARY, embedding=settings_of(name))
     model(IDS, IDS).loss.backward()
     gradients = [parameter.grad for parameter in model.backbone.token_embedding.parameters()]
     assert gradients and all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     with pytest.raises(UserError, match="no rows to lend to the head"):
         build_model(
-            model_settings, HeadSettings(name=head, scorer="linear_sorted"), VOCABULARY, embedding=settings_of(name)
+            model_settings, HeadSettings(type=head, scorer="linear_sorted"), VOCABULARY, embedding=settings_of(name)
         )
 
 
@@ -283,8 +283,8 @@ def test_a_models_numbers_and_bytes_count_a_shared_row_once() -> None:
     tied = build_model(model_settings, HeadSettings(), VOCABULARY)
     assert tied.num_parameters == sum(parameter.numel() for parameter in tied.parameters())
     assert tied.bytes_at_rest == 4 * tied.num_parameters
-    free = build_model(model_settings, HeadSettings(tied=False), VOCABULARY, embedding=settings_of("int8"))
-    assert tied.bytes_at_rest - free.bytes_at_rest == -VOCABULARY * (HIDDEN + 2)
+    untied = build_model(model_settings, HeadSettings(tied=False), VOCABULARY, embedding=settings_of("int8"))
+    assert tied.bytes_at_rest - untied.bytes_at_rest == -VOCABULARY * (HIDDEN + 2)
 
 
 def test_a_dense_embedding_draws_as_before() -> None:

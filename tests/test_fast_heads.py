@@ -81,6 +81,19 @@ def test_each_rows_log_prob_may_be_weighted(kind: str, layout: Layout) -> None:
     torch.testing.assert_close(found_gradients, expected_gradients, rtol=1e-10, atol=1e-12)
 
 
+def test_rows_of_a_tied_weight_with_gaps_between_them() -> None:
+    """Where a shortlist comes from the middle of the vocabulary the others rise, but do not follow each other."""
+    layout = Layout(40, 6, shortlist=2)
+    order = torch.tensor([9, 25, *(token for token in range(40) if token not in (9, 25))])
+    _, fast = make_head("sorted_tied", layout, order=order)
+    _, plain = make_head("looped_tied", layout, order=order, seed=1)
+    plain.load_state_dict(fast.state_dict())
+    hidden, targets = batch(layout)
+    result, expected = fast.head.loss(hidden, targets), plain.head.loss(hidden, targets)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(result.loss, hidden, fast), gradients(expected.loss, hidden, plain))
+
+
 @every_fast_kind
 def test_nothing_of_the_size_of_the_logits_is_kept(kind: str) -> None:
     layout, num_rows = Layout(1021, None, shuffled=True, shortlist=60), 20_000
@@ -139,6 +152,14 @@ def test_a_scaled_loss_keeps_small_gradients_in_half_precision(kind: str) -> Non
     for one, other in zip(found, expected, strict=True):
         assert one.isfinite().all()
         assert (one.float() - other).norm() <= 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_in_half_precision_is_multiplied_by_the_whole_factor(dtype: torch.dtype) -> None:
+    """1e-6, one over a million rows, has 4 bits in float16."""
+    gradient, factor = torch.linspace(900, 1100, 40).to(dtype), torch.tensor(1.003e-6)
+    expected = (gradient.double() * factor.double()).to(dtype)
+    torch.testing.assert_close(kernels._scaled(gradient, factor, True), expected, rtol=0, atol=0)
 
 
 @every_fast_kind
@@ -274,7 +295,7 @@ def test_asking_for_few_groups_reads_only_their_rows() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@every_fast_kind
+@pytest.mark.parametrize("kind", ["scale_shift_sorted", "sorted_tied"])
 def test_compiled_models_take_the_heads_as_they_are(kind: str) -> None:
     fast, plain = twins(kind, LAYOUTS["shortlist"])
     hidden, targets = batch(LAYOUTS["shortlist"])

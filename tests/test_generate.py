@@ -23,9 +23,9 @@ from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 VOCABULARY_SIZE = 97
 MAX_POSITIONS = 12
 HEADS = {
-    "full": HeadSettings(name="full", tied=True),
-    "scale_shift": HeadSettings(name="grouped", tied=False, partition=PartitionSettings(group_size=10)),
-    "linear_looped": HeadSettings(name="grouped", tied=True, scorer="linear_looped"),
+    "full": HeadSettings(tied=True),
+    "scale_shift": HeadSettings(type="folded", tied=False, partition=PartitionSettings(group_size=10)),
+    "linear_looped": HeadSettings(type="folded", tied=True, scorer="linear_looped"),
 }
 PROMPT = [3, 14, 15]
 
@@ -102,7 +102,7 @@ def test_an_empty_prompt_is_refused() -> None:
         next(generate(small_model("full"), [], 1))
 
 
-@pytest.mark.parametrize("head", ["full", "grouped"])
+@pytest.mark.parametrize("head", ["full", "paper"])
 def test_the_program_continues_a_text_without_the_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], head: str
 ) -> None:

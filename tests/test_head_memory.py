@@ -15,11 +15,11 @@ from vocabfold.models.build import ModelSettings, build_model
 
 VOCABULARY_SIZE, SEQUENCE_LENGTH = 50_257, 512
 FAST = {
-    "scale_shift_sorted": HeadSettings("grouped", tied=False, scorer="scale_shift_sorted"),
-    "low_rank_sorted": HeadSettings("grouped", tied=False, scorer="low_rank_sorted"),
-    "linear_sorted": HeadSettings("grouped", tied=True, scorer="linear_sorted"),
+    "scale_shift_sorted": HeadSettings(type="folded", tied=False, scorer="scale_shift_sorted"),
+    "low_rank_sorted": HeadSettings(type="folded", tied=False, scorer="low_rank_sorted"),
+    "linear_sorted": HeadSettings(type="folded", tied=True, scorer="linear_sorted"),
     "shortlist": HeadSettings(
-        "grouped", tied=True, scorer="linear_sorted", partition=PartitionSettings("random", shortlist=2048)
+        type="folded", tied=True, scorer="linear_sorted", partition=PartitionSettings("random", shortlist=2048)
     ),
 }
 

@@ -9,12 +9,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from head_cases import FOLDED_KINDS, KINDS, LAYOUTS, Layout, make_head, make_hidden
+from head_cases import FOLDED_KINDS, KINDS, LAYOUTS, Layout, every_pair, make_head, make_hidden
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead
 from vocabfold.heads.sampling import draw_from_sorted
 
-NUM_DRAWS = 20_000
+NUM_DRAWS = 6_000
 SAMPLING: dict[str, dict[str, Any]] = {
     "whole": {},
     "cool": {"temperature": 0.7},
@@ -26,9 +26,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-@every_kind
-@every_layout
-@pytest.mark.parametrize("weight_std", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize(("kind", "layout", "weight_std"), every_pair(KINDS, LAYOUTS, [0.1, 1.0, 5.0]))
 def test_topk_is_exact(kind: str, layout: Layout, weight_std: float) -> None:
     head, _ = make_head(kind, layout, weight_std)
     hidden = make_hidden(12)
@@ -87,9 +85,7 @@ def cut_distribution(
     return [weights[token] / total / mass if token in kept else 0.0 for token in range(len(weights))]
 
 
-@every_kind
-@pytest.mark.parametrize("settings", SAMPLING.values(), ids=SAMPLING)
-@pytest.mark.parametrize("group_size", [6, 1, 29])
+@pytest.mark.parametrize(("kind", "settings", "group_size"), every_pair(KINDS, SAMPLING, [6, 1, 29]))
 def test_samples_follow_the_distribution(kind: str, settings: dict[str, Any], group_size: int) -> None:
     head, _ = make_head(kind, Layout(29, group_size, shuffled=True), weight_std=0.5)
     hidden = make_hidden(1)

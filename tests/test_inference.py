@@ -40,7 +40,7 @@ def small_model(attention: str = "gpt2") -> ModelWithHead:
         max_positions=MAX_POSITIONS,
         window=5,
     )
-    model = build_model(settings, HeadSettings(name="full", tied=True), VOCABULARY_SIZE).double().eval()
+    model = build_model(settings, HeadSettings(tied=True), VOCABULARY_SIZE).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))  # else every token is about as likely as any other
@@ -110,6 +110,14 @@ def test_prefixes_of_many_texts_are_exact_and_found_token_by_token(attention: st
     for text in (texts[-1][:5], [*texts[-1][:5], VOCABULARY_SIZE, 0]):
         longest = max(common_length(text[:-1], other) for other in stored_texts(prefixes))
         assert prefixes.restore([text], model.backbone.new_cache(1)) == longest
+
+
+def test_a_text_that_leaves_a_run_in_its_middle_does_not_go_on_in_what_follows_the_run() -> None:
+    model, prefixes = small_model(), PrefixCache(1 << 20)
+    for text in ([1, 2, 3, 4, 7, 8], [1, 2, 3, 4, 9, 9]):  # a run of four tokens, and two that follow it
+        read(model, text, prefixes)
+    assert prefixes.restore([[1, 2, 7, 8, 5]], model.backbone.new_cache(1)) == 2
+    torch.testing.assert_close(read(model, [1, 2, 7, 8, 5], prefixes), whole(model, [1, 2, 7, 8, 5]), **CLOSE)
 
 
 def common_length(text: list[int], other: list[int]) -> int:
@@ -258,7 +266,7 @@ def test_what_comes_out_of_a_cache_does_not_depend_on_how_a_text_was_cut(attenti
 
 def test_bytes_of_a_position_count_codes_and_scales() -> None:
     settings = ModelSettings(hidden_size=128, num_layers=2, num_heads=8, max_positions=MAX_POSITIONS)
-    model = build_model(settings, HeadSettings(name="full", tied=True), VOCABULARY_SIZE).eval()
+    model = build_model(settings, HeadSettings(tied=True), VOCABULARY_SIZE).eval()
     sizes = {}
     for name, layer_cache in LAYER_CACHES.items():
         cache = model.backbone.new_cache(2, layer_cache)

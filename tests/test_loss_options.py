@@ -146,7 +146,7 @@ def test_softcap(kind: str, layout: Layout) -> None:
 
 
 @every_kind
-@every_layout
+@pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("prime", "shortlist", "two_tokens")])
 def test_entropy(kind: str, layout: Layout) -> None:
     head, module = make_head(kind, layout)
     hidden = make_hidden(7).requires_grad_()
@@ -244,9 +244,12 @@ def test_weights_of_another_shape_are_refused() -> None:
     ("settings", "message"),
     [
         (HeadSettings(softcap=0.0), r"head\.softcap is 0\.0: choose more than 0"),
-        (HeadSettings("grouped", tied=False, softcap=-1.0), r"head\.softcap is -1\.0: choose more than 0"),
-        (HeadSettings("grouped", tied=False, scorer="scale_shift_sorted", softcap=30.0), r"plain scorers only: use"),
-        (HeadSettings("chunked", softcap=30.0), r"head=chunked cannot cap its logits, which torch computes: use"),
+        (HeadSettings(type="folded", tied=False, softcap=-1.0), r"head\.softcap is -1\.0: choose more than 0"),
+        (
+            HeadSettings(type="folded", tied=False, scorer="scale_shift_sorted", softcap=30.0),
+            r"plain scorers only",
+        ),
+        (HeadSettings(type="chunked", softcap=30.0), r"head=chunked cannot cap its logits, which torch computes: use"),
         (HeadSettings(label_smoothing=2.0), r"head\.label_smoothing is 2\.0"),
     ],
 )
@@ -256,9 +259,11 @@ def test_settings_that_a_head_cannot_have_are_refused(settings: HeadSettings, me
 
 
 def test_settings_reach_the_head_and_its_row() -> None:
-    settings = HeadSettings("grouped", tied=False, label_smoothing=0.1, z_loss=1e-4, softcap=30.0)
+    settings = HeadSettings(type="folded", tied=False, label_smoothing=0.1, z_loss=1e-4, softcap=30.0)
     head = build_head(settings, 30, nn.Embedding(30, HIDDEN_SIZE))
     assert head.training_options == LossOptions(0.1, 1e-4)
-    assert describe_head(settings, head)["scorer"] == "scale_shift_label_smoothing0.1_z_loss0.0001_softcap30"
+    row = describe_head(settings, head)
+    assert (row["scorer"], row["label_smoothing"], row["z_loss"], row["softcap"]) == ("scale_shift", 0.1, 1e-4, 30.0)
     settings = HeadSettings(z_loss=1e-4)
-    assert describe_head(settings, build_head(settings, 30, nn.Embedding(30, HIDDEN_SIZE)))["scorer"] == "z_loss0.0001"
+    row = describe_head(settings, build_head(settings, 30, nn.Embedding(30, HIDDEN_SIZE)))
+    assert row == {"head": "full", "tied": True, "z_loss": 1e-4}

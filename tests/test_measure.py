@@ -335,13 +335,17 @@ def test_code_commit_in_a_work_tree_and_outside(tmp_path: Path) -> None:
     assert fresh() == "unknown"
     git("init", "--quiet")
     assert fresh() == "unknown"
-    tracked = tmp_path / "tracked"
-    tracked.write_text("one")
-    git("add", "tracked")
+    tracked, table = tmp_path / "src" / "tracked", tmp_path / "results" / "table.csv"
+    for path in (tracked, table):
+        path.parent.mkdir()
+        path.write_text("one")
+    git("add", ".")
     git("commit", "--quiet", "--message", "first")
     (tmp_path / "untracked").write_text("two")
     head = git("rev-parse", "--short", "HEAD")
+    table.write_text("measured again")
     assert fresh() == head
+    assert machine.code_commit(tmp_path / "results") == head
     tracked.write_text("three")
     assert fresh() == head + "+"
     assert machine.code_commit(tmp_path / "missing") == "unknown"

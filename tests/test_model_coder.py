@@ -33,7 +33,7 @@ from vocabfold.models.build import ModelWithHead
 SHORTLIST = PartitionSettings(shortlist=11, group_size=7)
 KINDS = {
     **HEADS,
-    "linear_sorted": HeadSettings(name="grouped", tied=False, scorer="linear_sorted", partition=SHORTLIST),
+    "linear_sorted": HeadSettings(type="folded", tied=False, scorer="linear_sorted", partition=SHORTLIST),
 }
 
 

@@ -132,7 +132,7 @@ def test_neighbours_tell_tokens_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_token_order_dispatches(order: str, shortlist: int) -> None:
     tokens = np.random.default_rng(0).zipf(1.5, 5000).clip(1, 60).astype(np.uint16) - 1
     settings = HeadSettings(
-        name="grouped", tied=False, partition=PartitionSettings(order=order, shortlist=shortlist, seed=4)
+        type="folded", tied=False, partition=PartitionSettings(order=order, shortlist=shortlist, seed=4)
     )
     found = token_order(settings, 60, tokens)
     assert found is not None
@@ -166,7 +166,7 @@ def test_a_head_without_a_partition_has_no_order() -> None:
 )
 def test_token_order_names_what_is_wrong(partition: PartitionSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        token_order(HeadSettings(name="grouped", partition=partition), 60, STREAM)
+        token_order(HeadSettings(type="folded", partition=partition), 60, STREAM)
 
 
 def settings_of(*overrides: str) -> Settings:
@@ -181,7 +181,7 @@ def test_a_run_by_frequency_is_loaded_without_its_corpus(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
     settings = settings_of(
-        "head=grouped",
+        "head=paper",
         "head.partition.order=frequency",
         "head.partition.shortlist=9",
         "head.scorer=linear_sorted",
@@ -208,12 +208,12 @@ def test_a_run_by_frequency_is_loaded_without_its_corpus(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="trained on 101 tokens, this corpus has 102"):
         saved_embedding(Path("run"), 102)
     clustered = settings_of(
-        "head=grouped", "head.partition.order=clustered", "head.partition.clustered_from=run", "run_dir=clustered"
+        "head=paper", "head.partition.order=clustered", "head.partition.clustered_from=run", "run_dir=clustered"
     )
-    assert training.train(clustered, "")["partition_order"] == "clustered_run"
+    assert training.train(clustered, "")["clustered_from"] == "run"
 
 
-@pytest.mark.parametrize("head", ["full", "grouped"])
+@pytest.mark.parametrize("head", ["full", "paper"])
 def test_the_saved_embedding_is_found_under_any_head(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

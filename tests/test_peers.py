@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,11 +27,10 @@ from vocabfold.heads import (
     build_head,
 )
 from vocabfold.heads.describe import describe_head
-from vocabfold.heads.settings import EXTRAS
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
 from vocabfold.runs.record import read_metrics
-from vocabfold.runs.settings import CONFIG_FOLDER, run_name, settings_from
+from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 from vocabfold.runs.token_order import token_order
 from vocabfold.tokens import IGNORE_INDEX
 
@@ -63,7 +61,7 @@ def test_the_adaptive_head_is_torchs_adaptive_softmax(layout: Layout) -> None:
 
 
 def test_an_adaptive_head_is_built_in_frequency_order() -> None:
-    settings = HeadSettings("adaptive", tied=False, cutoffs=[5, 20, 400], div_value=2.0)
+    settings = HeadSettings("adaptive", "adaptive", tied=False, cutoffs=[5, 20, 400], div_value=2.0)
     stream = np.repeat(np.arange(30, dtype=np.uint16), np.arange(30))
     order = token_order(settings, 30, stream)
     assert order is not None
@@ -75,7 +73,8 @@ def test_an_adaptive_head_is_built_in_frequency_order() -> None:
     assert describe_head(settings, head) == {
         "head": "adaptive",
         "tied": False,
-        "scorer": "cutoffs5-20-400_div2",
+        "cutoffs": "5,20,400",
+        "div_value": 2.0,
         "partition_order": "frequency",
         "group_size": 15,
         "num_groups": 7,
@@ -109,15 +108,21 @@ def test_an_adaptive_head_trains_under_autocast(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (HeadSettings("adaptive"), r"none to tie: use head\.tied=false"),
-        (HeadSettings("adaptive", tied=False), r"none below the vocabulary size 30: choose smaller ones, or head=full"),
-        (HeadSettings("adaptive", tied=False, cutoffs=[9, 9]), r"head\.cutoffs is \[9, 9\]: choose one or more rising"),
-        (HeadSettings("adaptive", tied=False, cutoffs=[]), r"head\.cutoffs is \[\]: choose one or more rising"),
-        (HeadSettings("adaptive", tied=False, cutoffs=[0, 9]), r"the first at least 1"),
-        (HeadSettings("adaptive", tied=False, cutoffs=[5, 9]), r"head\.div_value 4\.0 leaves cluster 2 none of 6"),
-        (HeadSettings("chunked", chunk_rows=0), r"head\.chunk_rows is 0: choose at least 1"),
-        (HeadSettings("fused"), r"head=fused needs CUDA, .* head=chunked has the same loss"),
-        (HeadSettings("fused", kernel="x"), r"head\.kernel is 'x': choose one of cce, liger"),
+        (HeadSettings(type="adaptive"), r"none to tie: use head\.tied=false"),
+        (
+            HeadSettings(type="adaptive", tied=False),
+            r"none below the vocabulary size 30: choose smaller ones, or head=full",
+        ),
+        (
+            HeadSettings(type="adaptive", tied=False, cutoffs=[9, 9]),
+            r"head\.cutoffs is \[9, 9\]: choose one or more",
+        ),
+        (HeadSettings(type="adaptive", tied=False, cutoffs=[]), r"head\.cutoffs is \[\]: choose one or more rising"),
+        (HeadSettings(type="adaptive", tied=False, cutoffs=[0, 9]), r"the first at least 1"),
+        (HeadSettings(type="adaptive", tied=False, cutoffs=[5, 9]), r"head\.div_value 4\.0 leaves cluster 2 none of 6"),
+        (HeadSettings(type="chunked", chunk_rows=0), r"head\.chunk_rows is 0: choose at least 1"),
+        (HeadSettings(type="fused"), r"head=fused needs CUDA, .* head=chunked has the same loss"),
+        (HeadSettings(type="fused", kernel="x"), r"head\.kernel is 'x': choose one of cce, liger"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(
@@ -129,13 +134,13 @@ def test_a_setting_that_cannot_be_is_refused(
 
 
 def test_a_chunked_head_is_described_and_takes_its_rows() -> None:
-    settings = HeadSettings("chunked", chunk_rows=7)
+    settings = HeadSettings("chunked", "chunked", chunk_rows=7)
     embedding = nn.Embedding(30, HIDDEN_SIZE)
     head = build_head(settings, 30, embedding)
     assert isinstance(head, ChunkedHead)
     assert head.weight is embedding.weight
     assert head.options.batch_chunk_size == 7
-    assert describe_head(settings, head) == {"head": "chunked", "tied": True, "scorer": "rows7"}
+    assert describe_head(settings, head) == {"head": "chunked", "tied": True, "chunk_rows": 7}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 100])
@@ -194,17 +199,6 @@ def test_a_peer_trains_with_extras_and_its_weights_load_without_the_corpus(
     assert row["validation_loss_nats"] == pytest.approx(float(sum(losses)) / (len(tokens) - 1), rel=1e-5)
 
 
-def test_extras_that_are_off_leave_the_name_of_a_run_as_it_was() -> None:
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        config, other = compose("train"), compose("train", ["head.z_loss=1e-4"])
-    name = run_name(config)
-    assert run_name(other) != name
-    with open_dict(config):
-        for key in EXTRAS:
-            del config.head[key]
-    assert run_name(config) == name
-
-
 def stand_in(calls: list[dict[str, Any]]) -> Any:
     """A function with the signature that both packages share, which computes what they promise and notes its call."""
 
@@ -241,11 +235,12 @@ def test_a_fused_head_calls_its_kernel_as_its_package_asks(
     kernel: tuple[str, list[dict[str, Any]]], softcap: float | None
 ) -> None:
     name, calls = kernel
-    settings = HeadSettings("fused", kernel=name, softcap=softcap)
+    settings = HeadSettings(type="fused", kernel=name, softcap=softcap)
     embedding = nn.Embedding(97, HIDDEN_SIZE)
     fused = build_head(settings, 97, embedding)
     assert isinstance(fused, FusedHead)
-    assert describe_head(settings, fused)["scorer"] == name + ("" if softcap is None else "_softcap0.8")
+    row = describe_head(settings, fused)
+    assert (row["kernel"], row.get("softcap")) == (name, softcap)
     full = FullHead(HIDDEN_SIZE, 97, fused.weight, softcap=softcap)
     hidden = make_hidden(8).float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -265,7 +260,7 @@ def test_a_fused_head_calls_its_kernel_as_its_package_asks(
 
 def test_a_fused_head_without_targets_calls_no_kernel(kernel: tuple[str, list[dict[str, Any]]]) -> None:
     name, calls = kernel
-    fused = build_head(HeadSettings("fused", tied=False, kernel=name), 97, nn.Embedding(97, HIDDEN_SIZE))
+    fused = build_head(HeadSettings(type="fused", tied=False, kernel=name), 97, nn.Embedding(97, HIDDEN_SIZE))
     for targets in (torch.full((3,), IGNORE_INDEX), torch.empty(0, dtype=torch.int64)):
         hidden = make_hidden(len(targets)).float().requires_grad_()
         for loss in (fused.loss(hidden, targets, True).loss, fused.target_log_prob(hidden, targets).sum()):
@@ -277,7 +272,7 @@ def test_a_fused_head_without_targets_calls_no_kernel(kernel: tuple[str, list[di
 
 def test_a_fused_head_names_what_it_cannot_do(kernel: tuple[str, list[dict[str, Any]]]) -> None:
     name, _ = kernel
-    fused = build_head(HeadSettings("fused", kernel=name), 97, nn.Embedding(97, HIDDEN_SIZE))
+    fused = build_head(HeadSettings(type="fused", kernel=name), 97, nn.Embedding(97, HIDDEN_SIZE))
     for target in (-1, 97):
         with pytest.raises(IndexError):
             fused.loss(make_hidden(1).float(), torch.tensor([target]))
@@ -291,4 +286,4 @@ def test_a_fused_head_names_the_package_it_needs(name: str, package: str, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match=rf"triton.*install {package} with pip install -e '\.\[peers\]'.*head=chunked"):
-        build_head(HeadSettings("fused", kernel=name), 30, nn.Embedding(30, HIDDEN_SIZE))
+        build_head(HeadSettings(type="fused", kernel=name), 30, nn.Embedding(30, HIDDEN_SIZE))

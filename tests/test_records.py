@@ -15,22 +15,27 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
-from run_cases import TINY
+from run_cases import REPOSITORY, TINY
 from vocabfold.errors import UserError
 from vocabfold.files import replacing, write_text
 from vocabfold.runs.checkpoint import CHECKPOINT_NAME, load_checkpoint, load_weights, save_checkpoint, save_weights
 from vocabfold.runs.record import (
-    ORIGIN_COLUMNS,
-    RUN_COLUMNS,
     RunRecord,
     collect,
     finished_row,
+    finished_runs,
     read_metrics,
-    read_table,
 )
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, load_settings, settings_from
+from vocabfold.runs.tables import ORIGIN_COLUMNS, RUN_COLUMNS, read_table, write_table
 
 CPU = torch.device("cpu")
+RESULTS = REPOSITORY / "results"
+# What tells the rows of one run apart in the tables that look closer at runs.
+KEYS = {"rare_tokens": ("run", "sorted_by", "class"), "table1_story_quality": ("run", "writer", "judge")}
+EXPERIMENTS = [path.stem for path in (CONFIG_FOLDER / "experiment").glob("*.yaml")]
+TIMED = ("caching", "decode")  # experiments whose table is of another kind
+COMMITTED = sorted(path for path in RESULTS.glob("*/*.csv") if path.stem in {*EXPERIMENTS, *KEYS} - {*TIMED})
 
 
 def settings_of(*overrides: str) -> Settings:
@@ -42,6 +47,7 @@ def settings_of(*overrides: str) -> Settings:
 def row_of(**changes: Any) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(RUN_COLUMNS + ORIGIN_COLUMNS, "x")
     row |= {"group_size": 225, "num_groups": 224, "shortlist": None, "seed": 0, "validation_loss_nats": 2.0}
+    row |= {"corpus_documents": 20, "corpus_tokens": 1000, "learning_rate": 0.002}
     return {"extra_nats": 1.0, **row, **changes}
 
 
@@ -79,26 +85,47 @@ def test_a_record_mirrors_to_weights_and_biases_offline(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_tables_have_the_agreed_columns_and_the_newest_of_equal_runs(tmp_path: Path) -> None:
-    runs = tmp_path / "runs" / "smoke" / "sweep"
+def test_tables_have_the_agreed_columns_and_of_one_run_in_two_folders_the_newer(tmp_path: Path) -> None:
+    runs = tmp_path / "runs" / "stories" / "sweep"
     for age, (name, row) in enumerate(
         {
             "new": row_of(validation_loss_nats=1.0),
             "old": row_of(validation_loss_nats=3.0),
-            "other_seed": row_of(seed=1),
+            "other_seed": row_of(run="y", seed=1),
         }.items()
     ):
         write_text(runs / name / "row.json", json.dumps(dict(reversed(row.items()))))
         os.utime(runs / name / "row.json", (1000 - age, 1000 - age))
     (runs / "unfinished").mkdir()
-    path = collect("sweep", "smoke", tmp_path)
-    assert path == tmp_path / "smoke" / "sweep.csv"
+    assert [folder.name for folder, _ in finished_runs("sweep", "stories", tmp_path)] == ["other_seed", "new"]
+    path = collect("sweep", "stories", tmp_path)
+    assert path == tmp_path / "stories" / "sweep.csv"
     table = pd.read_csv(path)
     assert list(table.columns) == [*RUN_COLUMNS, "extra_nats", *ORIGIN_COLUMNS]
     assert table["seed"].tolist() == [0, 1]
     assert table["validation_loss_nats"].tolist() == [1.0, 2.0]
     assert "225.0" not in path.read_text()  # a head without groups must not turn whole numbers into fractions
-    assert read_table("sweep", "smoke", tmp_path).equals(table)
+    assert read_table("sweep", "stories", tmp_path).equals(table)
+
+
+def test_a_table_refuses_rows_that_its_key_does_not_tell_apart(tmp_path: Path) -> None:
+    rows = pd.DataFrame([row_of(document=number) for number in range(3)])
+    with pytest.raises(ValueError, match="2 rows are not told apart by run"):
+        write_table(rows, tmp_path / "table.csv")
+    assert len(pd.read_csv(write_table(rows, tmp_path / "table.csv", ("run", "document")))) == 3
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_tables_have_a_row_a_run_and_lose_none_when_they_are_written_again(
+    path: Path, tmp_path: Path
+) -> None:
+    table = read_table(path.stem, path.parent.name, RESULTS)
+    key = KEYS.get(path.stem, ("run",))
+    assert not table.duplicated(list(key)).any() and table["run"].notna().all()
+    assert (table["corpus"] == path.parent.name).all() and table["corpus_sha256"].str.fullmatch("[0-9a-f]{64}").all()
+    again = pd.read_csv(write_table(table, tmp_path / path.name, key))
+    again, table = (frame.sort_values(list(key)).reset_index(drop=True) for frame in (again, table))
+    pd.testing.assert_frame_equal(again[table.columns], table)
 
 
 def test_an_interrupted_write_keeps_the_old_content(tmp_path: Path) -> None:

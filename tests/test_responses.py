@@ -136,7 +136,7 @@ def test_bad_folders_and_limits_are_one_clear_line(tmp_path: Path) -> None:
 def tiny_model(**changes: int) -> ModelWithHead:
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "max_positions": 8} | changes
-    return build_model(ModelSettings(**sizes), HeadSettings(name="full", tied=True), 11)  # type: ignore[arg-type]
+    return build_model(ModelSettings(**sizes), HeadSettings(tied=True), 11)  # type: ignore[arg-type]
 
 
 def test_the_fingerprint_changes_with_every_weight_and_with_the_shape() -> None:

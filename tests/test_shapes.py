@@ -181,7 +181,7 @@ def test_settings_that_no_set_has_are_refused(change: dict[str, int]) -> None:
 def test_pictures_and_their_network_need_each_other(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], half: str
 ) -> None:
-    assert call(train.main, monkeypatch, "scale=smoke", half) == 2
+    assert call(train.main, monkeypatch, "budget=steps_2", half) == 2
     written = capfd.readouterr().err
     assert "data.image_size" in written or "use model=cnn with data=shapes" in written
     assert "Traceback" not in written
@@ -199,7 +199,7 @@ def test_the_network_is_the_published_one() -> None:
         CNN(8, 5, 24)
 
 
-@pytest.mark.parametrize("head", [HeadSettings(tied=False), HeadSettings(name="grouped", tied=False)])
+@pytest.mark.parametrize("head", [HeadSettings(tied=False), HeadSettings(type="folded", tied=False)])
 def test_accuracy_is_that_of_the_likeliest_class(head: HeadSettings) -> None:
     torch.manual_seed(0)
     settings = ModelSettings(name="cnn", hidden_size=16, num_layers=2, image_size=16)
@@ -218,21 +218,21 @@ def test_accuracy_is_that_of_the_likeliest_class(head: HeadSettings) -> None:
         build_model(settings, HeadSettings(tied=True), 7)
 
 
-@pytest.mark.parametrize("head", ["full", "grouped"])
+@pytest.mark.parametrize("head", ["full", "paper"])
 def test_both_heads_learn_pictures_and_leave_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], head: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    budget = ["budget.steps=40", "evaluate_every=20", "log_every=10", "batch_size=16", "optimizer.learning_rate=0.003"]
+    budget = ["budget.steps=24", "evaluate_every=12", "log_every=6", "batch_size=16", "optimizer.learning_rate=0.005"]
     status = call(train.main, monkeypatch, *PICTURES, "experiment=shapes", f"head={head}", *budget)
     assert status == 0, capfd.readouterr().err
-    (path,) = tmp_path.glob("results/runs/smoke/shapes/*/row.json")
+    (path,) = tmp_path.glob("results/runs/shapes/shapes/*/row.json")
     row = json.loads(path.read_text())
-    assert row["tied"] is False and row["model"] == "cnn" and row["tokens"] == 40 * 16
+    assert row["tied"] is False and row["model"] == "cnn" and row["tokens"] == 24 * 16
     assert row["validation_loss_nats"] < math.log(16) and row["validation_accuracy"] > 2 / 16
     assert (row["group_accuracy"] is None) == (head == "full")
-    collect("shapes", "smoke")
-    curves = read_curves("shapes", "smoke")
-    assert curves["step"].tolist() == [10, 20, 30, 40]
+    collect("shapes", "shapes")
+    curves = read_curves("shapes", "shapes")
+    assert curves["step"].tolist() == [6, 12, 18, 24]
     assert curves["validation_accuracy"].notna().tolist() == [False, True, False, True]
     assert curves["validation_accuracy"].iloc[-1] == pytest.approx(row["validation_accuracy"], rel=1e-4)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
@@ -16,7 +17,8 @@ from run_cases import PICTURES, TINY, call, start, write_corpus
 from vocabfold import train
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
-ARMS = {("full", 0), ("full", 1), ("grouped", 0), ("grouped", 1)}
+GROUPS = ("size", "budget", "data", "model", "head", "embedding", "start")
+HEADS = {("full", 0), ("full", 1), ("paper", 0), ("paper", 1)}
 LAUNCHER_CLASSES = {
     "processes": "JoblibLauncher",
     "local_executor": "LocalLauncher",
@@ -36,7 +38,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def rows_of(folder: Path) -> dict[Path, tuple[str, int]]:
-    rows = {path: json.loads(path.read_text()) for path in folder.glob("results/runs/smoke/single/*/row.json")}
+    rows = {path: json.loads(path.read_text()) for path in folder.glob("results/runs/text/single/*/row.json")}
     return {path: (row["head"], row["seed"]) for path, row in rows.items()}
 
 
@@ -50,32 +52,55 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("group", "option"),
-    [(group, option) for group in ("scale", "data", "model", "head", "embedding") for option in options(group)],
+    [(group, option) for group in GROUPS for option in options(group)],
 )
 def test_every_option_composes_to_checked_settings(group: str, option: str) -> None:
-    pictures = {"shapes": ["model=cnn"], "cnn": ["data=shapes"]}  # each needs the other
-    config = composed(f"{group}={option}", *pictures.get(option, []))
+    pictures = ["model=cnn", "data=shapes"] if option == "cnn" or option.startswith(("shapes", "pictures")) else []
+    begun = [] if option == "none" else ["start.run=FOLDER"] if group == "start" else []
+    config = composed(*pictures, *begun, f"{group}={option}")
     del config.hydra
     settings = settings_from(config)
-    named = {"scale": settings.scale, "data": settings.data["name"], "model": settings.model.name}
-    assert {**named, "head": settings.head.name, "embedding": settings.embedding.name}[group] == option
+    named = {"model": settings.model.name, "head": settings.head.name, "start": settings.start.type}
+    named |= {"embedding": settings.embedding.name, "data": option if pictures else settings.data["name"]}
+    assert named.get(group, option) == option
+
+
+def test_a_text_brings_its_size_and_budget_and_the_command_line_has_the_last_word() -> None:
+    def chosen(*overrides: str) -> tuple[object, ...]:
+        config = composed(*overrides)
+        return config.model.hidden_size, config.sequence_length, config.budget.tokens, config.budget.epochs
+
+    assert chosen() == (64, 128, 200_000, None)
+    assert chosen("data=text") == (64, 256, None, 2)
+    assert chosen("data=tinystories") == (128, 512, None, 1)
+    assert chosen("data=tinystories", "size=hidden256", "budget=tokens_100k") == (256, 128, 100_000, None)
+    assert chosen("data=tinystories", "experiment=both_ends", "optimizer.learning_rate=1")[0] == 64
+    assert chosen("data=text", "experiment=heads_pareto", "optimizer.learning_rate=1")[3] == 1
 
 
 @pytest.mark.parametrize("name", options("sweep"))
-def test_every_sweep_file_belongs_to_an_experiment_and_a_scale_and_sweeps_known_keys(name: str) -> None:
-    experiment, scale = name.rsplit("_", 1)
-    assert experiment in options("experiment")
-    config = composed(f"experiment={experiment}", f"scale={scale}")
+def test_every_sweep_file_belongs_to_an_experiment_and_a_text_and_changes_something(name: str) -> None:
+    experiment = max((each for each in options("experiment") if name.startswith(f"{each}_")), key=len)
+    chosen = [f"experiment={experiment}", f"data={name.removeprefix(experiment + '_')}"]
+    config = composed(*chosen)
+    without = composed(f"experiment={experiment}", chosen[1], "~sweep")
+    assert config != without
     swept = config.hydra.sweeper.params
-    first = [f"{key}={str(values).split(',')[0]}" for key, values in swept.items() if key != "optimizer.learning_rate"]
+    parsed = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in swept.items()])
+    first = {
+        each.key_or_group: next(iter(each.sweep_string_iterator())) if each.is_sweep_override() else each.value()
+        for each in parsed
+    }
+    words = [f"{key}={value}" for key, value in first.items() if key != "optimizer.learning_rate"]
     # What was chosen on a training text stands in a table that need not be there yet.
-    job = composed(f"experiment={experiment}", f"scale={scale}", "optimizer.learning_rate=1e-3", *first)
+    begun = ["start.run=FOLDER"] if experiment == "embedding_compressed" else []
+    job = composed(*chosen, "optimizer.learning_rate=1e-3", *begun, *words)
     del job.hydra
-    assert settings_from(job).experiment == experiment
-    assert "seed" in swept
+    assert settings_from(job).seed == 0
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+# Those that begin from a finished run are at work in test_fold.py and test_compress_embedding.py.
+@pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {"fold", "embedding_compressed"}))
 def test_every_experiment_takes_two_steps(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], experiment: str
 ) -> None:
@@ -86,43 +111,41 @@ def test_every_experiment_takes_two_steps(
         if "override /data: shapes" in (CONFIG_FOLDER / "experiment" / f"{experiment}.yaml").read_text()
         else TINY
     )
-    status = call(train.main, monkeypatch, *tiny, f"experiment={experiment}")
+    status = call(train.main, monkeypatch, *tiny, f"experiment={experiment}", "optimizer.learning_rate=2e-3")
     assert status == 0, capfd.readouterr().err
-    (row,) = folder.glob(f"results/runs/smoke/{experiment}/*/row.json")
+    (row,) = folder.glob(f"results/runs/*/{experiment}/*/row.json")
     assert json.loads(row.read_text())["steps"] == 2
 
 
 def test_a_sweep_gives_each_job_a_folder_and_skips_what_has_finished(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = ("-m", "vocabfold.train", "--multirun", *TINY, "head=full,grouped", "seed=0,1")
+    sweep = ("-m", "vocabfold.train", "--multirun", *TINY, "head=full,paper", "seed=0,1")
     first = start(folder, *sweep)
     assert first.returncode == 0, first.stderr
     rows = rows_of(folder)
-    assert set(rows.values()) == ARMS and len(rows) == len(ARMS)
+    assert set(rows.values()) == HEADS and len(rows) == len(HEADS)
     times = {path: path.stat().st_mtime_ns for path in rows}
     assert call(train.main, monkeypatch, *sweep[2:]) == 0
-    assert capfd.readouterr().err.count("finished before") == len(ARMS)
+    assert capfd.readouterr().err.count("finished before") == len(HEADS)
     assert {path: path.stat().st_mtime_ns for path in rows_of(folder)} == times
 
 
 def test_a_failing_job_does_not_stop_the_sweep_and_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    status = call(train.main, monkeypatch, "--multirun", *TINY, "head=grouped", "head.partition.group_size=0,225")
+    status = call(train.main, monkeypatch, "--multirun", *TINY, "head=paper", "head.partition.group_size=0,225")
     written = capfd.readouterr().err
     assert status == 2
     assert "head.partition.group_size is 0" in written and "Traceback" not in written
-    assert set(rows_of(folder).values()) == {("grouped", 0)}
+    assert set(rows_of(folder).values()) == {("paper", 0)}
 
 
 @pytest.mark.parametrize("launcher", ["processes", "local_executor"])
 def test_launchers_train_in_other_processes(folder: Path, launcher: str) -> None:
-    ended = start(
-        folder, "-m", "vocabfold.train", "--multirun", *TINY, f"hydra/launcher={launcher}", "head=full,grouped"
-    )
+    ended = start(folder, "-m", "vocabfold.train", "--multirun", *TINY, f"hydra/launcher={launcher}", "head=full,paper")
     assert ended.returncode == 0, ended.stderr
-    assert set(rows_of(folder).values()) == {("full", 0), ("grouped", 0)}
+    assert set(rows_of(folder).values()) == {("full", 0), ("paper", 0)}
     logs = [path.parent for path in folder.glob("results/runs/multirun/submitit/*/*_log.err")]
     assert len(set(logs)) == (2 if launcher == "local_executor" else 0)
     assert {path.name for path in folder.iterdir()} == {"train.txt", "valid.txt", "cache", "results"}

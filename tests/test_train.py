@@ -21,8 +21,9 @@ from vocabfold.errors import UserError
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
 from vocabfold.runs.optimizer import learning_rate_at
-from vocabfold.runs.record import RUN_COLUMNS, read_metrics
+from vocabfold.runs.record import read_metrics
 from vocabfold.runs.settings import CONFIG_FOLDER, OptimizerSettings, Settings, settings_from
+from vocabfold.runs.tables import RUN_COLUMNS
 
 TINY = [
     "data=zipf",
@@ -60,7 +61,7 @@ def without_clocks(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_config_metrics_row_and_weights() -> None:
-    settings = settings_of("head=grouped", "budget.steps=6", "run_dir=run")
+    settings = settings_of("head=paper", "budget.steps=6", "run_dir=run")
     row = training.train(settings, "the command")
     folder = Path("run")
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -82,7 +83,7 @@ def test_a_run_leaves_config_metrics_row_and_weights() -> None:
 
 
 def test_validation_loss_is_the_mean_over_every_target() -> None:
-    settings = settings_of("head=grouped", "budget.steps=4", "run_dir=run", "evaluation_batch_size=3")
+    settings = settings_of("head=paper", "budget.steps=4", "run_dir=run", "evaluation_batch_size=3")
     row = training.train(settings, "")
     corpus = training.load_data(settings.data)
     model = build_model(settings.model, settings.head, corpus.vocabulary_size).eval()
@@ -99,7 +100,7 @@ def test_validation_loss_is_the_mean_over_every_target() -> None:
     assert row["validation_loss_nats"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
 
 
-@pytest.mark.parametrize("head", ["full", "grouped"])
+@pytest.mark.parametrize("head", ["full", "paper"])
 def test_training_approaches_the_entropy_rate(head: str) -> None:
     settings = settings_of(
         f"head={head}",
@@ -119,7 +120,7 @@ def test_training_approaches_the_entropy_rate(head: str) -> None:
 
 
 def test_a_killed_run_resumes_to_the_same_bits() -> None:
-    overrides = ["head=grouped", "budget.steps=24", "checkpoint_every=5", "evaluate_every=8", "model.dropout=0.1"]
+    overrides = ["head=paper", "budget.steps=24", "checkpoint_every=5", "evaluate_every=8", "model.dropout=0.1"]
     training.train(settings_of(*overrides, "run_dir=whole"), "")
     killed = Path("killed")
     command = [sys.executable, "-m", "vocabfold.train", *TINY, *overrides, "run_dir=killed"]
@@ -161,7 +162,7 @@ def assert_two_processes_equal_one(*overrides: str, base: list[str]) -> None:
 
 
 def test_two_processes_give_the_losses_of_one() -> None:
-    assert_two_processes_equal_one("head=grouped", "gradient_accumulation=2", base=TINY)
+    assert_two_processes_equal_one("head=paper", "gradient_accumulation=2", base=TINY)
 
 
 def test_two_processes_with_different_numbers_of_targets_give_the_losses_of_one() -> None:
@@ -171,7 +172,7 @@ def test_two_processes_with_different_numbers_of_targets_give_the_losses_of_one(
         documents = [words[: 12 + index * 5 % 53] for index in range(24)]
         Path(name).write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
     text = ["data=text", "data.train=train.txt", "data.valid=valid.txt", "data.layout=padded"]
-    assert_two_processes_equal_one("head=grouped", base=text + [key for key in TINY if not key.startswith("data")])
+    assert_two_processes_equal_one("head=paper", base=text + [key for key in TINY if not key.startswith("data")])
 
 
 def test_accumulated_batches_equal_one_large_batch() -> None:
@@ -291,10 +292,10 @@ def test_learning_rate_schedules() -> None:
 
 
 def test_the_parameter_counts_of_the_paper() -> None:
-    """8.1 M, 19.3 M and 152 M (152.76, cut): the tied GPT-2 of the paper's scale at hidden 128, 256 and 1024."""
+    """8.1 M, 19.3 M and 152 M (152.76, cut): the tied GPT-2 of the paper at hidden 128, 256 and 1024."""
     for hidden_size, millions in ((128, 8.1), (256, 19.3), (1024, 152.8)):
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            settings = settings_from(compose("train", ["scale=paper", f"model.hidden_size={hidden_size}"]))
+            settings = settings_from(compose("train", [f"size=hidden{hidden_size}", "budget=paper"]))
         with torch.device("meta"):
             model = build_model(settings.model, settings.head, 50_257)
         count = sum(parameter.numel() for parameter in model.parameters())

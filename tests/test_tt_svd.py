@@ -96,3 +96,7 @@ def test_shapes_and_ranks_under_a_budget() -> None:
     for most in range(19, 800, 37):
         ranks = ranks_under([2] * 8 + [3], most)
         assert ranks is not None and numbers_of([2] * 8 + [3], ranks) <= most
+    # The ranks at the ends stay what they can be while those in the middle grow.
+    assert ranks_under([2, 3, 4], 1e9) == [2, 4]
+    assert ranks_under([2] * 8 + [3], 66) == [2, 2, 2, 2, 2, 2, 2, 2]
+    assert ranks_under([2] * 8 + [3], 133) == [2, 3, 3, 3, 3, 3, 3, 3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,31 +9,30 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, make_head, make_hidden
+from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, every_pair, make_head, make_hidden
 from test_head_sampling import GroupCounter, cut_distribution
 from vocabfold.heads import FoldedHead, ScaleShiftScorer, visiting
 from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus
 
 TEMPERATURES = (0.05, 0.4, 0.9, 1.0, 1.3, 4.0, float("inf"))
 TOP_P = (1e-6, 0.1, 0.5, 0.9, 0.999)
-NUM_DRAWS = 20_000
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-every_temperature = pytest.mark.parametrize("temperature", TEMPERATURES)
+NUM_DRAWS = 6_000
+WEIGHT_STDS = (0.05, 0.5, 1.5, 5.0)  # distributions from flat to peaked
+every_layout_and_temperature = pytest.mark.parametrize(
+    ("layout", "temperature", "weight_std"), every_pair(LAYOUTS, TEMPERATURES, WEIGHT_STDS)
+)
 
 
-def cases(layout: Layout, temperature: float, num_rows: int = 6) -> Iterator[tuple[TemperedGroups, Tensor]]:
-    """Distributions from flat to peaked: (what is known by group, log w [N, V] of the full distribution)."""
-    for seed, weight_std in enumerate((0.05, 0.5, 1.5, 5.0)):
-        head, _ = make_head("sorted_free", layout, weight_std, seed=seed)
-        assert isinstance(head, FoldedHead)
-        hidden = make_hidden(num_rows, seed=seed)
-        with torch.no_grad():
-            log_prob = head.log_prob(hidden)
-            best = log_prob.max(dim=-1, keepdim=True).values
-            groups = TemperedGroups(
-                head.partition, head.scorer, hidden, head.group_log_prob(hidden) - best, temperature
-            )
-        yield groups, (log_prob - best) / temperature
+def tempered(layout: Layout, temperature: float, weight_std: float, num_rows: int = 6) -> tuple[TemperedGroups, Tensor]:
+    """(What is known by group, log w [N, V] of the full distribution)."""
+    head, _ = make_head("sorted_free", layout, weight_std)
+    assert isinstance(head, FoldedHead)
+    hidden = make_hidden(num_rows)
+    with torch.no_grad():
+        log_prob = head.log_prob(hidden)
+        best = log_prob.max(dim=-1, keepdim=True).values
+        groups = TemperedGroups(head.partition, head.scorer, hidden, head.group_log_prob(hidden) - best, temperature)
+    return groups, (log_prob - best) / temperature
 
 
 def ranked_mass(log_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,57 +41,54 @@ def ranked_mass(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     return order, (weights.cumsum(dim=-1) - weights) / weights.sum(dim=-1, keepdim=True)
 
 
-@every_layout
-@every_temperature
-def test_bounds_hold(layout: Layout, temperature: float) -> None:
-    for groups, log_weights in cases(layout, temperature):
-        low, high = groups.mass_bounds()
-        for group in range(groups.partition.num_groups):
-            weights = log_weights[:, groups.partition.group_of == group]
-            mass = weights.logsumexp(dim=-1)
-            assert (low[:, group] <= mass + 1e-9).all()
-            assert (mass <= high[:, group] + 1e-9).all()
-            assert (weights.max(dim=-1).values <= groups.token_bound()[:, group] + 1e-9).all()
-            visited = groups.visit(torch.full((len(weights), 1), group))[:, 0]
-            torch.testing.assert_close(visited.logsumexp(dim=-1), mass, rtol=1e-9, atol=1e-9)
-        if temperature == 1.0:
-            assert torch.equal(low, high)
+@every_layout_and_temperature
+def test_bounds_hold(layout: Layout, temperature: float, weight_std: float) -> None:
+    groups, log_weights = tempered(layout, temperature, weight_std)
+    low, high = groups.mass_bounds()
+    for group in range(groups.partition.num_groups):
+        weights = log_weights[:, groups.partition.group_of == group]
+        mass = weights.logsumexp(dim=-1)
+        assert (low[:, group] <= mass + 1e-9).all()
+        assert (mass <= high[:, group] + 1e-9).all()
+        assert (weights.max(dim=-1).values <= groups.token_bound()[:, group] + 1e-9).all()
+        visited = groups.visit(torch.full((len(weights), 1), group))[:, 0]
+        torch.testing.assert_close(visited.logsumexp(dim=-1), mass, rtol=1e-9, atol=1e-9)
+    if temperature == 1.0:
+        assert torch.equal(low, high)
 
 
-@every_layout
-@every_temperature
-def test_membership_of_every_token(layout: Layout, temperature: float) -> None:
-    """Each row of each case asks for each token: some 20,000 questions in all layouts and temperatures."""
+@every_layout_and_temperature
+def test_membership_of_every_token(layout: Layout, temperature: float, weight_std: float) -> None:
+    """Each row of each case asks for each token: some 5,000 questions in all layouts and temperatures."""
     vocabulary_size = layout.vocabulary_size
-    for groups, log_weights in cases(layout, temperature, num_rows=2):
-        order, before = ranked_mass(log_weights)
-        share_before = torch.empty_like(before).scatter(-1, order, before)
-        rows = torch.arange(2).repeat_interleave(vocabulary_size)
-        tokens = torch.arange(vocabulary_size).repeat(2)
-        many = groups.select(rows)
-        for top_p in TOP_P:
-            inside = is_in_nucleus(many, tokens, log_weights[rows, tokens], top_p).view(2, -1)
-            is_clear = (share_before - top_p).abs() > 1e-9
-            assert torch.equal(inside[is_clear], (share_before < top_p)[is_clear])
-            assert inside.any(dim=-1).all()
+    groups, log_weights = tempered(layout, temperature, weight_std, num_rows=2)
+    order, before = ranked_mass(log_weights)
+    share_before = torch.empty_like(before).scatter(-1, order, before)
+    rows = torch.arange(2).repeat_interleave(vocabulary_size)
+    tokens = torch.arange(vocabulary_size).repeat(2)
+    many = groups.select(rows)
+    for top_p in TOP_P:
+        inside = is_in_nucleus(many, tokens, log_weights[rows, tokens], top_p).view(2, -1)
+        is_clear = (share_before - top_p).abs() > 1e-9
+        assert torch.equal(inside[is_clear], (share_before < top_p)[is_clear])
+        assert inside.any(dim=-1).all()
 
 
-@every_layout
-@every_temperature
-def test_draws_stay_in_the_nucleus_and_reach_all_of_it(layout: Layout, temperature: float) -> None:
+@every_layout_and_temperature
+def test_draws_stay_in_the_nucleus_and_reach_all_of_it(layout: Layout, temperature: float, weight_std: float) -> None:
     num_draws = 60
-    for groups, log_weights in cases(layout, temperature):
-        order, before = ranked_mass(log_weights)
-        many = groups.select(torch.arange(len(order)).repeat_interleave(num_draws))
-        for top_p in TOP_P:
-            tokens = draw_from_nucleus(many, top_p, torch.Generator().manual_seed(2)).view(-1, num_draws)
-            share_before = torch.empty_like(before).scatter(-1, order, before)
-            assert (share_before.gather(-1, tokens) < top_p + 1e-9).all()
-            size = (before < top_p).sum(dim=-1)
-            for row in (size == 1).nonzero().flatten().tolist():
-                assert (tokens[row] == order[row, 0]).all()
-            for row in (size > 8).nonzero().flatten().tolist():
-                assert tokens[row].unique().numel() > 1
+    groups, log_weights = tempered(layout, temperature, weight_std)
+    order, before = ranked_mass(log_weights)
+    many = groups.select(torch.arange(len(order)).repeat_interleave(num_draws))
+    for top_p in TOP_P:
+        tokens = draw_from_nucleus(many, top_p, torch.Generator().manual_seed(2)).view(-1, num_draws)
+        share_before = torch.empty_like(before).scatter(-1, order, before)
+        assert (share_before.gather(-1, tokens) < top_p + 1e-9).all()
+        size = (before < top_p).sum(dim=-1)
+        for row in (size == 1).nonzero().flatten().tolist():
+            assert (tokens[row] == order[row, 0]).all()
+        for row in (size > 8).nonzero().flatten().tolist():
+            assert tokens[row].unique().numel() > 1
 
 
 def test_equally_likely_tokens_share_a_nucleus_of_the_smallest_size() -> None:
@@ -120,24 +115,25 @@ def chi_squared_p(draws: Tensor, probability: Tensor) -> float:
     return float(stats.chisquare(observed, expected).pvalue) if len(expected) > 1 else 1.0
 
 
-@pytest.mark.parametrize("kind", ["scale_shift_sorted", "low_rank_sorted", "sorted_tied"])
-@pytest.mark.parametrize("name", ["prime", "shortlist", "one_slot", "one_group"])
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 0.2},
-        {"temperature": 0.7},
-        {"temperature": 2.5},
-        {"top_p": 0.05},
-        {"top_p": 0.95},
-        {"temperature": 0.6, "top_p": 0.9},
-        {"temperature": 1.6, "top_p": 0.7},
-        {"temperature": 1.6, "top_k": 9, "top_p": 0.7},
-    ],
-    ids=str,
+    ("settings", "layout", "kind"),
+    every_pair(
+        [
+            {"temperature": 0.2},
+            {"temperature": 0.7},
+            {"temperature": 2.5},
+            {"top_p": 0.05},
+            {"top_p": 0.95},
+            {"temperature": 0.6, "top_p": 0.9},
+            {"temperature": 1.6, "top_p": 0.7},
+            {"temperature": 1.6, "top_k": 9, "top_p": 0.7},
+        ],
+        {name: LAYOUTS[name] for name in ("prime", "shortlist", "one_slot", "one_group")},
+        ["scale_shift_sorted", "low_rank_sorted", "sorted_tied"],
+    ),
 )
-def test_samples_follow_the_cut_distribution(kind: str, name: str, settings: dict[str, Any]) -> None:
-    head, _ = make_head(kind, LAYOUTS[name], weight_std=0.6)
+def test_samples_follow_the_cut_distribution(settings: dict[str, Any], layout: Layout, kind: str) -> None:
+    head, _ = make_head(kind, layout, weight_std=0.6)
     hidden = make_hidden(1)
     probability = torch.tensor(cut_distribution(head.log_prob(hidden)[0].tolist(), **settings), dtype=torch.float64)
     draws = head.sample(hidden.expand(NUM_DRAWS, -1), generator=torch.Generator().manual_seed(3), **settings)
@@ -146,7 +142,8 @@ def test_samples_follow_the_cut_distribution(kind: str, name: str, settings: dic
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
 def test_a_drawn_token_comes_with_its_weight(temperature: float) -> None:
-    for groups, log_weights in cases(LAYOUTS["shortlist"], temperature, num_rows=50):
+    for weight_std in WEIGHT_STDS:
+        groups, log_weights = tempered(LAYOUTS["shortlist"], temperature, weight_std, num_rows=50)
         tokens, found = draw(groups, torch.Generator().manual_seed(1))
         torch.testing.assert_close(found, log_weights.gather(-1, tokens[:, None])[:, 0], rtol=1e-9, atol=1e-9)
 
@@ -207,9 +204,9 @@ def test_flat_rows_are_taken_as_a_whole_and_peaked_rows_are_not(
     assert counter.num_groups <= 9 * 3 * visiting.GROUPS_A_VISIT
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.6])
-@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.9])
-@pytest.mark.parametrize("weight_std", [0.4, 0.8])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "weight_std"), every_pair([0.5, 1.0, 1.6], [0.3, 0.6, 0.9], [0.4, 0.8])
+)
 def test_a_nucleus_among_many_groups(temperature: float, top_p: float, weight_std: float) -> None:
     """80 groups, of which a few settle the nucleus while the mass of the others is known by its bounds alone."""
     head, _ = make_head("scale_shift", Layout(401, 5, shuffled=True), weight_std)

@@ -9,7 +9,6 @@ Either way train.py trains, evaluates and records what begins here like any othe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,8 +35,8 @@ from vocabfold.tokens import IGNORE_INDEX, token_counts
 
 FITTED_TOKENS = 4096  # whose hidden states fit the groups in closed form; the distillation begins after them
 # What a run has in common with the finished run that it is made from.
-COMMON = ("seed", "data", "development_share", "model", "sequence_length", "batch_size", "gradient_accumulation")
-COMMON += ("evaluation_batch_size", "precision")
+BATCHES = ("sequence_length", "batch_size", "gradient_accumulation", "evaluation_batch_size")
+COMMON = ("seed", "data", "development_share", "model", *BATCHES, "precision")
 INHERITED = {"fold": (*COMMON, "embedding"), "compress": (*COMMON, "head")}
 GROUPS = {"size": "model"}  # groups of conf/ by the setting that they fill
 
@@ -178,14 +177,3 @@ def hidden_states(backbone: nn.Module, inputs: Tensor, targets: Tensor) -> Tenso
     """[N, D], without dropout, where there is something to predict in a batch."""
     hidden: Tensor = backbone.eval()(inputs.to(next(backbone.parameters()).device)).flatten(0, -2)
     return hidden[(targets.flatten() != IGNORE_INDEX).to(hidden.device)]
-
-
-def start_columns(settings: Settings, tokens: int, measured: dict[str, float]) -> dict[str, Any]:
-    """The columns of a result row that tell what was made from a finished run, trained on ``tokens``."""
-    columns: dict[str, Any] = {"recovery_tokens": tokens if settings.start.type == "compress" else None}
-    if settings.start.type == "fold":
-        columns["distillation_tokens"] = tokens
-    for name in ("teacher", "at_once"):
-        if (loss := measured.get(f"{name}_loss_nats")) is not None:
-            columns[f"{name}_perplexity"] = math.exp(min(loss, 700.0))
-    return columns

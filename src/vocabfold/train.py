@@ -33,7 +33,7 @@ from vocabfold.embeddings.build import describe_embedding
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadLoss
 from vocabfold.heads.describe import describe_head
-from vocabfold.machine import BYTES_PER_GIB, code_commit, hardware, torch_version
+from vocabfold.machine import BYTES_PER_GIB, code_commit
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.measure.flops import training_flops_per_token
 from vocabfold.measure.memory import live_tensors, peak_memory_of
@@ -45,9 +45,10 @@ from vocabfold.runs.jobs import check_options, check_row, in_order, one_line_job
 from vocabfold.runs.load import autocast
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
 from vocabfold.runs.record import RunRecord, finished_row
+from vocabfold.runs.row import evaluation_columns, result_row
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
 from vocabfold.runs.stopping import stop_requests
-from vocabfold.start import adopt, begin, start_columns
+from vocabfold.start import adopt, begin
 from vocabfold.tokens import IGNORE_INDEX
 
 # The first steps are slow (the optimizer makes its state, kernels are chosen) and one of them is measured for memory.
@@ -72,7 +73,6 @@ class Trainer:
         }
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.bytes_per_token = corpus.valid_bytes_per_token
         self.total_steps = settings.total_steps(self.batches.batches_per_epoch, self.batches.targets_per_batch)
         self.step = self.tokens = self.timed_tokens = 0
         self.timed_seconds = 0.0
@@ -105,9 +105,8 @@ class Trainer:
             with self.autocast():
                 self.trained(inputs, targets).loss.backward()
 
-        devices = [self.device] if self.device.type == "cuda" else []
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # batch norm's running means
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             flops = training_flops_per_token(forward_and_backward, targets.numel())
         for buffer, value in buffers:
             buffer.copy_(value)
@@ -166,15 +165,9 @@ class Trainer:
             bar.update()
         bar.close()
         self.model.train()
-        means = sums.means(self.ranks, "validation_")
-        result = {"validation_loss_nats": means.pop("validation_loss"), **means}
+        result = evaluation_columns(sums.means(self.ranks, "validation_"), self.corpus)
         if not math.isfinite(result["validation_loss_nats"]):
             raise UserError(not_finite(self, result["validation_loss_nats"]))
-        result["perplexity"] = math.exp(min(result["validation_loss_nats"], 700.0))
-        if self.corpus.entropy_rate_nats is not None:
-            result["excess_loss_nats"] = result["validation_loss_nats"] - self.corpus.entropy_rate_nats
-        if self.bytes_per_token is not None:
-            result["validation_bits_per_byte"] = result["validation_loss_nats"] / math.log(2) / self.bytes_per_token
         return result
 
     def save(self) -> None:
@@ -264,7 +257,8 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
             if record is not None:
                 record.fail()
             raise
-        row = result_row(trainer, final, command)
+        progress = {"steps": trainer.step, "tokens": trainer.tokens, **trainer.speed_and_memory()}
+        row = result_row(settings, corpus, trainer.model, trainer.description, progress, final, command)
         trainer.model.prepare_for_inference()
         if record is not None:
             save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
@@ -280,12 +274,11 @@ def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
     """
     settings, ranks = trainer.settings, trainer.ranks
     evaluation: dict[str, float] = {}
-    name = Path(settings.run_dir).name
     if settings.compile and ranks.is_first:
         tqdm.write("torch.compile compiles during the first steps: that takes a minute or more", file=sys.stderr)
     with (
         stop_requests() as request,
-        ranks.progress_bar(total=trainer.total_steps, initial=trainer.step, desc=name) as bar,
+        ranks.progress_bar(total=trainer.total_steps, initial=trainer.step, desc=Path(settings.run_dir).name) as bar,
     ):
         if trainer.step == 0 and settings.start.type != "none":
             evaluation = trainer.evaluate()
@@ -321,38 +314,6 @@ def not_finite(trainer: Trainer, loss: float) -> str:
     else:
         last_good = f"the last good checkpoint is of step {trainer.checkpoint_step} in {trainer.settings.run_dir}"
     return f"the loss is {loss} at {trainer.position()}; {last_good}; try a lower optimizer.learning_rate"
-
-
-def result_row(trainer: Trainer, final: dict[str, float], command: str) -> dict[str, Any]:
-    """The run's line in the results table."""
-    settings = trainer.settings
-    extras: dict[str, Any] = {"vocabulary_size": trainer.corpus.vocabulary_size}
-    extras |= {name: value for name, value in final.items() if name.startswith(("validation_", "excess_"))}
-    return {
-        "run": settings.run,
-        "experiment": settings.experiment,
-        **trainer.corpus.described,
-        "seed": settings.seed,
-        "model": settings.model.name,
-        "hidden_size": settings.model.hidden_size,
-        "num_layers": settings.model.num_layers,
-        **describe_head(settings.head, trainer.model.head),
-        "learning_rate": settings.optimizer.learning_rate,
-        "steps": trainer.step,
-        "tokens": trainer.tokens,
-        "perplexity": final["perplexity"],
-        "group_accuracy": final.get("validation_group_accuracy"),
-        **trainer.speed_and_memory(),
-        "num_parameters": trainer.model.num_parameters,
-        "model_bytes": trainer.model.bytes_at_rest,
-        **describe_embedding(settings.embedding, trainer.model.embedding),
-        **start_columns(settings, trainer.tokens, trainer.measured),
-        **extras,
-        "hardware": hardware(),
-        "torch": torch_version(),
-        "commit": code_commit(),
-        "command": command,
-    }
 
 
 @hydra.main(config_path=str(CONFIG_FOLDER), config_name="train", version_base="1.3")

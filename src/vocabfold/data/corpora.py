@@ -62,7 +62,7 @@ class Corpus:
         """The training stream."""
         return self.train.tokens
 
-    @property
+    @functools.cached_property
     def valid_bytes_per_token(self) -> float | None:
         """Bytes of UTF-8 to a token of the validation text, end tokens counted as tokens of no bytes; None where the
         tokens are no text."""

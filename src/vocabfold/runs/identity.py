@@ -74,7 +74,7 @@ def refuse_other_run(settings: Settings) -> None:
 
 def _chosen(settings: Any) -> dict[str, Any]:
     """The settings of a dataclass, those within it included, that are not what its code has as a default."""
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):

@@ -1,0 +1,30 @@
+"""How the tests share the cores: each worker computes on one of them, and so does every program that a test starts."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it once
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vocabfold.machine import usable_cores
+
+torch.set_num_threads(1)
+MOST_WORKERS = 8  # beyond these, workers wait for the longest tests
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of ``-n auto``: one for each core that this process may use, none for a few named files, which need no start."""
+    few_files = len(config.args) < 4 and all(Path(name.partition("::")[0]).is_file() for name in config.args)
+    return 0 if few_files else min(MOST_WORKERS, usable_cores())
+
+
+def pytest_collection_finish() -> None:
+    """Nothing imported so far is garbage: collections, which the tests of memory ask for, look at what comes later."""
+    gc.collect()
+    gc.freeze()
