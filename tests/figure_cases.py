@@ -12,11 +12,11 @@ import pandas as pd
 
 def run_row(model: str, head: str, group_size: int | None, seed: int, **changes: Any) -> dict[str, Any]:
     return {
-        "run": f"{model}-{head}-{group_size}-{seed}",
+        "run": f"{model}-{head}-{group_size}-{seed}-{sorted(changes.items())}",
         "corpus": "stories",
-        "corpus_sha256": "0" * 64,
-        "corpus_documents": 20_000,
-        "corpus_tokens": 4_000_000,
+        "corpus_sha256": "0",
+        "corpus_documents": 100,
+        "corpus_tokens": 200_000,
         "seed": seed,
         "model": model,
         "hidden_size": 64,
@@ -45,6 +45,10 @@ def embedding_columns(name: str, tokens: int) -> dict[str, Any]:
     """Those of a run from scratch (200,000 tokens), of a compressed one (0) and of a recovered one."""
     return {
         "embedding": name,
+        "embedding_mode_sizes": "8x8" if name == "tensor_train" else None,
+        "embedding_ranks": "2" if name == "tensor_train" else None,
+        "embedding_rank": None,
+        "embedding_group_size": None,
         "embedding_compression": {"dense": 1.0, "int4": 7.1, "tensor_train": 3.3}[name],
         "embedding_bytes": 1_000_000,
         "recovery_tokens": None if tokens == 200_000 else tokens,
@@ -97,9 +101,9 @@ def caching_tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def write_documents(results: Path, shift: float = 0.0) -> None:
-    """Three documents for each run of main_comparison on the stories, which add up to its loss plus ``shift``."""
-    table = pd.read_csv(results / "stories" / "main_comparison.csv")
+    """Three documents for each run of main_comparison, which add up to its loss plus ``shift``."""
+    table = pd.read_csv(results / "tiny" / "main_comparison.csv")
     parts = pd.DataFrame({"document": [0, 1, 2], "tokens": [100, 300, 600], "of_mean": [0.5, 1.5, 5 / 6]})
     rows = table.drop(columns="tokens").merge(parts, how="cross")
     rows["loss_nats"] = (rows["validation_loss_nats"] + shift) * rows["tokens"] * rows["of_mean"]
-    rows.drop(columns="of_mean").to_csv(results / "stories" / "document_losses.csv", index=False)
+    rows.drop(columns="of_mean").to_csv(results / "tiny" / "document_losses.csv", index=False)

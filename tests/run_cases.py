@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from experiments.__main__ import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = ("the cat", "a dog", "the bird", "saw", "ran", "found", "sang", "red", "blue", "home", "and then", "under")
@@ -40,9 +41,13 @@ PICTURES = [
 ]
 
 
-def experiment_path(name: str) -> Path:
-    """The program experiments/ROOM/NAME.py."""
-    return next((REPOSITORY / "experiments").glob(f"*/{name}.py"))
+# The same text for an experiment that measures.
+TEXT = ["data=text", "data.train=train.txt", "data.valid=valid.txt", "data.workers=1"]
+
+
+def experiment(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """``python -m experiments ARGUMENTS`` in this process; its exit status."""
+    return call(main, monkeypatch, *arguments)
 
 
 def write_corpus(folder: Path) -> None:

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from experiments.claims.dashboard import SECTIONS
 
-from run_cases import call
-from test_figures import REPOSITORY, tables
+from run_cases import experiment
+from test_figures import tables
 from test_records import settings_of
 from vocabfold.runs.record import RUN_COLUMNS, SUMMARIES, RunRecord, tags_of
 
-PROGRAM = REPOSITORY / "experiments" / "study" / "dashboard.py"
 COMPRESSED = ("embedding=int8", "start.type=compress", "start.run=run")
-
-
-def program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    def program_itself() -> None:
-        runpy.run_path(str(PROGRAM), run_name="__main__")
-
-    return call(program_itself, monkeypatch, *arguments)
 
 
 class Mirror:
@@ -84,9 +76,11 @@ def test_a_tag_is_never_longer_than_the_server_takes() -> None:
 
 def test_the_workspace_has_the_report_s_panels(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     pytest.importorskip("wandb_workspaces")
-    assert program(monkeypatch, "--print", "--scale", "text", "--entity", "someone", "--project", "p") == 0
+    for name, value in {"WANDB_MODE": "offline", "WANDB_ENTITY": "someone", "WANDB_PROJECT": "p"}.items():
+        monkeypatch.setenv(name, value)
+    assert experiment(monkeypatch, "dashboard", "draw", "text") == 0
     sent = json.loads(capfd.readouterr().out)
-    sections = runpy.run_path(str(PROGRAM))["SECTIONS"]
+    sections = SECTIONS
     assert (sent["entity"], sent["project"], sent["displayName"]) == ("someone", "p", "vocabfold: the report, text")
     built = sent["spec"]["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in built] == list(sections)
@@ -96,13 +90,13 @@ def test_the_workspace_has_the_report_s_panels(monkeypatch: pytest.MonkeyPatch, 
         for panel, (kind, column, _) in zip(section["panels"], panels, strict=True):
             shown = json.dumps(panel["config"])
             assert (column if kind == "curve" else f"result.{column}") in shown
-    assert "scale:text" in json.dumps(sent["spec"]["section"]["runSets"])
+    assert "corpus:text" in json.dumps(sent["spec"]["section"]["runSets"])
 
 
 def test_every_panel_shows_what_runs_write() -> None:
     known = {*RUN_COLUMNS, *SUMMARIES, "step", "train_loss", *(key for _, rows in tables() for key in rows[0])}
     settings = {"head.name", "embedding.name"}
-    for panels in runpy.run_path(str(PROGRAM))["SECTIONS"].values():
+    for panels in SECTIONS.values():
         for _, column, against in panels:
             assert column in known and against in known | settings, (column, against)
 
@@ -112,6 +106,7 @@ def test_an_obstacle_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: Any, ob
     monkeypatch.setattr("wandb.login", lambda **_: False)
     if obstacle == "package":
         monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    assert program(monkeypatch, *(["--print"] if obstacle == "package" else [])) == 2
+    monkeypatch.setenv("WANDB_MODE", "offline" if obstacle == "package" else "online")
+    assert experiment(monkeypatch, "dashboard", "draw") == 2
     written = capfd.readouterr()
     assert written.err.count("\n") == 1 and words in written.err and written.out == ""

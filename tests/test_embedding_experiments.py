@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 
 import pandas as pd
@@ -12,17 +11,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 
-from run_cases import call, experiment_path
+from run_cases import experiment
 from test_published_weights import write_architecture
 from vocabfold.embeddings import build_embedding
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
-
-
-def program(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    def itself() -> None:
-        runpy.run_path(str(experiment_path(name)), run_name="__main__")
-
-    return call(itself, monkeypatch, *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +29,10 @@ def test_published_weights_are_compressed_and_their_perplexity_measured(
     write_architecture(Path("gpt2"), "gpt2")
     sizes = ("data.num_topics=4", "data.num_train_tokens=400", "data.num_valid_tokens=200")
     data = ("data=zipf", "data.vocabulary_size=13", *sizes)
-    assert program("embedding_published", monkeypatch, "gpt2", *data, "--batch-size", "2") == 0, capfd.readouterr().err
-    table = pd.read_csv("results/paper/embedding_published.csv")
+    assert experiment(monkeypatch, "embedding_published", "measure", "gpt2", *data, "--batch-size", "2") == 0, (
+        capfd.readouterr().err
+    )
+    table = pd.read_csv("results/zipf/embedding_published.csv")
     dense = table[table["embedding"] == "dense"].iloc[0]
     assert dense["relative_error"] == 0 and set(table["place"]) == {"input", "both"}
     int8 = table[table["embedding"] == "int8"]
@@ -46,7 +40,7 @@ def test_published_weights_are_compressed_and_their_perplexity_measured(
     assert (int8["perplexity"] != dense["perplexity"]).all()
     assert {"tensor_train", "low_rank"} <= set(table["embedding"])
     data = ("data=zipf", "data.vocabulary_size=14", *sizes)
-    assert program("embedding_published", monkeypatch, "gpt2", *data) == 2
+    assert experiment(monkeypatch, "embedding_published", "measure", "gpt2", *data) == 2
     assert "has 14 tokens" in capfd.readouterr().err
 
 
@@ -54,15 +48,16 @@ def test_tables_are_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: p
     Path("run").mkdir()
     table = torch.randn(300, 4) @ torch.randn(4, 32)
     save_file({"backbone.token_embedding.weight": table}, "run/model.safetensors")
-    assert program("embedding_tables", monkeypatch, "--scale", "smoke", "--rows", "300", "--run", "run") == 0, (
+    assert experiment(monkeypatch, "embedding_tables", "measure", "--rows", "100", "--run", "run") == 0, (
         capfd.readouterr().err
     )
-    rows = pd.read_csv("results/smoke/embedding_tables.csv")
+    rows = pd.read_csv("results/stories/embedding_tables.csv")
     low = rows[(rows["embedding"] == "low_rank") & (rows["wanted_compression"] == 3.31)].set_index("table")
     assert low.loc["run run", "relative_error"] < 1e-5 < low.loc["run run, shuffled", "relative_error"]
     assert {"Gaussian", "run run", "run run, shuffled"} <= set(rows["table"])
-    assert Path("results/smoke/embedding_tables.png").is_file()
-    assert program("embedding_tables", monkeypatch, "--run", "nowhere") == 2
+    assert experiment(monkeypatch, "embedding_tables", "draw", "stories") == 0
+    assert Path("results/stories/embedding_tables.png").is_file()
+    assert experiment(monkeypatch, "embedding_tables", "measure", "--run", "nowhere") == 2
     assert "name the folder of a finished run" in capfd.readouterr().err
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import matplotlib.image
 import pandas as pd
 import pytest
 
-from run_cases import call, write_corpus
+from run_cases import TEXT, experiment, write_corpus
 
-PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "paper" / "figure45_loop_or_shared.py"
-QUICK = ["--scale", "smoke", "--rounds", "2", "--tokens", "2", "8", "--group-sizes", "225", "3864"]
-QUICK += ["--hidden-size", "4", "--train", "train.txt"]
+QUICK = ["measure", *TEXT, "--rounds", "2", "--tokens", "2", "8", "--group-sizes", "225", "3864", "--hidden-size", "4"]
 
 
 def benchmark(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    return call(lambda: runpy.run_path(str(PROGRAM), run_name="__main__") and None, monkeypatch, *arguments)
+    return experiment(monkeypatch, "figure45_loop_or_shared", *arguments)
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def test_every_side_is_measured_at_every_size_and_drawn_again(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert benchmark(monkeypatch, *QUICK) == 0, capfd.readouterr().err
-    results = here / "results" / "smoke"
+    results = here / "results" / "cost"
     table = pd.read_csv(results / "figure45_loop_or_shared.csv")
     # each N at S = 225, the larger N at S = 3864 too: 3 points, 4 heads, 2 passes, 2 rounds
     assert len(table) == 3 * 4 * 2 * 2
@@ -42,18 +39,19 @@ def test_every_side_is_measured_at_every_size_and_drawn_again(
     assert (table["groups_seen"] <= table["num_groups"]).all() and (table["groups_seen"] <= table["tokens"]).all()
     backward = table[table["pass"] == "forward and backward"]
     assert (backward["peak_memory_gib"] > 2 * backward["parameter_gib"]).all()  # parameters and their gradients
+    assert benchmark(monkeypatch, "draw") == 0
     picture = results / "figure45_loop_or_shared.png"
     drawn = picture.read_bytes()
     assert matplotlib.image.imread(picture)[..., :3].std() > 0.05
     picture.unlink()
-    assert benchmark(monkeypatch, "--scale", "smoke", "--redraw") == 0
+    assert benchmark(monkeypatch, "draw") == 0
     assert picture.read_bytes() == drawn
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--redraw", "--scale", "smoke"], "is missing"),
+        (["draw", "cost"], "is missing"),
         ([*QUICK, "--tokens", "0"], "at least 1"),
         ([*QUICK, "--tokens", "100000000"], "longer text"),
     ],

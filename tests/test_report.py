@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,11 @@ import pytest
 from experiments.study.statistics import difference_over_seeds
 
 from figure_cases import write_documents
-from run_cases import call, experiment_path
+from run_cases import experiment
 from test_figures import REPOSITORY, caching_tables, run_row, tables, write_side_tables
-from vocabfold.runs.record import write_table
+from vocabfold.runs.tables import write_table
 
-SCALES = sorted(path.parent.name for path in (REPOSITORY / "results").glob("*/report.md"))
+CORPORA = sorted(path.parent.name for path in (REPOSITORY / "results").glob("*/report.md"))
 Write = Callable[..., Any]
 
 
@@ -32,16 +31,9 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(base=base, sources=claims.SOURCES, report=report.report)
 
 
-def run(program: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    def program_itself() -> None:
-        runpy.run_path(str(experiment_path(program)), run_name="__main__")
-
-    return call(program_itself, monkeypatch, *arguments)
-
-
-def verdict_of(claims: Any, scale: str, where: str, words: str = "") -> str:
+def verdict_of(claims: Any, corpus: str, where: str, words: str = "") -> str:
     (found,) = [
-        claim.judged(scale).verdict
+        claim.judged(corpus).verdict
         for source in claims.sources
         for claim in source.claims
         if where in claim.where and words in claim.statement
@@ -59,17 +51,17 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "results"
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("corpus", CORPORA)
 def test_the_committed_report_holds_on_the_committed_tables(
-    claims: Any, monkeypatch: pytest.MonkeyPatch, scale: str
+    claims: Any, monkeypatch: pytest.MonkeyPatch, corpus: str
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    text, _ = claims.report(scale)
-    assert text == Path("results", scale, "report.md").read_text(encoding="utf-8"), "run `make figures`"
+    text, _ = claims.report(corpus)
+    assert text == Path("results", corpus, "report.md").read_text(encoding="utf-8"), "run `make figures`"
 
 
-def test_there_is_a_report_for_each_scale_with_results() -> None:
-    assert {"laptop", "text"} <= set(SCALES)
+def test_there_is_a_report_for_each_text_with_results() -> None:
+    assert {"stories", "tinystories"} <= set(CORPORA)
 
 
 def test_a_verdict_follows_from_the_checks(claims: Any) -> None:
@@ -84,28 +76,28 @@ def test_a_verdict_follows_from_the_checks(claims: Any) -> None:
 
 
 def test_verdicts_change_with_the_rows(claims: Any, copy: Path) -> None:
-    assert verdict_of(claims, "text", "abstract", "with GPT-2") == "not reproduced"
-    path = copy / "text" / "main_comparison.csv"
+    assert verdict_of(claims, "tinystories", "abstract", "with GPT-2") == "not reproduced"
+    path = copy / "tinystories" / "main_comparison.csv"
     table = pd.read_csv(path)
     full = table[table["head"] == "full"].set_index(["model", "seed"])["validation_loss_nats"]
-    grouped = table["head"] == "grouped"
+    grouped = table["head"] == "paper"
     losses = [full[key] + 0.01 + 0.001 * key[1] for key in zip(table["model"], table["seed"], strict=True)]
     table.loc[grouped, "validation_loss_nats"] = pd.Series(losses)[grouped]
     table.to_csv(path, index=False)
-    assert verdict_of(claims, "text", "abstract", "with GPT-2") == "reproduced"
-    path = copy / "simulated" / "table2_memory.csv"
+    assert verdict_of(claims, "tinystories", "abstract", "with GPT-2") == "reproduced"
+    path = copy / "cost" / "table2_memory.csv"
     table = pd.read_csv(path)
     table.loc[table["model"] == "grouped", "peak_memory_gib"] *= 10
     table.to_csv(path, index=False)
-    assert verdict_of(claims, "text", "Table 2", "3.4 times") == "not reproduced"
+    assert verdict_of(claims, "tinystories", "Table 2", "3.4 times") == "not reproduced"
 
 
 def test_a_gpu_makes_absolute_speeds_testable(claims: Any, copy: Path) -> None:
-    assert verdict_of(claims, "text", "Table 3", "Tokens a second") == "cannot be tested here"
-    path = copy / "laptop" / "table3_speed.csv"
+    assert verdict_of(claims, "tinystories", "Table 3", "Tokens a second") == "cannot be tested here"
+    path = copy / "cost" / "table3_speed.csv"
     table = pd.read_csv(path)
     table.assign(torch="2.13.0+cu130", seconds=1e-4 * table["seconds"]).to_csv(path, index=False)
-    assert verdict_of(claims, "text", "Table 3", "Tokens a second") == "reproduced"
+    assert verdict_of(claims, "tinystories", "Table 3", "Tokens a second") == "reproduced"
 
 
 @pytest.mark.parametrize("content", [None, "seed,model\n0,gpt2\n", "experiment,round,seconds\ncaching,0,1.0\n"])
@@ -116,59 +108,72 @@ def test_missing_and_foreign_tables_are_a_line_each_and_the_rest_is_written(
     capfd: pytest.CaptureFixture[str],
     content: str | None,
 ) -> None:
-    for path in copy.glob("text/*.csv"):
+    for path in copy.glob("tinystories/*.csv"):
         path.unlink() if content is None else path.write_text(content)
-    assert run("report", monkeypatch, "text") == 0
+    assert experiment(monkeypatch, "report", "draw", "tinystories") == 0
     lines = capfd.readouterr().err.splitlines()
-    text = (copy / "text" / "report.md").read_text()
-    assert len(lines) == text.count("| **not run** |") > 15
-    assert all(line.startswith("report.py text: ") and ("missing" in line or "has no" in line) for line in lines)
+    text = (copy / "tinystories" / "report.md").read_text()
+    assert len(lines) == text.count("| **not run** |") > 8
+    assert all(line.startswith("report tinystories: ") and ("missing" in line or "has no" in line) for line in lines)
     assert text.count("| **partly** |") >= 3  # Tables 2 and 3 have folders of their own
 
 
-def test_a_scale_without_results_is_refused_in_one_line(
+def test_a_text_without_results_is_refused_in_one_line(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("report", monkeypatch, "nonesuch") == 2
+    assert experiment(monkeypatch, "report", "draw", "nonesuch") == 2
     assert capfd.readouterr().err.count("\n") == 1
     assert not (copy / "nonesuch").exists()
 
 
 @pytest.fixture
 def every_table(copy: Path) -> Path:
-    """A scale with every table that a claim needs, most of them as the figures' tests make them."""
-    folder = copy / "smoke"
-    for experiment, rows in tables():
-        if experiment == "embedding_compression":
+    """A text with every table that a claim needs, most of them as the figures' tests make them."""
+    folder = copy / "tiny"
+    for name, rows in tables():
+        if name == "embedding_compression":
             rows = [row | seen for row in rows for seen in compressions(row)]
-        if experiment == "vocabulary_scaling":
-            changes = {"contender": "scale_shift_frequency", "scorer": "scale_shift", "partition_order": "frequency"}
-            rows += [row | changes for row in rows if row["contender"] == "full_free"]
-        if experiment == "main_comparison":
-            rows.append(run_row("gpt_neo", "grouped", 225, 1))
-        write_table(pd.DataFrame([{**row, "experiment": experiment} for row in rows]), folder / f"{experiment}.csv")
+        if name == "vocabulary_scaling":
+            changes = {"head": "scale_shift_frequency", "scorer": "scale_shift", "partition_order": "frequency"}
+            rows += [row | changes for row in rows if row["head"] == "full_untied"]
+        if name == "main_comparison":
+            rows.append(run_row("gpt_neo", "paper", 225, 1))
+        table = pd.DataFrame([{**row, "experiment": name} for row in rows])
+        if name != "shapes":
+            table["run"] = [f"{name}{index}" for index in range(len(table))]
+        write_table(table, folder / f"{name}.csv")
     write_side_tables(folder)
+    shutil.rmtree(copy / "shapes")
+    (copy / "shapes").mkdir()
+    for name in ("shapes", "shapes_curves", "figure1_shapes"):
+        shutil.copy(folder / f"{name}.csv", copy / "shapes")
+    shutil.copy(folder / "vocabulary_scaling.csv", copy / "zipf")
     write_documents(folder.parent)
     for name, rows in caching_tables():
         pd.DataFrame(rows).assign(experiment=name).to_csv(folder / f"{name}.csv", index=False)
-    sides = [("full_tied", 4.0), ("scale_shift_bpe", 1.0)]
-    cost = [{"side": side, "round": 0, "seconds": seconds, "hidden_size": 64} for side, seconds in sides]
+    methods = [("full", 4.0), ("scale_shift_bpe", 1.0)]
+    cost = [{"method": method, "round": 0, "seconds": seconds, "hidden_size": 64} for method, seconds in methods]
     pd.DataFrame(cost).to_csv(folder / "heads_cost.csv", index=False)
-    for name in ("embedding_tables", "vocabulary_cost"):
-        shutil.copy(copy / "laptop" / f"{name}.csv", folder)
+    shutil.copy(copy / "stories" / "embedding_tables.csv", folder)
     judged = {"experiment": "table1_story_quality", "writer": "trained", "judge": "language model m"}
     stories = [
-        run_row("gpt2", head, None, 0, **judged, grammar_of_10=score)
-        for head, score in (("full", 5.0), ("grouped", 4.6))
+        run_row("gpt2", head, None, 0, **judged, grammar_of_10=score) for head, score in (("full", 5.0), ("paper", 4.6))
     ]
     write_table(pd.DataFrame(stories), folder / "table1_story_quality.csv")
     loops = [
-        {"tokens": 256, "group_size": size, "scorer": scorer, "pass": "forward and backward", "round": 0}
+        {
+            "corpus": "tiny",
+            "tokens": 256,
+            "group_size": size,
+            "scorer": scorer,
+            "pass": "forward and backward",
+            "round": 0,
+        }
         | {"seconds": seconds * size}
         for scorer, seconds in (("linear_looped", 2.0), ("scale_shift", 1.0))
         for size in (14, 225)
     ]
-    pd.DataFrame(loops).to_csv(folder / "figure45_loop_or_shared.csv", index=False)
+    pd.DataFrame(loops).to_csv(copy / "cost" / "figure45_loop_or_shared.csv", index=False)
     return folder
 
 
@@ -178,23 +183,23 @@ def compressions(row: dict[str, Any]) -> list[dict[str, Any]]:
         return [{}]
     loss = row["validation_loss_nats"]
     return [
-        {"embedding_setting": "r4", "embedding_compression": 3.3, "validation_loss_nats": loss - 0.02},
-        {"embedding_setting": "r1", "embedding_compression": 38.4, "validation_loss_nats": loss + 2.0},
+        {"embedding_ranks": "4", "embedding_compression": 3.3, "validation_loss_nats": loss - 0.02},
+        {"embedding_ranks": "1", "embedding_compression": 38.4, "validation_loss_nats": loss + 2.0},
     ]
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss")  # the made tables differ by the same number at each seed
 def test_every_claim_has_a_verdict_once_its_table_is_there(claims: Any, every_table: Path) -> None:
-    text, problems = claims.report("smoke")
+    text, problems = claims.report("tiny")
     assert problems == []
     assert "0 not run" in text
-    assert verdict_of(claims, "smoke", "Table 1") == "reproduced"  # 0.92 where the least published ratio is 0.88
-    assert verdict_of(claims, "smoke", "Figures 4 and 5") == "reproduced"
-    assert verdict_of(claims, "smoke", "abstract", "3.31x") == "reproduced"
-    assert verdict_of(claims, "smoke", "abstract", "up to 38.40x") == "partly"  # reached, but not usable
-    assert verdict_of(claims, "smoke", "implied", "order that a tensor train") == "not reproduced"
-    assert verdict_of(claims, "smoke", "summary", "faster") == "not reproduced"
-    assert verdict_of(claims, "smoke", "Figure 7") == "not reproduced"
+    assert verdict_of(claims, "tiny", "Table 1") == "reproduced"  # 0.92 where the least published ratio is 0.88
+    assert verdict_of(claims, "tiny", "Figures 4 and 5") == "reproduced"
+    assert verdict_of(claims, "tiny", "abstract", "3.31x") == "reproduced"
+    assert verdict_of(claims, "tiny", "abstract", "up to 38.40x") == "partly"  # reached, but not usable
+    assert verdict_of(claims, "tiny", "implied", "order that a tensor train") == "not reproduced"
+    assert verdict_of(claims, "tiny", "summary", "faster") == "not reproduced"
+    assert verdict_of(claims, "tiny", "Figure 7") == "not reproduced"
 
 
 def test_a_difference_over_seeds_pairs_what_both_arms_have() -> None:
@@ -211,15 +216,15 @@ def test_a_difference_over_seeds_pairs_what_both_arms_have() -> None:
 def test_the_audit_shows_each_slip(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("audit", monkeypatch) == 0
+    assert experiment(monkeypatch, "audit", "draw") == 0
     assert capfd.readouterr().err == ""
     text = (copy / "paper" / "audit.md").read_text()
     assert "Of 9 values 6 come out" in text
     assert "| 2048 | 659 | 506.85 |" in text and text.count("| yes |") == 9
     assert "last owns 83 tokens, and 142 of its 225 slots" in text
     assert [line for line in text.splitlines() if line.startswith("## ")][-1].startswith("## 10.")
-    (copy / "laptop" / "table3_speed.csv").unlink()
-    assert run("audit", monkeypatch) == 0
+    (copy / "cost" / "table3_speed.csv").unlink()
+    assert experiment(monkeypatch, "audit", "draw") == 0
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "point 4" in error
     assert "Not computed" in (copy / "paper" / "audit.md").read_text()
