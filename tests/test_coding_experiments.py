@@ -42,6 +42,8 @@ def test_token_coding_measures_every_coder(
 def test_token_store_sees_the_same_losses(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    text = Path("train.txt").read_text(encoding="utf-8")
+    Path("train.txt").write_text("\n<|endoftext|>\n".join([text] * 3), encoding="utf-8")
     assert experiment(monkeypatch, "token_store", "measure", "--steps", "2", *TEXT) == 0, capfd.readouterr().err
     assert experiment(monkeypatch, "token_store", "draw", "text") == 0
     assert "losses of all 2 steps: the same" in (folder / "token_store.md").read_text()

@@ -13,9 +13,10 @@ from experiments.claims.dashboard import SECTIONS
 from run_cases import experiment
 from test_figures import tables
 from test_records import settings_of
-from vocabfold.runs.record import RUN_COLUMNS, SUMMARIES, RunRecord, tags_of
+from vocabfold.runs.record import SUMMARIES, RunRecord, tags_of
+from vocabfold.runs.tables import RUN_COLUMNS
 
-COMPRESSED = ("embedding=int8", "start.type=compress", "start.run=run")
+COMPRESSED = ("start=compress", "start.run=run", "embedding=int8")
 
 
 class Mirror:
@@ -38,34 +39,33 @@ class Mirror:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fixed", "job_type"),
+    ("overrides", "job_type"),
     [
-        ((), None, "train"),
-        ((*COMPRESSED, "budget.steps=null", "budget.tokens=100"), None, "recover"),
-        ((*COMPRESSED, "budget.steps=null", "budget.tokens=0"), None, "measure"),
-        ((), "fold", "fold"),
+        ((), "train"),
+        ((*COMPRESSED, "budget.steps=null", "budget.tokens=100"), "recover"),
+        ((*COMPRESSED, "budget.steps=null", "budget.tokens=0"), "measure"),
+        (("start=fold", "start.run=run"), "fold"),
     ],
 )
 def test_the_mirror_is_told_group_kind_tags_and_what_is_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], fixed: str | None, job_type: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], job_type: str
 ) -> None:
     mirror = Mirror()
     monkeypatch.setattr("wandb.init", mirror.init)
-    settings = settings_of("wandb.mode=offline", "experiment=heads_pareto", *overrides)
-    tagged = {"corpus": "stories", "head": "grouped", "partition_order": "random_seed2", "contender": None}
-    record = RunRecord(tmp_path / "run", settings, 0, tagged, fixed)
-    record.finish({"validation_loss_nats": 3.0, "head": "grouped"})
-    assert mirror.told["group"] == f"{settings.scale}/heads_pareto" and mirror.told["job_type"] == job_type
+    settings = settings_of("wandb.mode=offline", "experiment=main_comparison", *overrides)
+    tagged = {"corpus": "stories", "head": "paper", "partition_order": "random"}
+    record = RunRecord(tmp_path / "run", settings, 0, tagged)
+    record.finish({"validation_loss_nats": 3.0, "head": "paper"})
+    assert mirror.told["group"] == f"{settings.corpus}/main_comparison" and mirror.told["job_type"] == job_type
     assert mirror.told["tags"] == [
-        f"scale:{settings.scale}",
         "corpus:stories",
         f"model:{settings.model.name}",
-        "head:grouped",
+        "head:paper",
         "partition_order:random",
     ]
     assert mirror.metrics == SUMMARIES and mirror.metrics["validation_loss_nats"] == "min"
     # under a key of its own, or the final value would replace the best one
-    assert mirror.summary == {"result": {"validation_loss_nats": 3.0, "head": "grouped"}}
+    assert mirror.summary == {"result": {"validation_loss_nats": 3.0, "head": "paper"}}
     assert mirror.told["finished"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from experiments.embeddings import embedding_published, embedding_tables
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 
@@ -26,6 +27,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_published_weights_are_compressed_and_their_perplexity_measured(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(embedding_published, "COMPRESSIONS", (2.0,))
     write_architecture(Path("gpt2"), "gpt2")
     sizes = ("data.num_topics=4", "data.num_train_tokens=400", "data.num_valid_tokens=200")
     data = ("data=zipf", "data.vocabulary_size=13", *sizes)
@@ -45,6 +47,8 @@ def test_published_weights_are_compressed_and_their_perplexity_measured(
 
 
 def test_tables_are_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(embedding_tables, "COMPRESSIONS", (3.31,))
+    monkeypatch.setattr(embedding_tables, "MINILM_PACKAGE", "none")  # large
     Path("run").mkdir()
     table = torch.randn(300, 4) @ torch.randn(4, 32)
     save_file({"backbone.token_embedding.weight": table}, "run/model.safetensors")
