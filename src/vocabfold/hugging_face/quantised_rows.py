@@ -18,10 +18,10 @@ the factor a, the sum of both halves, and the sum with the bound: four times at 
 |a q| n with n = |256 x1| + |x0| (|x1| without halves). We allow 8 u |a q| n.
 
 **The dense layer rounds too.** A sum of D float32 products in any order, with or without fused multiply-add, differs
-from w.h by at most g |w| |h|, g = D u / (1 - D u) (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1),
-and |w| <= |r| + |a q|. Rows in bfloat16 have exact float32 products; the sum, taken in float32 (what torch does on a CPU;
-so too must ``torch.set_float32_matmul_precision`` be left at "highest"), is rounded once to bfloat16, which keeps order.
-So with g for D + 8 (room for instructions that round products in pairs) what the dense layer accumulates is at most
+from w.h by at most g |w| |h|, g = D u / (1 - D u) (Higham, Accuracy and Stability of Numerical Algorithms, section
+3.1), and |w| <= |r| + |a q|. Rows in bfloat16 have exact float32 products; torch on a CPU sums them in float32 and
+rounds the sum once to bfloat16, which keeps order. So with g for D + 8 (room for instructions that round products in
+pairs) what the dense layer accumulates is at most
 
     a b q.x + A |r| + C |a q|,   A = (1 + g) |h|,   C = |e| + 8 u b n + g |h|.
 

@@ -41,7 +41,7 @@ class ScreenedHead(nn.Module):
         self.vocabulary_size, self.hidden_size = weight.shape
         self.quantised = QuantisedRows(self.weight)
         self.counts = Counts()
-        self._version = weight._version
+        self._version = None if weight.is_inference() else weight._version
 
     @property
     def bytes_read(self) -> int:
@@ -110,7 +110,11 @@ class ScreenedHead(nn.Module):
                 f"hidden states are {tuple(hidden.shape)} {hidden.dtype}: "
                 f"give [N, {self.hidden_size}] {self.weight.dtype}"
             )
-        if self.weight._version != self._version:
+        if self.weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            raise UserError(
+                "float32 products are set to less than float32: torch.set_float32_matmul_precision('highest')"
+            )
+        if self._version is not None and self.weight._version != self._version:
             raise UserError("the output layer was changed since it was screened: screen the model again")
 
     def bounds(self, hidden: Tensor) -> tuple[States, Tensor]:

@@ -33,7 +33,7 @@ MOST_SCORED_COARSELY = 256  # with more candidates than this, tighter bounds are
 class Counts:
     """What was read. ``states``: hidden states answered; ``products``: times that the int8 rows were read.
 
-    ``scored``: the model's own rows read one by one. ``dense``: times that all of the model's rows were read, because of
+    ``scored``: the model's own rows read one by one. ``dense``: times that all of the model's rows were read, for
     ``dense_ties`` candidates that dense's rounding leaves undecided, ``dense_flat`` too many candidates or proposals,
     ``dense_range`` numbers that are not finite, all zero, or too small or large to bound.
     """
