@@ -40,6 +40,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from vocabfold.errors import UserError
 
@@ -118,12 +119,12 @@ class QuantisedRows:
         rounded = torch.where(exact_scale > 0, rows / exact_scale, 0.0).round().clamp(-127, 127)
         steps.copy_(rounded)
         kept = exact_scale * rounded
-        residual_norm, kept_norm = (rows - kept).norm(dim=-1), kept.norm(dim=-1)
+        residual_norm, kept_norm = vector_norm(rows - kept, dim=-1), vector_norm(kept, dim=-1)
         self.row_scale[part] = scale
         for parts, share in SHARES.items():
             margin = (residual_norm + share * kept_norm) * INFLATION
             self.margins[parts][part] = margin.clamp(min=SMALLEST_MARGIN).float()
-        self.largest_norm = max(self.largest_norm, float(rows.norm(dim=-1).max()))
+        self.largest_norm = max(self.largest_norm, float(vector_norm(rows, dim=-1).max()))
 
     def _check_product(self, sample: Tensor, probed: Tensor) -> None:
         """Instructions for int8 on older processors saturate at 16 bits: extremes show it."""
@@ -132,11 +133,12 @@ class QuantisedRows:
         extremes[2, ::2] = 0
         extremes[3] = torch.randint(256, (self.hidden_size,), generator=torch.Generator().manual_seed(0))
         expected = (extremes.double() - 128) @ sample.T * self.row_scale[probed].double()
-        error = (self._product(extremes)[:, probed].double() - expected).abs()
+        error = (self.product(extremes)[:, probed].double() - expected).abs()
         if bool((error > 4 * ROUNDING_UNIT * expected.abs()).any()):
             raise RuntimeError("it is not exact")
 
-    def _product(self, steps: Tensor) -> Tensor:
+    def product(self, steps: Tensor) -> Tensor:
+        """``steps`` of States [B', D] -> a q.x [B', V] in float32."""
         return torch.ops.onednn.qlinear_pointwise(
             steps, 1.0, 128, self._packed, self.row_scale, self._no_zero_point,
             None, 1.0, 0, torch.float32, "none", [], "",
@@ -147,14 +149,15 @@ class QuantisedRows:
         """Bytes that one product reads: the int8 rows, their scales and margins."""
         return self.num_rows * (self.hidden_size + 8)
 
-    def round_states(self, hidden: Tensor) -> States:
-        """``hidden`` [B, D], float32 or bfloat16 -> its rounded form."""
+    def round_states(self, hidden: Tensor, parts: int | None = None) -> States:
+        """``hidden`` [B, D] -> its rounded form, in 2 ``parts`` of 8 bits or 1 (by default what B suggests)."""
+        if parts is None:
+            parts = 2 if len(hidden) <= MOST_STATES_IN_HALVES else 1
         exact = hidden.double()
         largest = exact.abs().amax(dim=-1)
-        norm = exact.norm(dim=-1)
+        norm = vector_norm(exact, dim=-1)
         in_range = largest.isfinite() & (largest >= SMALLEST_STATE) & (norm * self.largest_norm < LARGEST_LOGIT)
         exact = torch.where(in_range.unsqueeze(-1), exact, 0.0)
-        parts = 2 if len(hidden) <= MOST_STATES_IN_HALVES else 1
         base = 256 if parts == 2 else 1
         scale = torch.where(in_range, largest / (LARGEST_STEP * base), 1.0).unsqueeze(-1)
         whole = (exact / scale).round()
@@ -162,8 +165,8 @@ class QuantisedRows:
         low = whole - base * high
         steps = torch.cat([high, low] if parts == 2 else [high]).add_(128).to(torch.uint8)
         # Everything below is in units of b.
-        rest = (exact / scale - whole).norm(dim=-1)
-        rounded = 8 * ROUNDING_UNIT * (base * high.norm(dim=-1) + low.norm(dim=-1))
+        rest = vector_norm(exact / scale - whole, dim=-1)
+        rounded = 8 * ROUNDING_UNIT * (base * vector_norm(high, dim=-1) + vector_norm(low, dim=-1))
         scale = scale.squeeze(-1)
         length = norm / scale
         error = accumulation_error(self.hidden_size)
@@ -176,7 +179,7 @@ class QuantisedRows:
 
         The bound from below is this less ``2 reach margin``. Rows of states out of range hold nothing of use.
         """
-        upper = self._product(states.steps)
+        upper = self.product(states.steps)
         if len(upper) > len(states.scale):
             high, low = upper.chunk(2)
             upper = low.add_(high, alpha=256)
