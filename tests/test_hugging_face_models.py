@@ -141,8 +141,11 @@ def test_what_the_loop_does_not_know_is_refused() -> None:
 
 
 def quantised() -> Any:
+    class QuantisedLinear(torch.nn.Linear):
+        """As quantising libraries put them in a linear layer's place."""
+
     model = llama()
-    model.is_quantized = True
+    model.lm_head = QuantisedLinear(32, VOCABULARY, bias=False)
     return model
 
 
@@ -171,8 +174,8 @@ REFUSED = {
         lambda: MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1)),
         "no decoder with a key/value cache",
     ),
-    "quantised": (quantised, "is quantised"),
-    "another layer": (of_another_layer, "an output layer of its own kind"),
+    "quantised": (quantised, "has a quantised output layer"),
+    "another layer": (of_another_layer, "or one of its own kind"),
     "sharded": (sharded, "is spread over devices"),
     "meta": (lambda: llama().to("meta"), "is spread over devices"),
     "half": (lambda: llama().half(), "not on cpu in float16"),

@@ -106,10 +106,11 @@ def output_rows(model: Any) -> Tensor:
     layer = model.get_output_embeddings()
     if layer is None:
         raise UserError(f"{name} has no output layer (lm_head): there is nothing to screen")
-    if getattr(model, "is_quantized", False) or type(layer) is not nn.Linear:
-        raise UserError(f"{name} is quantised or has an output layer of its own kind: load it in float32 or bfloat16")
+    # Not model.is_quantized: it is true of GGUF files too, whose rows transformers has turned into floats.
+    if type(layer) is not nn.Linear or not isinstance(layer.weight, nn.Parameter):
+        raise UserError(f"{name} has a quantised output layer, or one of its own kind: load it in float32 or bfloat16")
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1 or type(layer.weight) is not nn.Parameter or layer.weight.is_meta:
+    if len(devices) > 1 or type(layer.weight) is not nn.Parameter or layer.weight.is_meta:  # a DTensor is a subclass
         raise UserError(f"{name} is spread over devices: load it whole, without a device map or tensor parallelism")
     if layer.bias is not None:
         raise UserError(f"{name} has an output layer with a bias, which the screen does not bound")

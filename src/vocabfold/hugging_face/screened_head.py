@@ -41,7 +41,7 @@ class ScreenedHead(nn.Module):
         self.vocabulary_size, self.hidden_size = weight.shape
         self.quantised = QuantisedRows(self.weight)
         self.counts = Counts()
-        self._version = None if weight.is_inference() else weight._version
+        self._version: int | None = None if weight.is_inference() else weight._version
 
     @property
     def bytes_read(self) -> int:
