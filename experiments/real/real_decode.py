@@ -142,8 +142,8 @@ def measure_model(name: str, model: Any, ids: Tensor, num_tokens: int, rounds: i
     for part, calls, unit in (("head", heads, 1), ("decode", decoding, num_tokens)):
         seconds = interleaved_seconds(calls, rounds, 1, cpu, progress=True)
         for call, values in seconds.items():
-            method, _, batch = call.partition(" batch ")
-            row: dict[str, object] = {"model": name, "part": part, "method": method, "batch": int(batch or 1)}
+            method, _, size = call.partition(" batch ")
+            row: dict[str, object] = {"model": name, "part": part, "method": method, "batch": int(size or 1)}
             row |= columns.get(method, {})
             table += [row | {"round": index, "seconds": value / unit} for index, value in enumerate(values)]
     return table

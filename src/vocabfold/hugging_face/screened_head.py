@@ -41,7 +41,7 @@ class ScreenedHead(nn.Module):
         self.vocabulary_size, self.hidden_size = weight.shape
         self.quantised = QuantisedRows(self.weight)
         self.counts = Counts()
-        self._version: int | None = None if weight.is_inference() else weight._version
+        self._rows_version = None if weight.is_inference() else weight._version
 
     @property
     def bytes_read(self) -> int:
@@ -114,7 +114,7 @@ class ScreenedHead(nn.Module):
             raise UserError(
                 "float32 products are set to less than float32: torch.set_float32_matmul_precision('highest')"
             )
-        if self._version is not None and self.weight._version != self._version:
+        if self._rows_version is not None and self.weight._version != self._rows_version:
             raise UserError("the output layer was changed since it was screened: screen the model again")
 
     def bounds(self, hidden: Tensor) -> tuple[States, Tensor]:
