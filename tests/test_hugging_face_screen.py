@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vocabfold.errors import UserError
-from vocabfold.hugging_face import draws, quantised_rows
+from vocabfold.hugging_face import draws, int8_product, quantised_rows
+from vocabfold.hugging_face.int8_product import fbgemm_product, onednn_product
 from vocabfold.hugging_face.quantised_rows import QuantisedRows
 from vocabfold.hugging_face.screened_head import ScreenedHead
 from vocabfold.hugging_face.screened_state import Counts
@@ -55,6 +58,26 @@ def test_the_bounds_hold(
     assert bool((summed <= upper[states.in_range]).all()) and bool((summed >= lower[states.in_range]).all())
     if row_scale > -15 and state_scale > -2:
         assert bool(states.in_range.all())
+
+
+@pytest.mark.parametrize("build", [fbgemm_product, onednn_product])
+def test_int8_products_are_exact_and_one_that_saturates_is_found_out(build: Any) -> None:
+    rows = torch.randint(-127, 128, (70, 33), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    rows[5] = 127
+    scale = torch.rand(70) + 0.1
+    product = build(rows, scale)
+    assert int8_product.is_exact(product, rows, scale)
+    assert not int8_product.is_exact(lambda steps: product(steps).clamp(max=2.0**15), rows * 0 + 127, scale * 0 + 1)
+    assert not int8_product.is_exact(lambda steps: product(steps) * (1 + 1e-6), rows, scale)
+
+
+def test_without_an_exact_product_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, hidden = uneven(40, 8), uneven(2, 8, seed=1)
+    monkeypatch.setattr(int8_product, "fbgemm_product", lambda rows, scale: lambda steps: steps @ rows.float().T * 0)
+    assert torch.equal(ScreenedHead(rows).greedy(hidden), dense_greedy(hidden, rows, 2))
+    monkeypatch.setattr(int8_product, "onednn_product", lambda rows, scale: torch.ops.onednn.no_such_operator)
+    with pytest.raises(UserError, match="no exact int8 product"):
+        ScreenedHead(rows)
 
 
 def test_the_bounds_are_as_tight_as_the_residuals() -> None:

@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from vocabfold.errors import UserError
+from vocabfold.hugging_face.int8_product import int8_product
 
 ROUNDING_UNIT = 2.0**-24
 LARGEST_STEP = 127
@@ -62,7 +63,7 @@ def accumulation_error(hidden_size: int) -> float:
 
 @dataclass(frozen=True)
 class States:
-    """B hidden states, rounded. ``steps`` [B, D]: x1 of all, or [2 B, D]: then x0 of all too, each plus 128 (uint8).
+    """B hidden states, rounded. ``steps`` [B, D]: x1 of all, or [2 B, D]: then x0 of all too (float32).
 
     ``scale`` b [B] and ``reach`` t / b [B], both float64; ``in_range`` [B]: whether the bound holds for the state.
     ``margin`` m [V]: that of the rows for states rounded so.
@@ -78,11 +79,7 @@ class States:
 class QuantisedRows:
     """``rows`` [V, D], float32 or bfloat16 on a CPU, as int8.
 
-    The product is oneDNN's (``torch.ops.onednn.qlinear_pointwise``, uint8 states by int8 rows packed once), which
-    torch's compiler itself calls for int8 on x86. (Of torch 2.13's others ``_int_mm`` packs the rows at every call,
-    ``_weight_int8pack_mm`` multiplies in floating point, and ``quantized.linear_dynamic`` goes with torch's quantised
-    tensors.) Raises UserError for rows that are not finite or too many columns, and on a machine where the product is
-    not exact.
+    Raises UserError for rows that are not finite or too many columns, and where torch has no exact int8 product.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -98,16 +95,7 @@ class QuantisedRows:
         for start in range(0, self.num_rows, ROWS_AT_A_TIME):
             part = slice(start, start + ROWS_AT_A_TIME)
             self._quantise(rows[part].double(), steps[part], part)
-        probed = torch.linspace(0, self.num_rows - 1, min(self.num_rows, 64)).long()
-        sample = steps[probed].double()
-        self._no_zero_point = torch.zeros(self.num_rows, dtype=torch.int64)
-        try:
-            self._packed = torch.ops.onednn.qlinear_prepack(steps, None)
-            self._check_product(sample, probed)
-        except (AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"torch's int8 product does not work on this machine: {str(error).splitlines()[0]}"
-            ) from None
+        self.product = int8_product(steps, self.row_scale)
 
     def _quantise(self, rows: Tensor, steps: Tensor, part: slice) -> None:
         largest = rows.abs().amax(dim=-1)
@@ -125,24 +113,6 @@ class QuantisedRows:
             margin = (residual_norm + share * kept_norm) * INFLATION
             self.margins[parts][part] = margin.clamp(min=SMALLEST_MARGIN).float()
         self.largest_norm = max(self.largest_norm, float(vector_norm(rows, dim=-1).max()))
-
-    def _check_product(self, sample: Tensor, probed: Tensor) -> None:
-        """Instructions for int8 on older processors saturate at 16 bits: extremes show it."""
-        extremes = torch.full((4, self.hidden_size), 255, dtype=torch.uint8)
-        extremes[1] = 0
-        extremes[2, ::2] = 0
-        extremes[3] = torch.randint(256, (self.hidden_size,), generator=torch.Generator().manual_seed(0))
-        expected = (extremes.double() - 128) @ sample.T * self.row_scale[probed].double()
-        error = (self.product(extremes)[:, probed].double() - expected).abs()
-        if bool((error > 4 * ROUNDING_UNIT * expected.abs()).any()):
-            raise RuntimeError("it is not exact")
-
-    def product(self, steps: Tensor) -> Tensor:
-        """``steps`` of States [B', D] -> a q.x [B', V] in float32."""
-        return torch.ops.onednn.qlinear_pointwise(
-            steps, 1.0, 128, self._packed, self.row_scale, self._no_zero_point,
-            None, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
 
     @property
     def num_bytes(self) -> int:
@@ -163,7 +133,7 @@ class QuantisedRows:
         whole = (exact / scale).round()
         high = (whole / base).round()
         low = whole - base * high
-        steps = torch.cat([high, low] if parts == 2 else [high]).add_(128).to(torch.uint8)
+        steps = torch.cat([high, low] if parts == 2 else [high]).float()
         # Everything below is in units of b.
         rest = vector_norm(exact / scale - whole, dim=-1)
         rounded = 8 * ROUNDING_UNIT * (base * vector_norm(high, dim=-1) + vector_norm(low, dim=-1))
