@@ -1,0 +1,137 @@
+"""Decoding a Hugging Face model with its own key/value cache and a screened output layer.
+
+    head = screen(model)
+    ids = generate(model, head, tokenizer("Once", return_tensors="pt").input_ids, max_new_tokens=100)
+
+or, with transformers' own options, ``model.generate(**inputs, custom_generate=custom_generate(head))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vocabfold.errors import UserError
+from vocabfold.hugging_face.models import backbone
+from vocabfold.hugging_face.screened_head import ScreenedHead
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    head: ScreenedHead,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``input_ids`` [B, L] -> [B, L + n] with n <= ``max_new_tokens``: each text continued up to an end token.
+
+    ``attention_mask`` [B, L]: 0 where a text is padded, on the left. Temperature 0 is greedy: the tokens of the model's
+    own ``generate``. Texts that have ended are padded (with their first end token by default). Raises UserError for
+    texts that are empty or padded on the right.
+    """
+    if input_ids.dim() != 2 or 0 in input_ids.shape or max_new_tokens < 1:
+        raise UserError(f"{tuple(input_ids.shape)} tokens and {max_new_tokens} new ones: give at least one of each")
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape or not bool(attention_mask[:, -1].all()):
+            raise UserError("the attention mask must have the tokens' shape and end in ones: pad on the left")
+        if bool(attention_mask.all()):
+            attention_mask = None
+    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), dtype=torch.long)
+    padding = pad_token_id if pad_token_id is not None else int(ends[0]) if len(ends) else 0
+
+    def next_tokens(hidden: Tensor) -> Tensor:
+        return head.sample(hidden, temperature, top_k, top_p, generator)
+
+    return _decode(backbone(model), next_tokens, input_ids, attention_mask, max_new_tokens, ends, padding, None)
+
+
+def _decode(
+    base: Any,
+    next_tokens: Callable[[Tensor], Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    ends: Tensor,
+    padding: int,
+    streamer: Any,
+) -> Tensor:
+    """The loop. ``next_tokens``: hidden states [B, D] -> [B]."""
+    texts = [input_ids]
+    is_running = torch.ones(len(input_ids), dtype=torch.bool)
+    cache, inputs = None, input_ids
+    for _ in range(max_new_tokens):
+        more: dict[str, Any] = {}
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+            more = {"attention_mask": attention_mask, "position_ids": positions[:, -inputs.shape[1] :]}
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(inputs), 1)], dim=-1)
+        output = base(input_ids=inputs, past_key_values=cache, use_cache=True, **more)
+        cache = output.past_key_values
+        tokens = next_tokens(output.last_hidden_state[:, -1]).masked_fill_(~is_running, padding)
+        texts.append(tokens.unsqueeze(-1))
+        if streamer is not None:
+            streamer.put(tokens)
+        is_running &= ~torch.isin(tokens, ends)
+        if not bool(is_running.any()):
+            break
+        inputs = texts[-1]
+    if streamer is not None:
+        streamer.end()
+    return torch.cat(texts, dim=-1)
+
+
+def custom_generate(head: ScreenedHead, generator: torch.Generator | None = None) -> Callable[..., Tensor]:
+    """What ``model.generate(custom_generate=...)`` takes: greedy decoding, temperature, top_k and top_p.
+
+    What it returns raises UserError for any other option that changes the tokens (beams, penalties, stop strings ...).
+    """
+
+    def decode(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = (),
+        stopping_criteria: Any = (),
+        generation_config: Any = None,
+        streamer: Any = None,
+        **model_options: Any,
+    ) -> Tensor:
+        sampling = _sampling_options(logits_processor, generation_config)
+        unknown = {type(each).__name__ for each in stopping_criteria} - {"MaxLengthCriteria", "EosTokenCriteria"}
+        if unknown or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
+            what = ", ".join(sorted(unknown)) or "beams or return_dict_in_generate"
+            raise UserError(f"the screened loop does not know {what}: leave it out, or use the model's own generate")
+        ends = generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or ())
+        mask = model_options.get("attention_mask")
+        mask = None if mask is None or bool(mask.all()) else mask
+
+        def next_tokens(hidden: Tensor) -> Tensor:
+            return head.sample(hidden, generator=generator, **sampling)
+
+        padding = generation_config.pad_token_id
+        padding = padding if padding is not None else ends[0] if ends else 0
+        length = generation_config.max_length - input_ids.shape[1]
+        return _decode(backbone(model), next_tokens, input_ids, mask, length, torch.tensor(ends), padding, streamer)
+
+    return decode
+
+
+def _sampling_options(processors: Any, generation_config: Any) -> dict[str, Any]:
+    known = {"TemperatureLogitsWarper": "temperature", "TopKLogitsWarper": "top_k", "TopPLogitsWarper": "top_p"}
+    options: dict[str, Any] = {"temperature": 1.0 if generation_config.do_sample else 0.0}
+    for processor in processors:
+        name = type(processor).__name__
+        if name not in known:
+            raise UserError(f"the screened loop does not know {name}: leave it out, or use the model's own generate")
+        options[known[name]] = getattr(processor, known[name])
+    return options
