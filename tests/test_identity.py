@@ -38,8 +38,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=1", "batch_size=4", "precision=bf16", "budget.steps=3", "head.init_std=0.05", "optimizer.learning_rate=1e-4"]
-    + ["head=folded", "embedding=int8", "data.tokenizer=cl100k", "model.dropout=0.1", "development_share=0.1"],
+    [
+        "seed=1",
+        "batch_size=4",
+        "precision=bf16",
+        "budget.steps=3",
+        "head.init_std=0.05",
+        "optimizer.learning_rate=1e-4",
+        "head=folded",
+        "embedding=int8",
+        "data.tokenizer=cl100k",
+        "model.dropout=0.1",
+        "development_share=0.1",
+    ],
 )
 def test_what_changes_a_result_makes_another_run(override: str) -> None:
     assert run_of(settings_of(override), CONTENT) != run_of(settings_of(), CONTENT)
@@ -47,8 +58,18 @@ def test_what_changes_a_result_makes_another_run(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["run_dir=X", "wandb.mode=offline", "log_every=1", "checkpoint_every=1", "checkpoint_minutes=1"]
-    + ["data.train=elsewhere.txt", "data.label=name", "data.workers=2", "data.store=zstd", "data.cache_dir=X"],
+    [
+        "run_dir=X",
+        "wandb.mode=offline",
+        "log_every=1",
+        "checkpoint_every=1",
+        "checkpoint_minutes=1",
+        "data.train=elsewhere.txt",
+        "data.label=name",
+        "data.workers=2",
+        "data.store=zstd",
+        "data.cache_dir=X",
+    ],
 )
 def test_how_a_run_is_recorded_does_not(override: str) -> None:
     assert run_of(settings_of(override), CONTENT) == run_of(settings_of(), CONTENT)

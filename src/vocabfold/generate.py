@@ -122,10 +122,6 @@ def main() -> None:
         raise UserError(f"{arguments.run} was trained on data without a text form: there is nothing to read")
     model = load_run(arguments.run, torch.device(arguments.device))
     check_fit(model, tokenizer, arguments)
-    perplexity = (finished_row(arguments.run) or {}).get("perplexity")
-    if isinstance(perplexity, int | float) and perplexity > GIBBERISH_PERPLEXITY:
-        told = f"this run's perplexity is {perplexity:.0f}: expect gibberish; a larger budget.tokens writes better"
-        print(told, file=sys.stderr)
     answer = answers(model, arguments, tokenizer.end_token)
     for number, prompt in enumerate(arguments.prompt, 1):
         if len(arguments.prompt) > 1:
@@ -135,6 +131,10 @@ def main() -> None:
             write(prompt, tokens, tokenizer)
         else:
             print((prompt + tokenizer.decode(list(tokens))).rstrip())  # the likeliest text may end in blank lines
+    perplexity = (finished_row(arguments.run) or {}).get("perplexity")
+    if isinstance(perplexity, int | float) and perplexity > GIBBERISH_PERPLEXITY:
+        told = f"this run's perplexity is {perplexity:.0f}: expect gibberish; a larger budget.tokens writes better"
+        print(told, file=sys.stderr)
 
 
 def check_fit(model: ModelWithHead, tokenizer: Tokenizer, arguments: Namespace) -> None:
