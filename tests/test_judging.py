@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import random
 import re
-import runpy
 import shutil
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from experiments.judging.language_model import RANGES
 from experiments.judging.story_grammar import StoryGrammar, words_of_one_plot
 from experiments.judging.text_judge import is_well_formed
 
-from run_cases import TINY, call, write_corpus
+from run_cases import REPOSITORY, TEXT, TINY, call, experiment, write_corpus
 from test_generate import MAX_POSITIONS, VOCABULARY_SIZE, small_model
 from vocabfold import train
 from vocabfold.data.stories import ALL_PLOTS, fields, stories
@@ -39,7 +38,6 @@ from vocabfold.generate import generate
 
 NUM_STORIES = 60
 GRAMMAR = StoryGrammar()
-PROGRAM = Path(__file__).resolve().parents[1] / "experiments" / "paper" / "table1_story_quality.py"
 FROM_GRAMMAR = (
     "grammar_share",
     "words_told_share",
@@ -265,15 +263,15 @@ def test_batches_of_draws_obey_their_seed_and_of_nothing_are_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full and a grouped run of main_comparison at scale smoke, and the published table."""
+    """A run of main_comparison with each head, and the published table."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         monkeypatch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
         write_corpus(folder)
-        for head in ("full", "grouped"):
+        for head in ("full", "paper"):
             assert call(train.main, monkeypatch, *TINY, f"head={head}", "experiment=main_comparison") == 0
-    shutil.copytree(PROGRAM.parents[1] / "results" / "paper", folder / "results" / "paper")
+    shutil.copytree(REPOSITORY / "results" / "paper", folder / "results" / "paper")
     return folder
 
 
@@ -287,22 +285,23 @@ def runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    small = ("smoke", "--measure", "--beginnings", "3", "--max-tokens", "5")
-    return call(lambda: runpy.run_path(str(PROGRAM), run_name="__main__") and None, monkeypatch, *small, *arguments)
+    small = ("--beginnings", "3", "--max-tokens", "5")
+    return experiment(monkeypatch, "table1_story_quality", "measure", *TEXT, *small, *arguments)
 
 
 def test_the_program_writes_judges_and_draws(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert measure(monkeypatch) == 0, capfd.readouterr().err
-    folder = runs / "results" / "smoke"
+    folder = runs / "results" / "text"
     table = pd.read_csv(folder / "table1_story_quality.csv")
     assert sorted(table["writer"]) == sorted(["trained"] * 2 + [OWN_ENDINGS, MIXED_SENTENCES, SHUFFLED_WORDS])
     assert set(table["judge"]) == {"text"} and "grammar_share" not in table  # nobody knows this text's grammar
     assert table["known_trigrams_share"].notna().all() and (table["stories"] == 3).all()
     first = (folder / "table1_story_quality.csv").read_bytes()
-    assert measure(monkeypatch) == 0
+    assert measure(monkeypatch) == 0 and "measured before" in capfd.readouterr().err
     assert (folder / "table1_story_quality.csv").read_bytes() == first
+    assert experiment(monkeypatch, "table1_story_quality", "draw", "text") == 0
     lines = (folder / "table1_story_quality.md").read_text()
     assert "| GPT-2 128 | published: language model, of 10 | 3.80 | 4.22 |" in lines and "| GPT-2 16, full |" in lines
     assert (folder / "table1_story_quality_stories.md").read_text().count("## …") == 3
@@ -314,7 +313,7 @@ def test_a_language_model_judges_beside_what_was_judged_before(
     monkeypatch.setattr("experiments.judging.LanguageModelJudge.answer", lambda *_: dict.fromkeys(RANGES, 5.0))
     judge = ("--judge", "language-model", "--judge-model", "m", "--base-url", "http://127.0.0.1:9/v1")
     price = ("--dollars-per-million", "2", "10")
-    path = runs / "results" / "smoke" / "table1_story_quality.csv"
+    path = runs / "results" / "text" / "table1_story_quality.csv"
     assert measure(monkeypatch) == 0
     capfd.readouterr()
     assert measure(monkeypatch, *judge, *price) == 2  # nobody is there to agree
@@ -325,6 +324,7 @@ def test_a_language_model_judges_beside_what_was_judged_before(
     table = pd.read_csv(path)
     assert table["judge"].value_counts().to_dict() == {"text": 5, "language model m": 5}
     assert table["known_trigrams_share"].notna().sum() == 5 and (table["plot_of_10"].dropna() == 5).all()
+    assert experiment(monkeypatch, "table1_story_quality", "draw", "text") == 0
     assert "| GPT-2 16, full | language model m, of 10 | 5.000" in path.with_suffix(".md").read_text()
 
 
@@ -350,12 +350,13 @@ def test_complaints_are_one_line(
     capfd.readouterr()
     assert measure(monkeypatch, *arguments) == 2
     last = capfd.readouterr().err.replace("\r", "\n").rstrip("\n").splitlines()[-1]
-    assert words in last and not list((runs / "results").glob("smoke/table1*"))
+    assert words in last and not list((runs / "results").glob("text/table1*"))
 
 
 def test_without_runs_it_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert measure(monkeypatch) == 2
-    assert "make paper SCALE=smoke" in capfd.readouterr().err
+    assert "`make paper` first" in capfd.readouterr().err

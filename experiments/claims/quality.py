@@ -74,18 +74,18 @@ def hump(corpus: str) -> Finding:
     """Figure 3, right."""
     table = read_table("figure3_group_size", corpus)
     checks: list[Check] = []
-    for corpus, rows in table.groupby("corpus"):
+    for text, rows in table.groupby("corpus"):
         found = compare_loss(rows)
         sizes, worst = found.curve["group_size"], float(found.ours["group_size"])
         printed = float(found.published["group_size"])
         ratio = max(worst / printed, printed / worst)
-        top = f"{corpus}: worst at S = {worst:,.0f}, {found.ours['mean']:.3f} nats"
+        top = f"{text}: worst at S = {worst:,.0f}, {found.ours['mean']:.3f} nats"
         inside = bool(sizes.min() < worst < sizes.max())
         place, shape = "place of the top, as a factor from the published", "correlation with the published points"
         checks += [
-            Check(f"{corpus}: the loss is worst inside the range of group sizes", top, inside),
-            at_most(f"{corpus}: {place}", ratio, NEAR_FACTOR, "{:.2f}", "factor {}"),
-            at_least(f"{corpus}: {shape}", found.correlation, SAME_SHAPE, "{:.3f}", "correlation {}"),
+            Check(f"{text}: the loss is worst inside the range of group sizes", top, inside),
+            at_most(f"{text}: {place}", ratio, NEAR_FACTOR, "{:.2f}", "factor {}"),
+            at_least(f"{text}: {shape}", found.correlation, SAME_SHAPE, "{:.3f}", "correlation {}"),
         ]
     return Finding(tuple(checks))
 

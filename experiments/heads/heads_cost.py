@@ -64,7 +64,7 @@ def measure_steps(heads: dict[str, Settings], corpus: Corpus, rounds: int, devic
     """One row a method and round."""
     trainers = {name: Trainer(settings, corpus, Ranks(), device) for name, settings in heads.items()}
     trainers[NO_HEAD] = Trainer(heads[REFERENCE], corpus, Ranks(), device)
-    trainers[NO_HEAD].model.head = NoHead()
+    trainers[NO_HEAD].model.head = NoHead()  # type: ignore[assignment]
     methods = {
         name: lambda trainer=trainer: trainer.train_step(LEARNING_RATE, False) for name, trainer in trainers.items()
     }
