@@ -27,6 +27,7 @@ ROOMS = {
     "heads": "Heads: which one, in which order, at what cost",
     "embeddings": "Compressed embeddings",
     "tokens": "Coded tokens and cached inference",
+    "real": "Models that people have",
     "claims": "What the papers claim, beside what the tables say",
 }
 ALL = "all"

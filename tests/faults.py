@@ -119,7 +119,7 @@ FAULTS = [
         "mass_before = probability.cumsum(dim=-1)",
         "test_head_sampling.py",
     ),
-    Fault("heads/base.py", "& (ids < token)", "", "test_head_sampling.py"),
+    Fault("heads/sampling.py", "& (ids < token)", "", "test_head_sampling.py"),
     Fault(
         "heads/visiting.py",
         "ranked_log_prob[rows, start:] > best[rows, -1:]",

@@ -149,7 +149,7 @@ def measure_model(name: str, model: Any, ids: Tensor, num_tokens: int, rounds: i
     return table
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``measure``."""
     parser.add_argument(
         "--smollm2", type=Path, help="GGUF file of SmolLM2-135M-Instruct; without it only Gemma's shape"
@@ -174,7 +174,7 @@ def measure(arguments: argparse.Namespace) -> None:
         table.to_csv(beside, index=False)
 
 
-def draw(corpus: str = "cost") -> None:
+def draw(corpus: str) -> None:
     """Write results/CORPUS/real_decode.md from its csv: medians, ratios to dense with the spread of rounds, goals."""
     path = Path("results") / corpus / "real_decode.csv"
     if not path.is_file():
@@ -207,19 +207,3 @@ def draw(corpus: str = "cost") -> None:
     first = table.iloc[0]
     where = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}"
     write_text(path.with_suffix(".md"), "\n".join([*lines, "", *goals, "", f"Measured on {where}.", ""]))
-
-
-def main() -> None:
-    """Command line; see --help."""
-    parser = argparse.ArgumentParser(prog="python -m experiments real_decode", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True)
-    add_arguments(actions.add_parser("measure"))
-    actions.add_parser("draw")
-    arguments = parser.parse_args()
-    if arguments.action == "measure":
-        measure(arguments)
-    draw()
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from vocabfold.errors import UserError
-from vocabfold.heads.base import draw_from_whole, log_softmax
+from vocabfold.heads.base import log_softmax
+from vocabfold.heads.sampling import draw_from_whole
 from vocabfold.hugging_face.screened_state import BFLOAT16_STEP, ScreenedState
 
 NOT_FINITE = "the logits of a hidden state are not finite: nothing can be drawn from them"

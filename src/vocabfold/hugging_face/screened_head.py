@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.errors import UserError
-from vocabfold.heads.base import draw_from_sorted
+from vocabfold.heads.sampling import draw_from_sorted
 from vocabfold.hugging_face.draws import NOT_FINITE, draw
 from vocabfold.hugging_face.quantised_rows import QuantisedRows, States
 from vocabfold.hugging_face.screened_state import Counts, DenseRows, ScreenedState

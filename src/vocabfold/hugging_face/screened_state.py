@@ -13,16 +13,13 @@ dense's own rounding), dense itself is asked.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vocabfold.hugging_face.quantised_rows import States, accumulation_error
-
-if TYPE_CHECKING:
-    from vocabfold.hugging_face.screened_head import ScreenedHead
 
 BFLOAT16_STEP = 2.0**-8  # more than the relative distance of a number to its bfloat16, even from the other side
 FLOAT32_STEP = 2.0**-22
@@ -51,6 +48,18 @@ class Counts:
         return self.dense_ties + self.dense_flat + self.dense_range
 
 
+class Screen(Protocol):
+    """What a state asks of the output layer that it belongs to: see ScreenedHead."""
+
+    weight: Tensor
+    counts: Counts
+    vocabulary_size: int
+    hidden_size: int
+
+    def bounds(self, hidden: Tensor) -> tuple[States, Tensor]:
+        """``hidden`` [B, D] -> (the states rounded, upper bounds of their logits [B, V])."""
+
+
 class DenseRows:
     """The dense product of up to STATES_AT_A_TIME states, computed when one of them first asks."""
 
@@ -70,7 +79,7 @@ class ScreenedState:
     """One hidden state's bounds ``upper`` [V] (divided by ``scale``), and the questions that they answer."""
 
     def __init__(
-        self, head: ScreenedHead, states: States, index: int, upper: Tensor, hidden: Tensor, dense: DenseRows
+        self, head: Screen, states: States, index: int, upper: Tensor, hidden: Tensor, dense: DenseRows
     ) -> None:
         self.head, self.index, self.upper, self.hidden, self.dense = head, index, upper, hidden, dense
         self.margin, self.scale = states.margin, float(states.scale[index])
