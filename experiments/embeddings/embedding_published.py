@@ -123,7 +123,7 @@ def measure(arguments: Namespace) -> None:
     measurement = identity("embedding_published", arguments, text_of(settings))
     if not is_measured(path, measurement):
         table = measure_weights(arguments.folder, settings, arguments.sequence_length, arguments.batch_size)
-        write_measured(table.assign(**origin("embedding_published")), path, measurement)
+        write_measured(table.assign(**origin()), path, measurement)
 
 
 def draw(corpus: str) -> None:

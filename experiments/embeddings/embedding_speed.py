@@ -130,7 +130,7 @@ def measure(arguments: Namespace) -> None:
     ]
     measured = {"matrix_rate_flops_per_second": matrix_rate_flops_per_second(CPU, torch.float32)}
     measured |= {"threads": torch.get_num_threads()}
-    write_measured(pd.DataFrame(rows).assign(**measured, **origin("embedding_speed")), path, measurement)
+    write_measured(pd.DataFrame(rows).assign(**measured, **origin()), path, measurement)
 
 
 def draw(corpus: str) -> None:

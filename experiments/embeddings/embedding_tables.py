@@ -180,7 +180,7 @@ def measure(arguments: Namespace) -> None:
         return
     named = tables(arguments.run, arguments.published, arguments.rows)
     rows = [row for name, table in named for row in measure_table(name, table)]
-    write_measured(pd.DataFrame(rows).assign(**origin("embedding_tables")), path, measurement)
+    write_measured(pd.DataFrame(rows).assign(**origin()), path, measurement)
 
 
 def draw(corpus: str) -> None:

@@ -66,5 +66,5 @@ def measure(arguments: Namespace) -> None:
             f"{name:>10}: {median:.2f} s, {peak_memory:.3f} GiB, "
             f"speed {ratio.median:.2f} of the full softmax ({ratio.low:.2f} to {ratio.high:.2f})"
         )
-    table = pd.DataFrame(rows).assign(hidden_size=hidden_size, tokens=NUM_TOKENS, **origin("chunk_rows"))
+    table = pd.DataFrame(rows).assign(hidden_size=hidden_size, tokens=NUM_TOKENS, **origin())
     write_measured(table, path, measurement, beside="hidden_size")

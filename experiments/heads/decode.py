@@ -294,7 +294,7 @@ def measure(arguments: Namespace) -> None:
     runs = load_runs(folders, device)
     prompts = {size: prompts_of(folders[0], size, arguments.prompt_tokens) for size in arguments.batch_sizes}
     prompts = {size: prompt.to(device) for size, prompt in prompts.items()}
-    table = measure_decoding(runs, prompts, arguments.new_tokens, arguments.rounds).assign(**origin("decode"))
+    table = measure_decoding(runs, prompts, arguments.new_tokens, arguments.rounds).assign(**origin())
     write_measured(table, path, measurement, "measurement")
 
 

@@ -94,7 +94,7 @@ def measure(arguments: Namespace) -> None:
     table = pd.DataFrame(rows).assign(
         hidden_size=MODEL.hidden_size,
         num_layers=MODEL.num_layers,
-        **origin("head_memory"),
+        **origin(),
     )
     write_measured(table, path, measurement)
 

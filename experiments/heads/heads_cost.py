@@ -100,7 +100,7 @@ def measure(arguments: Namespace) -> None:
     )
     if is_measured(path, measurement):
         return
-    table = measure_steps(heads, corpus, arguments.rounds, measuring_device()).assign(**origin("heads_cost"))
+    table = measure_steps(heads, corpus, arguments.rounds, measuring_device()).assign(**origin())
     seconds = {str(name): rows["seconds"].tolist() for name, rows in table.groupby("method", sort=False)}
     for name in seconds:
         faster = ratio_summary(seconds, REFERENCE, name)

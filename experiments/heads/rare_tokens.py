@@ -93,7 +93,7 @@ def measure(arguments: Namespace) -> None:
                         "targets": int(members.sum()),
                         "least_training_count": int(counts[targets[members]].min()),
                         "most_training_count": int(counts[targets[members]].max()),
-                        **origin("rare_tokens"),
+                        **origin(),
                     }
                 )
     write_table(pd.DataFrame(rows).assign(measurement=measurement), path, ("run", "sorted_by", "class"))

@@ -236,7 +236,7 @@ def measure(arguments: Namespace) -> None:
         batch_size=arguments.batch_size,
         sequence_length=arguments.sequence_length,
         distinct_targets=len(case.targets.unique()),
-        **origin("training_step"),
+        **origin(),
     )
     write_measured(table, path, measurement, beside="run")
 

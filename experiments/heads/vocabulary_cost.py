@@ -211,7 +211,7 @@ def measure(arguments: Namespace) -> None:
         hidden_size=arguments.hidden_size,
         num_layers=arguments.num_layers,
         budget_gib=arguments.budget_gib,
-        **origin("vocabulary_cost"),
+        **origin(),
     )
     write_measured(table, path, measurement)
 

@@ -96,6 +96,6 @@ def measure(arguments: Namespace) -> None:
     measurement = identity("document_losses", arguments, [folder.name for folder, _ in runs])
     if is_measured(path, measurement, "measurement"):
         return
-    table = losses_of_runs(runs).assign(measurement=measurement, **origin("document_losses"))
+    table = losses_of_runs(runs).assign(measurement=measurement, **origin())
     write_text(path, table.to_csv(index=False))
     print(f"wrote {path}")

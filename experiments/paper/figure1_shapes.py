@@ -65,7 +65,7 @@ def table_of(shapes: Shapes, found: Lookalikes) -> pd.DataFrame:
         classes=len(shapes.classes),
         num_groups=partition.num_groups,
         image_size=shapes.image_size,
-        **origin("figure1_shapes"),
+        **origin(),
     )
 
 

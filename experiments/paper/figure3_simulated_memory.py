@@ -65,6 +65,6 @@ def measure(arguments: Namespace) -> None:
     table = table.assign(
         batch_size=BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,
-        **origin("figure3_simulated_memory"),
+        **origin(),
     )
     write_measured(table, path, measurement)

@@ -246,7 +246,7 @@ def measure_points(
         "hidden_size": hidden_size,
         "vocabulary_size": corpus.vocabulary_size,
     }
-    table = pd.concat(tables, ignore_index=True).assign(**setting, **origin(NAME))
+    table = pd.concat(tables, ignore_index=True).assign(**setting, **origin())
     return table[[*setting, *table.columns.drop(list(setting))]]
 
 

@@ -157,7 +157,7 @@ def measure(arguments: Namespace) -> None:
         row |= {"writer": writer.name, "judge": judge.name, "stories": len(scores)}
         for quantity in judge.quantities:
             row[quantity], row[f"{quantity}_half_width"] = mean_and_bootstrap(scores[quantity].tolist())
-        rows.append(row | origin(EXPERIMENT))
+        rows.append(row | origin())
     table = pd.DataFrame(rows)
     if path.is_file():  # what another judge said stays
         before = read_table(EXPERIMENT, corpus)

@@ -100,7 +100,7 @@ def table_of(on_cuda: bool) -> pd.DataFrame:
         row = simulate(case)
         rows.append(row | ({"measured_reserved_gib": measure_on_cuda(case)} if on_cuda else {}))
     table = pd.DataFrame(rows)
-    return table.assign(**origin("table2_memory"))
+    return table.assign(**origin())
 
 
 def fits(peak_gib: float, card: str) -> bool:

@@ -164,8 +164,8 @@ def measure(arguments: Namespace) -> None:
     sizes = [(model, hidden_size) for hidden_size in PUBLISHED_HIDDEN_SIZES for model in MODELS]
     counts = pd.DataFrame([count(*size) for size in tqdm(sizes, desc="counted models")])
     timed = measure_passes(arguments.hidden_sizes, arguments.batch_size, arguments.rounds, device)
-    write_measured(counts.assign(**origin("table3_speed")), path.with_name("table3_flops.csv"), measurement)
-    write_measured(timed.assign(**origin("table3_speed")), path, measurement)
+    write_measured(counts.assign(**origin()), path.with_name("table3_flops.csv"), measurement)
+    write_measured(timed.assign(**origin()), path, measurement)
 
 
 def draw(corpus: str) -> None:

@@ -169,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> None:
         rows += measure_model("SmolLM2-135M", model, ids, arguments.tokens, arguments.rounds)
     ids = torch.randint(262_144, (1, 20), generator=torch.Generator().manual_seed(0))
     rows += measure_model("Gemma 3 270M shape", gemma_shape(), ids, arguments.tokens, arguments.rounds)
-    table = pd.DataFrame(rows).assign(threads=arguments.threads, **origin("real_decode"))
+    table = pd.DataFrame(rows).assign(threads=arguments.threads, **origin())
     with replacing(RESULTS / "real_decode.csv") as beside:
         table.to_csv(beside, index=False)
 

@@ -85,7 +85,7 @@ def measure(arguments: Namespace) -> None:
     lead: dict[str, Any] = {name: trained.get(name) for name in TRAINED}
     for name, rows in (("caching_memory", memory), ("caching_perplexity", kinds), ("caching", timed)):
         table = pd.DataFrame([{"experiment": "caching"} | lead | row for row in rows.to_dict("records")])
-        table = table.assign(threads=torch.get_num_threads(), **origin("caching"))
+        table = table.assign(threads=torch.get_num_threads(), **origin())
         write_measured(table, path.with_name(f"{name}.csv"), measurement)
 
 

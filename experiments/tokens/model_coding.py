@@ -282,7 +282,7 @@ def measure(arguments: Namespace) -> None:
         return
     rows = measure_coders(unseen_text(settings), runs, arguments.excerpt_bytes, arguments.rounds)
     lead = {"experiment": NAME, "corpus": settings.corpus}
-    write_measured(pd.DataFrame([lead | row | origin(NAME) for row in rows]), path, measurement)
+    write_measured(pd.DataFrame([lead | row | origin() for row in rows]), path, measurement)
 
 
 def draw(corpus: str) -> None:

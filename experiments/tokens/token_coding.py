@@ -321,7 +321,7 @@ def measure(arguments: Namespace) -> None:
     texts = {settings.corpus: [tokenizer.decode(document) for document in documents]}
     sizes = (arguments.rounds, arguments.speed_tokens)
     rows = [row for stream in streams(texts) for row in measure_stream(*stream, *sizes)]
-    write_measured(pd.DataFrame([{"experiment": NAME} | row | origin(NAME) for row in rows]), path, measurement)
+    write_measured(pd.DataFrame([{"experiment": NAME} | row | origin() for row in rows]), path, measurement)
 
 
 def draw(corpus: str) -> None:

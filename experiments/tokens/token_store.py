@@ -113,7 +113,7 @@ def measure(arguments: Namespace) -> None:
         for store in STORES:
             data = settings.data | {"cache_dir": cache_dir, "workers": 1, "store": store, "layout": "packed"}
             lead = {"experiment": NAME, "store": store}
-            rows.append(lead | measure_store(data, arguments.steps) | origin(NAME))
+            rows.append(lead | measure_store(data, arguments.steps) | origin())
     write_measured(pd.DataFrame(rows), path, measurement)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -101,9 +102,9 @@ def torch_version() -> str:
     return str(torch.__version__)
 
 
-def origin(experiment: str) -> dict[str, str]:
-    """The columns that end a table's rows: where and with which code ``experiment`` measured them."""
-    command = " ".join(["python", "-m", "experiments", experiment, *sys.argv[1:]])
+def origin() -> dict[str, str]:
+    """The columns that end a table's rows: where, with which code and by which command they were measured."""
+    command = shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
     return {"hardware": hardware(), "torch": torch_version(), "commit": code_commit(), "command": command}
 
 
