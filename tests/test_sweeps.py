@@ -141,6 +141,7 @@ def test_a_failing_job_does_not_stop_the_sweep_and_is_named(
     assert set(rows_of(folder).values()) == {("paper", 0)}
 
 
+@pytest.mark.slow  # CI runs it
 @pytest.mark.parametrize("launcher", ["processes", "local_executor"])
 def test_launchers_train_in_other_processes(folder: Path, launcher: str) -> None:
     ended = start(folder, "-m", "vocabfold.train", "--multirun", *TINY, f"hydra/launcher={launcher}", "head=full,paper")

@@ -161,6 +161,7 @@ def assert_two_processes_equal_one(*overrides: str, base: list[str]) -> None:
         assert second == pytest.approx(first, rel=2e-5)
 
 
+@pytest.mark.slow  # with different numbers of targets the quick tests ask the same
 def test_two_processes_give_the_losses_of_one() -> None:
     assert_two_processes_equal_one("head=paper", "gradient_accumulation=2", base=TINY)
 

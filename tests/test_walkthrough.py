@@ -58,6 +58,7 @@ def test_what_it_links_to_is_there(notebook: nbformat.NotebookNode) -> None:
     assert [link for link in links if not (NOTEBOOK.parent / link).exists()] == []
 
 
+@pytest.mark.slow  # CI runs it
 def test_it_runs(notebook: nbformat.NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path))
     told = "".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs)

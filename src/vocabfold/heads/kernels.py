@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler, a second
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 18  # logits at a time: 1 MiB in fp32, so that a CPU's cache holds what is made of them
@@ -45,7 +46,7 @@ class Kernel(Protocol):
         """``weights`` [N] of the rows in the sum, None for 1 each; ``needs``: which inputs want a gradient."""
 
 
-@torch.compiler.disable  # loops over as many groups as a batch happens to hold: nothing a compiled graph could keep
+@_disable_dynamo  # loops over as many groups as a batch happens to hold: nothing a compiled graph could keep
 def total_log_prob(kernel: Kernel, inputs: tuple[Tensor, ...], with_hits: bool) -> tuple[Tensor, Tensor | None]:
     """(sum of log P over the rows, how many are the likeliest choice); gradients are ready when it returns.
 
@@ -64,7 +65,7 @@ def total_log_prob(kernel: Kernel, inputs: tuple[Tensor, ...], with_hits: bool) 
     return total, hits
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def each_log_prob(kernel: Kernel, inputs: tuple[Tensor, ...]) -> Tensor:
     """log P of each row [N]. Only with what comes back are the rows' weights known: backward computes all again."""
     log_prob: Tensor = _Each.apply(kernel, *inputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vocabfold.errors import UserError
@@ -117,6 +116,8 @@ def _match_slots(rows: Tensor, order: Tensor, starts: Tensor) -> list[Tensor]:
     num_slots = max((len(group) for group in groups), default=0)
     if len(groups) < 2 or not 0 < num_slots <= MOST_SLOTS_TO_MATCH:
         return groups
+    from scipy.optimize import linear_sum_assignment  # half a second of import time that other orders need not pay
+
     residuals = [rows[group] - rows[group].mean(0) for group in groups]
     largest = max(range(len(groups)), key=lambda index: len(groups[index]))
     slot_means = residuals[largest].clone()

@@ -6,7 +6,6 @@ the path that ``vocabfold.hugging_face.load`` takes.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import subprocess
 import sys
@@ -14,8 +13,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.errors import UserError
 from vocabfold.files import replacing
 
@@ -92,20 +91,12 @@ def _is_whole(path: Path, model: PackedModel) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
-
-
+@one_line_errors
 def main() -> None:
     """Command line; see --help."""
-    parser = _Parser(prog="python -m vocabfold.hugging_face.fetch", description=__doc__)
+    parser = ArgumentParser(prog="python -m vocabfold.hugging_face.fetch", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT_FOLDER, help="default: %(default)s")
-    try:
-        print(fetch(parser.parse_args().folder))
-    except UserError as error:
-        print(f"python -m vocabfold.hugging_face.fetch: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    print(fetch(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

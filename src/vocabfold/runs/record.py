@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from tqdm import tqdm
 
@@ -193,6 +192,8 @@ def collect(experiment: str, corpus: str, results: Path = RESULTS) -> Path:
 
     Raises UserError where no run has finished.
     """
+    import pandas as pd  # see runs.tables
+
     runs = finished_runs(experiment, corpus, results)
     rows = [row for _, row in runs]
     metrics = [read_metrics(folder) for folder, _ in runs]
@@ -203,6 +204,8 @@ def collect(experiment: str, corpus: str, results: Path = RESULTS) -> Path:
 
 def write_curves(rows: list[dict[str, Any]], metrics: list[list[dict[str, Any]]], path: Path) -> None:
     """Write what runs that are evaluated on their way logged: a line for each run and logged step."""
+    import pandas as pd
+
     curves = pd.DataFrame(
         [
             line | {name: row.get(name) for name in IDENTITY_COLUMNS}

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESULTS = Path("results")
 # Which run it is, of which text, and what it was.
@@ -85,6 +87,8 @@ def read_table(experiment: str, corpus: str, results: Path = RESULTS) -> pd.Data
     path = results / corpus / f"{experiment}.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing: `make help` says what writes it")
+    import pandas as pd  # half a second of import time that a run without tables need not pay
+
     table = pd.read_csv(path)
     if missing := [name for name in RUN_COLUMNS + ORIGIN_COLUMNS if name not in table.columns]:
         raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure it again")
