@@ -275,7 +275,7 @@ def measure(arguments: Namespace) -> None:
 def draw(corpus: str) -> None:
     """Write a picture for each text that targets came from, the first under the table's own name, and the words."""
     path = RESULTS / corpus / f"{NAME}.csv"
-    parts = list(read_measured(path, ("groups_seen",)).groupby("corpus", sort=False))
+    parts = list(read_measured(path, ("groups_seen",)).groupby("corpus"))
     for index, (text, rows) in enumerate(parts):
         draw_sizes(rows, path.with_name(f"{NAME}_{text}.png" if index else f"{NAME}.png"))
     words = "\n".join(markdown(rows) for _, rows in parts)

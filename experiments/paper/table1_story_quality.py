@@ -153,6 +153,7 @@ def measure(arguments: Namespace) -> None:
         row = {name: writer.row.get(name) for name in RUN_COLUMNS} | {
             "experiment": EXPERIMENT,
             "measurement": measurement,
+            "run": writer.row.get("run") or measurement,  # endings that no run wrote are this measurement's own
         }
         row |= {"writer": writer.name, "judge": judge.name, "stories": len(scores)}
         for quantity in judge.quantities:

@@ -1,7 +1,7 @@
 """What a run leaves behind: config.yaml and metrics.jsonl in its folder first, Weights & Biases as their mirror.
 
-A finished run adds row.json, its line in the results table. ``python -m vocabfold.runs.record EXPERIMENT CORPUS``
-gathers the rows of an experiment's finished runs into results/CORPUS/EXPERIMENT.csv, one row a run, nothing averaged,
+A finished run adds row.json, its line in the results table. ``python -m experiments EXPERIMENT measure`` gathers the
+rows of an experiment's finished runs into results/CORPUS/EXPERIMENT.csv, one row a run, nothing averaged,
 and, where runs are evaluated on their way, what they logged into results/CORPUS/EXPERIMENT_curves.csv.
 """
 
@@ -13,16 +13,18 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from tqdm import tqdm
 
-from vocabfold.command_line import one_line_errors
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS, SORTED_BY, WHOLE_COLUMNS, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Columns by which runs are told apart in Weights & Biases, each a tag such as head:folded.
 TAG_COLUMNS = ("corpus", "model", "head", "scorer", "partition_order", "embedding")
@@ -190,7 +192,8 @@ def finished_runs(experiment: str, corpus: str, results: Path = RESULTS) -> list
 def collect(experiment: str, corpus: str, results: Path = RESULTS) -> Path:
     """Gather the finished runs of an experiment into its table; return the table's path.
 
-    Raises UserError where no run has finished.
+    Rows of runs that are not in results/runs (trained elsewhere, or deleted since) stay. Raises UserError where no run
+    has finished, and where the table is another version's.
     """
     import pandas as pd  # see runs.tables
 
@@ -199,7 +202,21 @@ def collect(experiment: str, corpus: str, results: Path = RESULTS) -> Path:
     metrics = [read_metrics(folder) for folder, _ in runs]
     if any(sum("validation_loss_nats" in line for line in lines) > 1 for lines in metrics):
         write_curves(rows, metrics, results / corpus / f"{experiment}_curves.csv")
-    return write_table(pd.DataFrame(rows), results / corpus / f"{experiment}.csv")
+    path = results / corpus / f"{experiment}.csv"
+    return write_table(beside_others(pd.DataFrame(rows), path), path)
+
+
+def beside_others(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """``rows`` and those of other runs that stand in the table at ``path``. Raises UserError for one without runs."""
+    import pandas as pd
+
+    if not path.is_file():
+        return rows
+    table = pd.read_csv(path)
+    if "run" not in table.columns:
+        raise UserError(f"{path} has no column run: another version wrote it; move it away")
+    others = table[~table["run"].isin(rows["run"])]
+    return pd.concat([others, rows], ignore_index=True) if len(others) else rows
 
 
 def write_curves(rows: list[dict[str, Any]], metrics: list[list[dict[str, Any]]], path: Path) -> None:
@@ -215,18 +232,7 @@ def write_curves(rows: list[dict[str, Any]], metrics: list[list[dict[str, Any]]]
     )
     # Of the whole run, and noisy from line to line: they stand in the run's own row.
     curves = curves.drop(columns=["flops_per_token", "peak_memory_gib", "process_high_water_gib"], errors="ignore")
+    curves = beside_others(curves, path)
     curves[WHOLE_COLUMNS] = curves[WHOLE_COLUMNS].astype("Int64")
     curves = curves.drop_duplicates(["run", "step"], keep="last").sort_values([*SORTED_BY, "run", "step"])
     write_text(path, curves.to_csv(index=False))
-
-
-@one_line_errors
-def main() -> None:
-    """Command line: EXPERIMENT CORPUS."""
-    if len(sys.argv) != 3:
-        raise UserError("usage: python -m vocabfold.runs.record EXPERIMENT CORPUS")
-    print(f"wrote {collect(sys.argv[1], sys.argv[2])}")
-
-
-if __name__ == "__main__":
-    main()
