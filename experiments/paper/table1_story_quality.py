@@ -146,11 +146,13 @@ def measure(arguments: Namespace) -> None:
     judges = {id(material): judge_of(arguments, material) for material in materials}
     if isinstance(judge := judges[id(materials[0])], LanguageModelJudge):
         agree(judge, [story for writer in written for story in writer.stories], arguments)
+    text = {name: written[0].row.get(name) for name in ("corpus_sha256", "corpus_documents", "corpus_tokens")}
     rows = []
     for writer in tqdm(written, desc="judging"):
         judge = judges[id(writer.material)]
         scores = pd.DataFrame(judge.scores(writer.stories))
-        row = {name: writer.row.get(name) for name in RUN_COLUMNS} | {
+        row = {name: writer.row.get(name) for name in RUN_COLUMNS} | text
+        row |= {
             "experiment": EXPERIMENT,
             "measurement": measurement,
             "run": writer.row.get("run") or measurement,  # endings that no run wrote are this measurement's own
