@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it once
 
@@ -15,6 +17,9 @@ import torch
 from vocabfold.machine import usable_cores
 
 torch.set_num_threads(1)
+# What a shell starts in the background ignores Ctrl-C, and so would every program that a test interrupts.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 MOST_WORKERS = 8  # beyond these, workers wait for the longest tests
 
 

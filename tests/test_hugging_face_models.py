@@ -283,4 +283,4 @@ def test_the_commands_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsy
         main()
     assert error.value.code == 2
     printed = capsys.readouterr().err
-    assert re.fullmatch(r"python -m \S+: .*--help lists what there is\n", printed)
+    assert re.fullmatch(r"(python -m \S+|fetch): .*--help lists what there is\n", printed)

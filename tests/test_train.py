@@ -100,7 +100,7 @@ def test_validation_loss_is_the_mean_over_every_target() -> None:
     assert row["validation_loss_nats"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
 
 
-@pytest.mark.parametrize("head", ["full", "paper"])
+@pytest.mark.parametrize("head", [pytest.param("full", marks=pytest.mark.slow), "paper"])
 def test_training_approaches_the_entropy_rate(head: str) -> None:
     settings = settings_of(
         f"head={head}",
