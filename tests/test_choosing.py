@@ -65,6 +65,35 @@ def test_development_documents_are_neither_trained_on_nor_the_validation_set(
     assert len(split.valid) >= 0.25 * len(whole.train) and len(whole.valid) < 10
 
 
+def test_the_first_tokens_end_within_a_document() -> None:
+    first = token_file(4, 3, 2).first(5)
+    assert first.tokens.tolist() == token_file(4, 3, 2).tokens[:5].tolist()
+    assert first.document_starts.tolist() == [0, 4, 5]
+    assert token_file(4, 3).first(4).document_starts.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("wanted", [0, 8])
+def test_first_tokens_that_are_not_there_are_refused(wanted: int) -> None:
+    with pytest.raises(UserError, match=f"{wanted} tokens of 7: choose at least 1"):
+        token_file(4, 3).first(wanted)
+
+
+def test_training_sees_only_the_first_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+    taken: list[Any] = []
+    monkeypatch.setattr(train, "Trainer", lambda settings, corpus, *_: taken.append(corpus) or pytest.skip())
+    (tmp_path / "valid.txt").write_text("read whole, whatever is trained on", encoding="utf-8")
+    for words in ([], ["training_tokens=6"], ["training_tokens=6", "development_share=0.25"]):
+        with pytest.raises(pytest.skip.Exception):
+            call(train.main, monkeypatch, *TINY, *words)
+    whole, short, developed = taken
+    assert short.train.tokens.tolist() == developed.train.tokens.tolist() == whole.train.tokens[:6].tolist()
+    assert short.valid.tokens.tolist() == whole.valid.tokens.tolist()
+    assert developed.valid.tokens.tolist() == whole.train.tokens[-len(developed.valid) :].tolist()
+
+
 def rates_row(head: str, rate: float, seed: int, loss: float) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(RUN_COLUMNS + ORIGIN_COLUMNS, "x")
     row |= {"learning_rate": rate, "seed": seed, "validation_loss_nats": loss, "head": head}

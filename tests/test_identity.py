@@ -50,6 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data.tokenizer=cl100k",
         "model.dropout=0.1",
         "development_share=0.1",
+        "training_tokens=100",
     ],
 )
 def test_what_changes_a_result_makes_another_run(override: str) -> None:

@@ -36,7 +36,7 @@ from vocabfold.tokens import IGNORE_INDEX, token_counts
 FITTED_TOKENS = 4096  # whose hidden states fit the groups in closed form; the distillation begins after them
 # What a run has in common with the finished run that it is made from.
 BATCHES = ("sequence_length", "batch_size", "gradient_accumulation", "evaluation_batch_size")
-COMMON = ("seed", "data", "development_share", "model", *BATCHES, "precision")
+COMMON = ("seed", "data", "development_share", "training_tokens", "model", *BATCHES, "precision")
 INHERITED = {"fold": (*COMMON, "embedding"), "compress": (*COMMON, "head")}
 GROUPS = {"size": "model"}  # groups of conf/ by the setting that they fill
 

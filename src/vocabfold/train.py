@@ -243,7 +243,8 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
     ranks = join_ranks(device.type)
-    corpus = load_data(settings.data).with_development(settings.development_share)
+    text = load_data(settings.data).with_development(settings.development_share)
+    corpus = text.with_training_tokens(settings.training_tokens)
     trainer = Trainer(settings, corpus, ranks, device)
     with occupied(folder) if ranks.is_first else contextlib.nullcontext():
         if ranks.first_decides(finished_row(folder) is not None, device):  # by another process, just now

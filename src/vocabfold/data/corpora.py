@@ -86,6 +86,11 @@ class Corpus:
         train, development = self.train.split(share)
         return replace(self, train=train, valid=development)
 
+    def with_training_tokens(self, num_tokens: int | None) -> Corpus:
+        """The same corpus with only the first ``num_tokens`` of its training text: neither a step of training nor a
+        count sees more. None changes nothing. Raises UserError for more than there are."""
+        return self if num_tokens is None else replace(self, train=self.train.first(num_tokens))
+
 
 def load_data(data: Mapping[str, Any]) -> Corpus | Shapes:
     """What a resolved conf/data/*.yaml node names, tokens or pictures. Raises UserError as ``load_corpus`` does."""

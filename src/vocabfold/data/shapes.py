@@ -70,6 +70,12 @@ class Shapes:
             raise UserError("development_share is for text: with data=shapes choose settings under another data.seed")
         return self
 
+    def with_training_tokens(self, num_tokens: int | None) -> Shapes:
+        """The same set. Raises UserError unless ``num_tokens`` is None: a set of pictures has a size of its own."""
+        if num_tokens is not None:
+            raise UserError("training_tokens is for text: with data=shapes set data.train_images_per_class")
+        return self
+
     def batches(self, split: str, plan: BatchPlan) -> PictureBatches:
         """Shuffled endless batches of ``train``, or those of ``valid`` in order, each picture once."""
         return PictureBatches(self, plan, split == "train")

@@ -66,6 +66,15 @@ class TokenFile:
     def num_documents(self) -> int:
         return len(self.document_starts) - 1
 
+    def first(self, num_tokens: int) -> TokenFile:
+        """The stream up to its token ``num_tokens``, which ends the last document wherever it is. Raises UserError for
+        fewer than 1 token and more than there are."""
+        if not 0 < num_tokens <= len(self):
+            raise UserError(f"{num_tokens} tokens of {len(self)}: choose at least 1 and no more than there are")
+        starts = np.asarray(self.document_starts).astype(np.int64)
+        starts = np.append(starts[starts < num_tokens], num_tokens)
+        return replace(self, tokens=self.tokens[:num_tokens], document_starts=starts)
+
     def split(self, share: float) -> tuple[TokenFile, TokenFile]:
         """(the documents before, the last documents, which hold at least ``share`` of the tokens).
 

@@ -79,6 +79,7 @@ class Settings:
     run_dir: str = ""
     data: dict[str, Any] = MISSING
     development_share: float = MISSING
+    training_tokens: int | None = None
     model: ModelSettings = field(default_factory=ModelSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
@@ -115,9 +116,9 @@ class Settings:
                 raise UserError(f"{name} is {getattr(self, name)}: choose at least 1")
         if not 0 <= self.development_share < 1:
             raise UserError(f"development_share is {self.development_share}: choose 0 (none) or more, less than 1")
-        for name in ("evaluate_every", "checkpoint_every"):
+        for name in ("training_tokens", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: choose at least 1, or null for only at the end")
+                raise UserError(f"{name} is {getattr(self, name)}: choose at least 1, or null")
         if self.checkpoint_minutes is not None and self.checkpoint_minutes < 0:
             raise UserError(f"checkpoint_minutes is {self.checkpoint_minutes}: choose 0 or more, or null for never")
         limits = {key: value for key, value in vars(self.budget).items() if value is not None}
@@ -253,6 +254,16 @@ def model_has_tokens(_root_: DictConfig) -> bool:
     return "image_size" not in _root_.model
 
 
+def share_of_steps(share: float, _root_: DictConfig) -> int:
+    """The optimizer steps that are ``share`` of a run over ``training_tokens``. Raises UserError where those are not
+    set."""
+    if _root_.training_tokens is None:
+        raise UserError("this experiment counts its steps from training_tokens: set it, at most to the text's length")
+    tokens_a_step = _root_.batch_size * _root_.sequence_length * _root_.gradient_accumulation
+    return round(share * _root_.budget.epochs * _root_.training_tokens / tokens_a_step)
+
+
 OmegaConf.register_new_resolver("corpus", lambda _root_: corpus_of(_root_.data), replace=True)
 OmegaConf.register_new_resolver("chosen_learning_rate", chosen_learning_rate, replace=True)
 OmegaConf.register_new_resolver("model_has_tokens", model_has_tokens, replace=True)
+OmegaConf.register_new_resolver("share_of_steps", share_of_steps, replace=True)
