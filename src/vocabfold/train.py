@@ -22,7 +22,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from vocabfold.command_line import INTERRUPTED_STATUS, Interrupted, one_line_errors
@@ -35,15 +34,16 @@ from vocabfold.heads import HeadLoss
 from vocabfold.heads.describe import describe_head
 from vocabfold.machine import BYTES_PER_GIB, code_commit
 from vocabfold.measure.allocator import keep_freed_memory
-from vocabfold.measure.flops import training_flops_per_token
+from vocabfold.measure.flops import flops_without_trace
 from vocabfold.measure.memory import live_tensors, peak_memory_of
-from vocabfold.runs.checkpoint import PROGRESS, delete_checkpoint, load_checkpoint, save_checkpoint, save_weights
-from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks
+from vocabfold.runs.checkpoint import PROGRESS, delete_checkpoint, save_weights
+from vocabfold.runs.distributed import MeanLosses, Ranks, choose_device, join_ranks, take_ranks_from_submitit
 from vocabfold.runs.folder import occupied
 from vocabfold.runs.identity import identify, refuse_other_run
 from vocabfold.runs.jobs import check_options, check_row, in_order, one_line_job, outcome
 from vocabfold.runs.load import autocast
 from vocabfold.runs.optimizer import build_optimizer, learning_rate_at
+from vocabfold.runs.parallel import gradients_shared, number, share_model
 from vocabfold.runs.record import RunRecord, finished_row
 from vocabfold.runs.row import evaluation_columns, result_row
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
@@ -64,13 +64,15 @@ class Trainer:
         self.batches = corpus.batches("train", plan)
         self.valid = corpus.batches("valid", replace(plan, batch_size=settings.evaluation_batch_size))
         torch.manual_seed(settings.seed)
-        begun = begin(settings, corpus, self.batches, device)
+        # what is larger than a device begins in the machine's memory
+        begun = begin(settings, corpus, self.batches, torch.device("cpu") if settings.parallel == "fsdp" else device)
         self.model, self.trained, self.first_batch = begun.model, begun.learner, begun.first_batch
         self.measured = begun.measured
         self.description = {
             **describe_head(settings.head, self.model.head),
             **describe_embedding(settings.embedding, self.model.embedding),
         }
+        self.shared = share_model(settings.parallel, self.model, settings.precision, device, ranks)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.total_steps = settings.total_steps(self.batches.batches_per_epoch, self.batches.targets_per_batch)
@@ -82,7 +84,7 @@ class Trainer:
     def begin(self) -> None:
         """Go on from the folder's checkpoint, if it has one. Raises UserError where it does not fit."""
         folder = Path(self.settings.run_dir)
-        if (progress := load_checkpoint(folder, self.model, self.optimizer, self.device)) is not None:
+        if (progress := self.shared.load(folder, self.optimizer, self.device)) is not None:
             self.scaler.load_state_dict(progress.pop("scaler"))
             vars(self).update(progress)
             self.checkpoint_step = self.step
@@ -90,8 +92,7 @@ class Trainer:
             self.measured["flops_per_token"] = self.flops_per_token()
         if self.settings.compile:
             self.trained = torch.compile(self.trained)  # type: ignore[assignment]
-        if self.ranks.world_size > 1:
-            self.trained = DistributedDataParallel(self.trained)
+        self.trained = self.shared.parallel(self.trained)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the settings ask for."""
@@ -105,11 +106,7 @@ class Trainer:
             with self.autocast():
                 self.trained(inputs, targets).loss.backward()
 
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # batch norm's running means
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            flops = training_flops_per_token(forward_and_backward, targets.numel())
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        flops = flops_without_trace(forward_and_backward, targets.numel(), self.model, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         return flops
 
@@ -136,11 +133,10 @@ class Trainer:
         sums = MeanLosses()
         for index, (inputs, targets) in enumerate(batches):
             inputs, targets = inputs.to(self.device), targets.to(self.device)
-            last = index == accumulation - 1
-            with self.trained.no_sync() if world_size > 1 and not last else contextlib.nullcontext():  # type: ignore[operator]
+            with gradients_shared(self.trained, now=index == accumulation - 1):
                 with self.autocast():
                     output: HeadLoss = self.trained(inputs, targets, with_accuracy)
-                # DDP averages over processes what has to be a sum, hence world_size.
+                # DDP and FSDP average over processes what has to be a sum, hence world_size.
                 self.scaler.scale(output.loss * (counts[index] * world_size / total)).backward()
             sums.add(output)
         self.scaler.unscale_(self.optimizer)
@@ -149,7 +145,7 @@ class Trainer:
         self.scaler.update()
         self.step += 1
         self.tokens += int(total)
-        return {**sums.means(self.ranks, "train_"), "gradient_norm": float(norm)}
+        return {**sums.means(self.ranks, "train_"), "gradient_norm": number(norm)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -174,7 +170,7 @@ class Trainer:
         """Write a checkpoint of this very step."""
         progress = {name: getattr(self, name) for name in PROGRESS if name != "scaler"}
         folder = Path(self.settings.run_dir)
-        save_checkpoint(folder, self.model, self.optimizer, scaler=self.scaler.state_dict(), **progress)
+        self.shared.save(folder, self.optimizer, scaler=self.scaler.state_dict(), **progress)
         self.checkpoint_step, self.saved_at = self.step, time.monotonic()
 
     def checkpoint_is_due(self) -> bool:
@@ -182,7 +178,7 @@ class Trainer:
         every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
         if every is not None and self.step % every == 0:
             return True
-        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        return self.shared.is_late(minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes)
 
     def has_ended(self) -> bool:
         """Whether a budget is used up."""
@@ -231,6 +227,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     A run that has finished is not trained again. Raises UserError for bad settings or data and where the loss
     stops being finite.
     """
+    take_ranks_from_submitit()
     identify(settings)
     folder = Path(settings.run_dir)
     if (row := finished_row(folder)) is not None:
@@ -242,7 +239,7 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
     device = choose_device(settings.device, settings.precision, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cpu":
         keep_freed_memory()
-    ranks = join_ranks(device.type)
+    ranks = join_ranks(device.type, even_alone=settings.parallel == "fsdp")
     text = load_data(settings.data).with_development(settings.development_share)
     corpus = text.with_training_tokens(settings.training_tokens)
     trainer = Trainer(settings, corpus, ranks, device)
@@ -259,10 +256,11 @@ def train(settings: Settings, command: str) -> dict[str, Any]:
                 record.fail()
             raise
         progress = {"steps": trainer.step, "tokens": trainer.tokens, **trainer.speed_and_memory()}
-        row = result_row(settings, corpus, trainer.model, trainer.description, progress, final, command)
-        trainer.model.prepare_for_inference()
+        model = trainer.shared.whole()
+        row = result_row(settings, corpus, model, trainer.description, progress, final, command)
+        model.prepare_for_inference()
         if record is not None:
-            save_weights(folder, trainer.model, {"vocabulary_size": str(trainer.corpus.vocabulary_size)})
+            save_weights(folder, model, {"vocabulary_size": str(corpus.vocabulary_size)})
             record.finish(row)
             delete_checkpoint(folder)
         return row
@@ -300,7 +298,7 @@ def run(trainer: Trainer, record: RunRecord | None) -> dict[str, float]:
             if record is not None and (is_logged or evaluation):
                 record.log(trainer.step, metrics | trainer.speed_and_memory() | evaluation)
             stopped = ranks.any_of(request.status is not None, trainer.device)
-            if record is not None and (stopped or (trainer.checkpoint_is_due() and not ended)):
+            if stopped or (not ended and trainer.checkpoint_is_due()):
                 trainer.save()
             if stopped:
                 message = f"interrupted at step {trainer.step}: the same command continues from there"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vocabfold.errors import UserError
@@ -76,3 +77,13 @@ def training_flops_per_token(step: Callable[[], Any], num_tokens: int) -> float:
     if num_tokens < 1:
         raise UserError(f"flops per token need at least one token in the step, got {num_tokens}")
     return count_flops(step) / num_tokens
+
+
+def flops_without_trace(step: Callable[[], Any], num_tokens: int, model: nn.Module, device: torch.device) -> float:
+    """`training_flops_per_token`, after which the buffers of `model` and the random state are as they were before."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # batch norm's running means
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        flops = training_flops_per_token(step, num_tokens)
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    return flops

@@ -39,12 +39,14 @@ class PeakMemory:
 
 
 def live_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Parameters, their gradients, buffers and optimizer state; tensors that share a storage are all listed."""
+    """Parameters, their gradients, buffers and optimizer state; tensors that share a storage are all listed. Of one
+    that is spread over processes the part that lies here."""
     parameters = list(module.parameters())
     parameters += [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    return [*parameters, *gradients, *module.buffers(), *state]
+    every: list[Any] = [*parameters, *gradients, *module.buffers(), *state]
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in every]
 
 
 def distinct_storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:

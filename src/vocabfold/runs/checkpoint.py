@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vocabfold.errors import UserError
 from vocabfold.files import replacing
 
 MISSING = object()
 CHECKPOINT_NAME = "checkpoint.pt"
+SHARDED_PREFIX = "checkpoint-"  # and the step
 # What a training run keeps in a checkpoint beside model, optimizer and random states, with its types.
 PROGRESS: dict[str, type | tuple[type, ...]] = {
     "step": int,
@@ -37,8 +39,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "cpu_random_state": torch.get_rng_state(),
-        "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        **random_states(),
         **progress,
     }
     # through a Python file: of one that it opens itself, torch does not tell why it could not be written
@@ -62,29 +63,65 @@ def load_checkpoint(
     if not path.is_file():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
-            if (part := archive.testzip()) is not None:
-                raise UserError(f"wrong checksum in {part}")
-        state = torch.load(path, map_location=device, weights_only=True)
-        wanted = {**progress, "cpu_random_state": torch.Tensor, "cuda_random_state": (torch.Tensor, NoneType)}
-        for name, kind in wanted.items():
-            if not isinstance(state.get(name, MISSING), kind):
-                raise UserError(f"it has no {name}, or one of another type")
+        state = read_state(path, device, progress)
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be loaded ({reason}): delete it to start this run again") from error
+    restore_random_states(state)
+    return state
+
+
+def random_states() -> dict[str, Tensor | None]:
+    """The states of torch's random generators, to go into a checkpoint."""
+    return {
+        "cpu_random_state": torch.get_rng_state(),
+        "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_states(state: dict[str, Any]) -> None:
+    """Take the random generators' states out of a checkpoint and go on from them."""
     torch.set_rng_state(state.pop("cpu_random_state").cpu())
     cuda_random_state = state.pop("cuda_random_state")
     if cuda_random_state is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_random_state.cpu())
+
+
+def read_state(path: Path, device: torch.device, kept: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """What torch.save wrote to ``path``, which must hold random states and what is ``kept``. Executes no code; raises
+    UserError, and torch's own errors, where that is not there."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+        if (part := archive.testzip()) is not None:
+            raise UserError(f"wrong checksum in {part}")
+    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    wanted = {**kept, "cpu_random_state": torch.Tensor, "cuda_random_state": (torch.Tensor, NoneType)}
+    for name, kind in wanted.items():
+        if not isinstance(state.get(name, MISSING), kind):
+            raise UserError(f"it has no {name}, or one of another type")
     return state
 
 
 def delete_checkpoint(folder: Path) -> None:
     """Remove what a finished run no longer needs."""
     (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    delete_sharded(folder)
+
+
+def sharded_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """The folders of checkpoints that several processes wrote (sharding.py), whole or not, each with its step."""
+    for path in folder.glob(f"{SHARDED_PREFIX}*"):
+        step = path.name.removeprefix(SHARDED_PREFIX)
+        if step.isdecimal() and path.is_dir():
+            yield int(step), path
+
+
+def delete_sharded(folder: Path, but: Path | None = None) -> None:
+    """Remove them all, or all but one."""
+    for _, path in sharded_checkpoints(folder):
+        if path != but:
+            shutil.rmtree(path)
 
 
 def save_weights(folder: Path, model: nn.Module, metadata: dict[str, str]) -> None:

@@ -56,13 +56,32 @@ class Ranks:
         return bool(self.sum_of(torch.tensor(float(told), device=device)) > 0)
 
 
-def join_ranks(device_name: str) -> Ranks:
-    """Read torchrun's environment and join its process group (NCCL on CUDA, gloo elsewhere)."""
+def take_ranks_from_submitit() -> None:
+    """Where submitit started this process beside others (hydra.launcher.tasks_per_node), on Slurm or here, put its
+    place among them into the environment, as torchrun does."""
+    if "WORLD_SIZE" in os.environ or "submitit" not in sys.modules:
+        return
+    from submitit.helpers import TorchDistributedEnvironment
+
+    try:
+        place = TorchDistributedEnvironment()
+    except RuntimeError:  # no job of submitit's
+        return
+    if place.world_size > 1:
+        place.export(set_cuda_visible_devices=False)
+
+
+def join_ranks(device_name: str, even_alone: bool = False) -> Ranks:
+    """Read torchrun's environment and join its process group (NCCL on CUDA, gloo elsewhere); ``even_alone``: also where
+    there is one process, which torchrun need not have started."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    backend = "nccl" if device_name == "cuda" else "gloo"
     if world_size == 1:
+        if even_alone and not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return Ranks()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device_name == "cuda" else "gloo")
+        dist.init_process_group(backend)
     return Ranks(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
 
 

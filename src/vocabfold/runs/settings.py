@@ -95,6 +95,7 @@ class Settings:
     checkpoint_every: int | None = None
     checkpoint_minutes: float | None = None
     device: str = MISSING
+    parallel: str = "ddp"
     precision: str = MISSING
     compile: bool = MISSING
     wandb: WandbSettings = field(default_factory=WandbSettings)
@@ -155,6 +156,9 @@ class Settings:
         choose("optimizer.name", self.optimizer.name, ("adam", "adamw"))
         choose("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine"))
         choose("precision", self.precision, ("fp32", "bf16", "fp16"))
+        choose("parallel", self.parallel, ("ddp", "fsdp"))
+        if self.parallel == "fsdp" and (self.start.type == "fold" or self.model.image_size is not None or self.compile):
+            raise UserError("parallel=fsdp takes language models, without start=fold and compile: use parallel=ddp")
         choose("wandb.mode", self.wandb.mode, ("offline", "online", "disabled"))
 
     def total_steps(self, batches_per_epoch: int, targets_per_batch: int) -> int | None:
