@@ -28,6 +28,7 @@ ROOMS = {
     "embeddings": "Compressed embeddings",
     "tokens": "Coded tokens and cached inference",
     "real": "Models that people have",
+    "cards": "Graphics cards: one, several, and models that do not fit on one",
     "claims": "What the papers claim, beside what the tables say",
 }
 ALL = "all"

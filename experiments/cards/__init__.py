@@ -1,0 +1,1 @@
+"""Graphics cards: one, several, and models that do not fit on one."""
