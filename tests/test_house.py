@@ -105,6 +105,51 @@ def test_the_library_rooms_can_be_taken_out_alone() -> None:
     assert len(rooms) > 30 and found.stdout.split() == []
 
 
+def without(packages: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` where none of the ``packages`` is installed."""
+    blocked = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {packages}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+    )
+    command = [sys.executable, "-c", blocked + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_library_needs_neither_hydra_nor_wandb_nor_what_one_part_alone_uses() -> None:
+    packages = ("hydra", "omegaconf", "wandb", "datasets", "constriction", "tiktoken", "submitit")
+    rooms = (*LIBRARY_ROOMS, "hugging_face", "models", "measure")
+    modules = [module for module in MODULES if any(belongs(module, f"vocabfold.{room}") for room in rooms)]
+    code = f"""
+import {", ".join(modules)}, vocabfold.data.tokenizer, numpy, torch
+from vocabfold.coding.coders import CODERS
+from vocabfold.errors import UserError
+from vocabfold.heads import ChunkedHead
+def message(call, *arguments):
+    try:
+        call(*arguments)
+    except UserError as error:
+        return print(error)
+    print('nothing was raised')
+arithmetic = CODERS['arithmetic']
+message(arithmetic.fit, numpy.array([1, 2, 2], numpy.uint32), 4)
+message(vocabfold.data.tokenizer.load_tokenizer, 'gpt2')
+del torch.nn.functional.linear_cross_entropy  # as in torch 2.11
+message(ChunkedHead, 4, 8)
+"""
+    done = without(packages, code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [
+        "arithmetic coding needs the package constriction: pip install constriction",
+        "reading text needs the package tiktoken: pip install tiktoken",
+    ]
+    assert lines[2].startswith("head=chunked needs torch 2.13 or newer, and this is")
+
+
 def head_comparisons(module: str) -> Iterator[int]:
     """Lines of a module that compare ``..head.name``, ``..head.type`` or ``head`` itself with a word."""
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):

@@ -28,7 +28,7 @@ from vocabfold.data.token_file import STORES, TokenFile, cached_token_file, writ
 from vocabfold.data.tokenise import build_token_file
 from vocabfold.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from vocabfold.data.zipf import ZipfLaw, entropy_rate_nats, zipf_law, zipf_tokens
-from vocabfold.errors import UserError
+from vocabfold.errors import UserError, needed
 from vocabfold.files import write_text
 
 Source = tuple[dict[str, Any], Callable[[], Iterable[str]]]
@@ -383,8 +383,7 @@ def _data_set(data: Mapping[str, Any], split: str) -> Source:
 
 def _load_data_set(data: Mapping[str, Any], source: str | Path, split_name: str) -> Any:
     """A data set that lies on disk as Arrow files and is read from there by batches."""
-    import datasets
-
+    datasets = needed("datasets", "a text from Hugging Face")
     path, options = str(source), {"name": data.get("config_name"), "revision": data.get("revision")}
     if isinstance(source, Path):
         options = {"cache_dir": str(Path(_required(data, "cache_dir")).expanduser() / "datasets")}

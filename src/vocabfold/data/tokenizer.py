@@ -16,11 +16,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tiktoken
 
-from vocabfold.errors import UserError
+from vocabfold.errors import UserError, needed
+
+if TYPE_CHECKING:
+    import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 _OTHER_BYTES = re.compile("([\udc80-\udcff]+)")
@@ -180,7 +183,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         ranks = {}  # unreadable fails the checksum below
     if ranks_digest(ranks) != source.ranks_sha256:
         raise UserError(f"{source.path} is not the published {name} encoding; install {source.package} again")
-    encoding = tiktoken.Encoding(
+    encoding = needed("tiktoken", "reading text").Encoding(
         name=f"vocabfold_{name}",
         pat_str=source.split_pattern,
         mergeable_ranks=ranks,

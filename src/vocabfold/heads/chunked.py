@@ -21,7 +21,7 @@ class ChunkedHead(LeanFullHead):
     Without options torch's function keeps [N, V] logits like any other, and its automatic chunk is a few rows. It
     knows no autocast, and bfloat16 inputs would get a loss rounded to bfloat16: here it always computes in float32
     (float64 for a float64 model). A loss can be taken backward once, and memory simulated without data misses the
-    chunk's logits. Raises UserError unless chunk_rows is at least 1.
+    chunk's logits. Raises UserError unless chunk_rows is at least 1, and where torch is older than 2.13.
     """
 
     def __init__(
@@ -34,6 +34,10 @@ class ChunkedHead(LeanFullHead):
     ) -> None:
         if chunk_rows < 1:
             raise UserError(f"head.chunk_rows is {chunk_rows}: choose at least 1")
+        if not hasattr(F, "linear_cross_entropy"):
+            raise UserError(
+                f"head=chunked needs torch 2.13 or newer, and this is {torch.__version__}: use head=full or head=fused"
+            )
         super().__init__(hidden_size, vocabulary_size, tied_weight, init_std)
         self.options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows, chunking_method=None)
 
