@@ -151,6 +151,13 @@ FAULTS = [
     Fault("coding/frequencies.py", "np.maximum(1, np.rint", "np.maximum(0, np.rint", "test_coding.py"),
     Fault("coding/container.py", "!= self._checks[block]", "== -1", "test_coding.py test_token_store.py"),
     Fault("coding/container.py", "wanted[-1] == self.num_segments - 1", "False", "test_coding.py test_token_store.py"),
+    # spread over processes
+    Fault("heads/sharded.py", "largest + total.log()", "largest", "test_sharded.py"),
+    Fault("heads/sharded.py", "exp() * gradient[part, 1:]", "exp() * gradient[part, :1]", "test_sharded.py"),
+    Fault("heads/sharded_folded.py", "kept & (self.partition", "(self.partition", "test_sharded.py"),
+    Fault("heads/collectives.py", "own[: ctx.number], None", "gradient[: ctx.number], None", "test_sharded.py"),
+    Fault("heads/traffic.py", "3 * 2 * others", "3 * others", "test_sharded.py"),
+    Fault("runs/sharding.py", '!= state.pop("checksums")', '== state.pop("checksums")', "test_parallel.py"),
     # files, checkpoints, batches
     Fault("files.py", "yield beside", "yield path", "test_records.py"),
     Fault(
