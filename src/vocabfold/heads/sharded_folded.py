@@ -57,7 +57,6 @@ class RoutedScorer(TokenScorer):
     """
 
     owners: Tensor
-    index_at_owner: Tensor
 
     def __init__(self, whole: LoopedLinearScorer, owners: Tensor, group: Group = None) -> None:
         partition = whole.partition
@@ -74,7 +73,6 @@ class RoutedScorer(TokenScorer):
         self.register_buffer("owners", owners)
         self.register_buffer("place_at_owner", place_at_owner, persistent=False)  # [V], by position
         own = self._positions(owners, self.rank)
-        self.register_buffer("own_positions", own, persistent=False)
         self.register_buffer("own_tokens", partition.order[own], persistent=False)
         self.local: LoopedLinearScorer | None = None
         if len(own) > 0:
@@ -90,8 +88,7 @@ class RoutedScorer(TokenScorer):
             self.local = scorer
 
     place_at_owner: Tensor  # of each position, among its owner's tokens
-    own_positions: Tensor  # rising, as the owner's tokens lie
-    own_tokens: Tensor
+    own_tokens: Tensor  # of this process, in the order of their positions
     num_tokens: list[int]  # of each process
 
     def _positions(self, owners: Tensor, rank: int) -> Tensor:
@@ -128,6 +125,8 @@ class RoutedScorer(TokenScorer):
                 return hidden.new_zeros(len(hidden), num_columns, dtype=sum_dtype(hidden.dtype))  # no row comes here
             local = self.local.partition
             found = compute(self.local, hidden, local.group_of[places], local.slot_of[places])
+            if torch.is_grad_enabled() and not found.requires_grad:  # no row came: gradients are 0, not missing
+                found = found + sum(tensor[:0].sum() for tensor in (hidden, *self.local.parameters()))
             return found.to(sum_dtype(hidden.dtype))
 
         found = routed(hidden[rows].to(product_dtype(hidden)), places, self.owners[groups], there, self.group)
