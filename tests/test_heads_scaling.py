@@ -23,6 +23,8 @@ from experiments.heads.scaling_points import (
     points_of,
 )
 from experiments.study.trends import trend
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from scipy import stats
 
 from run_cases import TEXT, TINY, call, experiment, write_corpus
@@ -30,6 +32,7 @@ from scaling_cases import V, cost_rows, rows_with_slope, scaling_row
 from vocabfold import train
 from vocabfold.errors import UserError
 from vocabfold.heads import equal_partition
+from vocabfold.runs.settings import CONFIG_FOLDER, UNTUNED_RATE, scaling_learning_rate
 from vocabfold.runs.tables import write_table
 
 FOLDED = "linear_clustered_counts"
@@ -127,7 +130,9 @@ def test_at_equal_cost_the_largest_run_that_costs_no_more_is_compared() -> None:
     assert by_flops[0].budget == (4e6, 1.0) and by_flops[0].share == pytest.approx(0.8)
 
 
-def test_of_several_learning_rates_the_rule_s_is_taken_and_never_the_best(results: Path) -> None:
+def test_of_several_learning_rates_the_rule_s_is_taken_and_never_the_best(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [scaling_row("full_counts", 1e6, 0, 6.0), scaling_row(FOLDED, 1e6, 0, 5.9)]
     rows.append(scaling_row(FOLDED, 1e6, 0, 5.0, learning_rate=6e-3))
     (folded,) = points_of(pd.DataFrame(rows), 64, "text").query("head == @FOLDED").itertuples()
@@ -139,6 +144,10 @@ def test_of_several_learning_rates_the_rule_s_is_taken_and_never_the_best(result
     write_table(pd.DataFrame(rates), results / "text" / "scaling_learning_rates.csv")
     (folded,) = points_of(pd.DataFrame(rows), 64, "text").query("head == @FOLDED").itertuples()
     assert folded.learning_rate == 6e-3
+    write(results, rows[:2])
+    assert f"Not at the rate of the rule: `{FOLDED}` at 1 M (0.003, by the rule 0.006)." in words_of(
+        results, monkeypatch
+    )
 
 
 def test_runs_of_other_settings_are_refused_in_one_line() -> None:
@@ -172,6 +181,9 @@ def test_words_and_picture_say_what_is_there(results: Path, monkeypatch: pytest.
     assert "undecided with one seed" in goal and "yes (+0.030 for twice)" in goal
     assert ("8.0 (8.0 to 8.0), met | 1.05, met" in goal) == timed and ("not measured" in goal) != timed
     assert "`paper` at 0.5 M, 2 M, 4 M" in words
+    lead = words[words.index("At 2 M tokens, the largest budget") :].split("\n\n")[1]
+    assert lead.splitlines()[2].startswith("| one linear layer a group, clustered, count biases | `head=linear_clus")
+    assert ("| 0.942 (0.939 to 0.944) | 8.0 | 0.210 |" in lead) == timed and "| 5.710 ± 0.025 | 1 |" in lead
     assert "No full softmax was trained at any budget" in words  # of hidden 128
     assert "3.618 + 2.412" not in words and f"{0.6 * 5.92:.3f} + {0.4 * 5.92:.3f}, 0.300" in words
     for stem in ("heads_scaling", "heads_scaling_128"):
@@ -217,3 +229,93 @@ def test_all_heads_are_timed_side_by_side(results: Path, monkeypatch: pytest.Mon
     assert len(table) == 6
     assert experiment(monkeypatch, "heads_scaling", *options, *TEXT, *small, "model.hidden_size=8") == 0
     assert sorted(set(pd.read_csv(path)["hidden_size"])) == [8, 16]
+
+
+def write_rates(results: Path, best: dict[tuple[str, int, float], float]) -> None:
+    """scaling_learning_rates in which of three rates the one given is the best, by 0.1 nats over each seed."""
+    rows = [
+        scaling_row(
+            head, tokens, seed, 2.0 + 0.1 * (rate != wanted) + 0.01 * seed, learning_rate=rate, hidden_size=size
+        )
+        for (head, size, tokens), wanted in best.items()
+        for rate in {1.5e-3, 3e-3, 6e-3, wanted}
+        for seed in (0, 1)
+    ]
+    write_table(pd.DataFrame(rows), results / "text" / "scaling_learning_rates.csv")
+
+
+def test_the_rate_between_tuned_budgets_is_a_straight_line_of_logarithms(results: Path) -> None:
+    assert scaling_learning_rate("text", "a", 64, 1e6) == UNTUNED_RATE == 3e-3  # no table
+    write_rates(
+        results, {("a", 64, 0.5e6): 6e-3, ("a", 64, 2e6): 3e-3, ("b", 64, 0.5e6): 3e-3, ("a", 128, 2e6): 1.5e-3}
+    )
+    assert [scaling_learning_rate("text", "a", 64, tokens) for tokens in (0.5e6, 2e6)] == [6e-3, 3e-3]
+    assert scaling_learning_rate("text", "a", 64, 1e6) == 4.2e-3  # 3e-3 times the root of two
+    assert (
+        scaling_learning_rate("text", "a", 64, 0.1e6) == 6e-3 and scaling_learning_rate("text", "a", 64, 16e6) == 3e-3
+    )
+    assert (
+        scaling_learning_rate("text", "b", 64, 4e6) == 3e-3 and scaling_learning_rate("text", "a", 128, 1e5) == 1.5e-3
+    )
+    assert scaling_learning_rate("text", "c", 64, 1e6) == UNTUNED_RATE
+    assert scaling_learning_rate("text", "b", 128, 1e6) == UNTUNED_RATE
+    assert scaling_learning_rate("other", "a", 64, 1e6) == UNTUNED_RATE
+
+
+def test_runs_of_heads_scaling_take_their_rate_by_the_rule(results: Path) -> None:
+    write_rates(results, {("full_counts", 64, 0.5e6): 6e-3, ("full_counts", 64, 2e6): 3e-3})
+
+    def rate(*words: str) -> float:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            return float(compose("train", ["experiment=heads_scaling", "data=text", *words]).optimizer.learning_rate)
+
+    assert rate("head=full_counts") == 6e-3 and rate("head=full_counts", "training_tokens=1_000_000") == 4.2e-3
+    assert rate("head=full_counts", "budget.epochs=4") == 3e-3  # it is the tokens trained on that count
+    assert rate("head=full_counts", "size=hidden128") == 3e-3 and rate("head=full_untied_counts") == 3e-3
+    assert rate("head=full_counts", "optimizer.learning_rate=1e-3") == 1e-3
+    with pytest.raises(Exception, match="set it, at most to the text's length"):
+        rate("head=full_counts", "training_tokens=null")
+
+
+def test_the_recipe_serves_the_paper_s_experiments_too() -> None:
+    GlobalHydra.instance().clear()
+    for name in ("figure3_group_size", "order_matters"):
+        words = [f"experiment={name}", "data=text", "budget=scaling", "training_tokens=2_000_000"]
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            config = compose("train", [*words, "optimizer.learning_rate=3e-3"])
+            whole = compose("train", ["experiment=heads_scaling", "data=text", "training_tokens=2_000_000"])
+        assert config.optimizer == whole.optimizer and config.optimizer.warmup_steps == 49
+        for key in ("budget", "batch_size", "sequence_length", "training_tokens", "model"):
+            assert config[key] == whole[key], key
+
+
+def test_the_table_of_rates_tells_the_rule_and_what_lies_at_an_edge(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rates(results, {("a", 64, 0.5e6): 6e-3, ("a", 64, 2e6): 3e-3})
+    assert experiment(monkeypatch, "scaling_learning_rates", "draw", "text") == 0
+    words = (results / "text" / "scaling_learning_rates.md").read_text()
+    assert "| a | 64 | 0.5 M | 2.105 | 2.105 | **2.005** | 6 |" in words
+    assert "| a | 64 | 0.006 | 0.0042 | 0.003 | 0.003 | 0.003 | 0.003 |" in words
+    assert "may lie beyond: a at 0.5 M (0.006)." in words
+
+
+def test_rare_tokens_reads_the_largest_budget_of_heads_scaling(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(results.parent)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(results.parent / "cache"))
+    words = ["experiment=heads_scaling", "--multirun", "seed=0"]
+    tiny = [word for word in TINY if word != "budget=steps_2"]
+    heads = ["head=full_untied_counts,paper", "training_tokens=200,400"]
+    assert call(train.main, monkeypatch, *tiny, *words, *heads) == 0
+    assert call(train.main, monkeypatch, *tiny, *words, "head=paper", "training_tokens=600") == 0
+    assert experiment(monkeypatch, "rare_tokens", "measure", "--of", "heads_scaling", *TEXT) == 0
+    table = pd.read_csv(results / "text" / "rare_tokens.csv")
+    assert set(table["head"]) == {"full_untied_counts", "paper"} and table["tokens"].nunique() == 1
+    assert 200 < table["tokens"].iloc[0] <= 400
+    # what the runs saw is counted, not the whole text
+    assert table.query("sorted_by == 'rank'")["most_training_count"].max() < 100
+    assert experiment(monkeypatch, "rare_tokens", "draw", "text") == 0
+    assert (results / "text" / "rare_tokens.png").is_file()

@@ -139,6 +139,9 @@ def draw_points(points: pd.DataFrame, seconds: Mapping[str, float], path: Path) 
     draw_losses(axes[1, 1], points, looks, flops, "Training FLOPs (10¹²)")
     for axis, (column, label) in zip((axes[0, 2], axes[1, 2]), STEPS.items(), strict=True):
         draw_step(axis, points, looks, column, label)
+    trained = [math.prod(budget) / 1e6 for budget in budgets_of(points)]
+    for axis in (*axes[0], axes[1, 2]):
+        axis.set_xlim(min(trained) / 1.3, max(trained) * 1.3)  # one scale for all, even where few points are
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=6)
     figure.suptitle(caption(points), fontsize=7)
@@ -191,7 +194,7 @@ def draw_gaps(axis: Axes, points: pd.DataFrame, looks: dict[str, Any]) -> None:
         if line is not None:
             ends = np.geomspace(line.lowest, line.highest, 20)
             axis.plot(ends / 1e6, [line.at(end)[0] for end in ends], color=color, linestyle=dash, linewidth=0.8)
-    axis.set(xlabel="Training tokens (millions)", ylabel="Loss minus best full softmax (nats)")
+    axis.set(xlabel="Training tokens (millions)", ylabel="Loss minus best\nfull softmax (nats)")
     values = [0.0, *(float(value) for line in axis.lines for value in np.asarray(line.get_ydata(), dtype=float))]
     # The paper's head is so far off that the others would be one line: what is beyond is in the table.
     axis.set_ylim(max(SHOWN_GAPS[0], min(values) - 0.03), min(SHOWN_GAPS[1], max(values) + 0.03))
@@ -223,3 +226,4 @@ def finish(axis: Axes) -> None:
         label_plainly(axis, "{x:g}")
     else:
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, fontsize=7)
+        axis.set(xticks=[], yticks=[])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from experiments.heads.heads_cost import NO_HEAD
@@ -49,7 +50,7 @@ def arm_of(head: str, scorer: object, group_size: float, vocabulary_size: float)
 
 
 def points_of(table: pd.DataFrame, hidden_size: int, corpus: str) -> pd.DataFrame:
-    """The rows of one hidden size with their ``arm``, one a seed and budget.
+    """The rows of one hidden size with their ``arm`` and ``rate_by_rule``, one a seed and budget.
 
     Of runs that differ in the learning rate alone those stay whose rate is nearest to that of the rule
     (``scaling_learning_rate``): never those that did best on the validation text. Raises UserError where rows of
@@ -65,10 +66,10 @@ def points_of(table: pd.DataFrame, hidden_size: int, corpus: str) -> pd.DataFram
         for head, tokens, epochs in rows[["head", *BUDGET]].drop_duplicates().itertuples(index=False)
     }
     keys = rows[["head", *BUDGET]].itertuples(index=False, name=None)
-    distance = [abs(math.log(rate / wanted[key])) for rate, key in zip(rows["learning_rate"], keys, strict=True)]
-    rows = rows.assign(distance=distance)
-    nearest = rows.groupby(["arm", *BUDGET])["distance"].transform("min")
-    rows = rows[rows["distance"] <= nearest + 1e-9].drop(columns="distance")
+    rows = rows.assign(rate_by_rule=[wanted[key] for key in keys])
+    distance = np.log(rows["learning_rate"] / rows["rate_by_rule"]).abs()
+    nearest = distance.groupby([rows[name] for name in ("arm", *BUDGET)]).transform("min")
+    rows = rows[distance <= nearest + 1e-9]
     if (repeated := rows[rows.duplicated(["arm", *BUDGET, "seed"])]).any(axis=None):
         first = repeated.iloc[0]
         raise UserError(

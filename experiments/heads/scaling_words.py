@@ -9,6 +9,7 @@ import pandas as pd
 
 from experiments.heads.heads_cost import NO_HEAD
 from experiments.heads.scaling_points import (
+    BUDGET,
     FULL,
     Cost,
     Matched,
@@ -30,6 +31,17 @@ from vocabfold.measure.speed import ratio_summary
 Budget = tuple[float, float]
 # What a folded head is wanted to reach beside the best full softmax at equal tokens.
 MOST_RATIO, MOST_RATIO_HIGH, LEAST_SPEED, MOST_MEMORY = 1.00, 1.01, 5.0, 1.1
+NAMES = {
+    "full_untied_counts": "full softmax, untied, count biases",
+    "full_counts": "full softmax, tied as GPT-2 has it, count biases",
+    "adaptive": "adaptive softmax (torch)",
+    "paper": "the paper's: one shared layer, a scale and a shift a group",
+    "paper, S = 3,866": "the paper's with 13 large groups",
+    "linear_clustered": "one linear layer a group, clustered",
+    "linear_clustered_counts": "one linear layer a group, clustered, count biases",
+    "conditioned_clustered": "one linear layer a group that sees its group first, clustered, count biases",
+}
+SEVERAL = 2  # seeds, with which a headline has an interval
 MANY_TOKENS = 1e12  # beyond which a number says nothing more
 
 
@@ -37,10 +49,11 @@ def caption(points: pd.DataFrame) -> str:
     """What was trained, how often."""
     first = points.iloc[0]
     seeds = points.groupby(["arm", "training_tokens", "epochs"])["seed"].nunique()
-    counts = f"{seeds.min()} to {seeds.max()}" if seeds.min() < seeds.max() else f"{seeds.max()}"
+    counts = f"{seeds.min()} to {seeds.max()} seeds" if seeds.min() < seeds.max() else f"{seeds.max()} seeds"
+    counts = "1 seed" if seeds.max() == 1 else counts
     return (
         f"{first['corpus']}; hidden {first['hidden_size']:.0f}, {first['num_layers']:.0f} layers; "
-        f"{counts} seeds a point, 95% intervals over seeds where there are two or more; {len(points)} runs"
+        f"{counts} a point, 95% intervals over seeds where there are two or more; {len(points)} runs"
     )
 
 
@@ -76,9 +89,42 @@ def markdown(points: pd.DataFrame, costs: Mapping[str, Cost], corpus: str) -> st
     """Everything about one hidden size."""
     size = int(points["hidden_size"].iloc[0])
     lines = [f"## {corpus}, hidden {size}", "", f"{caption(points)}.", ""]
-    for section in (losses, gaps, trends, goals, equal_costs, steps):
+    for section in (headline, losses, gaps, trends, goals, equal_costs, steps):
         lines += [*section(points, costs), ""]
     return "\n".join([*lines, *notes(points, costs), ""])
+
+
+def headline(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
+    """Every head at the largest budget at which a folded head and a full softmax have several seeds, or one seed where
+    none has: loss, perplexity ratio, speed and memory."""
+    counts = {
+        budget: max((one.count for arm in folded_arms(points) if (one := gap(points, arm, budget))), default=0)
+        for budget in budgets_of(points)
+    }
+    enough = [budget for budget, count in counts.items() if count >= min(SEVERAL, max(counts.values()))]
+    if not max(counts.values()):
+        return ["No budget has both a full softmax and a folded head."]
+    budget = enough[-1]
+    full = best_full(points, budget)
+    several = (
+        f"with {SEVERAL} seeds or more of both sides" if counts[budget] >= SEVERAL else "with both sides, one seed"
+    )
+    lines = [f"At {named(budget)} tokens, the largest budget {several}:", ""]
+    lines += header_of("head", "setting", "loss", "perplexity, best full = 1 (95%)", "speed", "GiB")
+    arms = set(at_budget(points, budget)["arm"])
+    rows = {arm: loss_at(points, arm, budget, "validation_loss_nats") for arm in arms_by_loss(points) if arm in arms}
+    for arm, (mean, half_width, _) in sorted(rows.items(), key=lambda item: item[1][0]):
+        found = gap(points, arm, budget)
+        ratio = "1" if arm == full else "" if found is None else ratio_of(found)
+        speed = memory = "not measured"
+        if arm in costs:
+            memory = f"{costs[arm].peak_memory_gib:.3f}"
+            if full in costs:
+                speed = f"{ratio_summary({name: costs[name].seconds for name in (arm, full)}, full, arm).median:.1f}"
+        head = points.loc[points["arm"] == arm, "head"].iloc[0]
+        loss = f"{mean:.3f}" + ("" if math.isnan(half_width) else f" ± {half_width:.3f}")
+        lines.append(row_of(NAMES.get(arm, arm), f"`head={head}`", loss, ratio, speed, memory))
+    return lines
 
 
 def losses(points: pd.DataFrame, _: Mapping[str, Cost]) -> list[str]:
@@ -262,6 +308,10 @@ def notes(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
     rates = points.groupby("arm")["learning_rate"].agg(lambda values: sorted(set(values)))
     told = "; ".join(f"`{arm}` " + ", ".join(f"{rate:g}" for rate in rates[arm]) for arm in arms)
     lines = [f"Learning rates: {told}."]
+    off = points[(points["learning_rate"] - points["rate_by_rule"]).abs() > 1e-9]
+    others = off[["arm", *BUDGET, "learning_rate", "rate_by_rule"]].drop_duplicates().itertuples(index=False)
+    untuned = [f"`{one[0]}` at {named(one[1:3])} ({one[3]:g}, by the rule {one[4]:g})" for one in others]
+    lines += [f"Not at the rate of the rule: {'; '.join(untuned)}."] if untuned else []
     lines += [f"Not run: {'; '.join(missing)}."] if missing else []
     lines += [f"Speed not measured: {', '.join(untimed)}."] if untimed else []
     speeds = "; ".join(

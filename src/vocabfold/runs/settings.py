@@ -72,6 +72,7 @@ class WandbSettings:
     mode: str = MISSING
     project: str = MISSING
     entity: str | None = None
+    group: str | None = None  # what runs stand together as; None: corpus/experiment
 
 
 @dataclass
@@ -288,15 +289,16 @@ def best_scaling_rates(table: pd.DataFrame) -> dict[tuple[str, int], dict[float,
 
 def rate_of_scaling_run(_root_: DictConfig) -> float:
     """``scaling_learning_rate`` of the run that a configuration describes."""
-    tokens = training_tokens_of(_root_) * _root_.budget.epochs
+    tokens = tokens_to_train(_root_)
     return scaling_learning_rate(corpus_of(_root_.data), _root_.head.name, _root_.model.hidden_size, tokens)
 
 
-def training_tokens_of(_root_: DictConfig) -> int:
-    """The setting. Raises UserError where it is not set."""
+def tokens_to_train(_root_: DictConfig) -> float:
+    """``training_tokens`` times how often they are read; once where epochs do not end the training. Raises UserError
+    where they are not set."""
     if _root_.training_tokens is None:
         raise UserError("this experiment counts its steps from training_tokens: set it, at most to the text's length")
-    return int(_root_.training_tokens)
+    return float(_root_.training_tokens * (_root_.budget.epochs or 1))
 
 
 def model_has_tokens(_root_: DictConfig) -> bool:
@@ -308,7 +310,7 @@ def share_of_steps(share: float, _root_: DictConfig) -> int:
     """The optimizer steps that are ``share`` of a run over ``training_tokens``. Raises UserError where those are not
     set."""
     tokens_a_step = _root_.batch_size * _root_.sequence_length * _root_.gradient_accumulation
-    return round(share * _root_.budget.epochs * training_tokens_of(_root_) / tokens_a_step)
+    return round(share * tokens_to_train(_root_) / tokens_a_step)
 
 
 OmegaConf.register_new_resolver("corpus", lambda _root_: corpus_of(_root_.data), replace=True)
