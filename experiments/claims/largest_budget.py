@@ -123,7 +123,8 @@ def order_at_most_tokens(_: str) -> Finding:
         return {"bpe", "frequency", "random"} <= set(with_plain_orders(rows)["partition_order"])
 
     corpus, rows = largest("order_matters", decides)
-    return Finding(tuple(order_checks(with_plain_orders(rows), title_of(corpus, rows))))
+    title = title_of(corpus, rows)
+    return Finding(tuple(order_checks(with_plain_orders(rows), f"results/{corpus}/order_matters.csv", title)))
 
 
 def evidence(name: str) -> tuple[str, ...]:

@@ -101,8 +101,10 @@ def order(corpus: str) -> Finding:
     return Finding(tuple(order_checks(table, f"results/{corpus}/order_matters.csv")))
 
 
-def order_checks(table: pd.DataFrame, place: str) -> list[Check]:
-    """At no group size may token-id order be worse than another; ``place``: where the rows are from."""
+def order_checks(table: pd.DataFrame, place: str, text: str = "") -> list[Check]:
+    """At no group size may token-id order be worse than another; ``place``: where the rows are from, ``text``: which
+    text and budget, where that is not the report's own."""
+    text = f"{text}: " if text else ""
     checks = []
     for other in ("frequency", "random"):
         differences = {
@@ -116,8 +118,10 @@ def order_checks(table: pd.DataFrame, place: str) -> list[Check]:
         found = ", ".join(
             f"S = {size}: {found.mean:+.3f} ± {found.half_width:.3f}" for size, found in differences.items()
         )
-        asked = f"at no group size is token-id order worse than {other} order by more than {MARGIN_NATS} nats (95%)"
-        checks.append(Check(asked, f"token ids minus {other}: {found}", not worse))
+        asked = (
+            f"{text}at no group size is token-id order worse than {other} order by more than {MARGIN_NATS} nats (95%)"
+        )
+        checks.append(Check(asked, f"{text}token ids minus {other}: {found}", not worse))
     return checks
 
 
