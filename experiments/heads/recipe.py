@@ -155,7 +155,7 @@ def effects_of(runs: pd.DataFrame) -> list[Effect]:
     differ in that part alone."""
     effects = []
     for key, rows in runs.groupby(KEY, sort=False):
-        family, tokens, epochs, rate = key
+        family, tokens, epochs, rate = str(key[0]), *map(number, key[1:])
         group = f"{family}, {tokens * epochs / 1e6:g} M tokens" + (f", rate {rate:g}" if several_rates(runs) else "")
         for part in PARTS:
             pairs = pairs_of(rows, part)
@@ -165,6 +165,11 @@ def effects_of(runs: pd.DataFrame) -> list[Effect]:
                     difference = paired_difference(chosen["with"].tolist(), chosen["without"].tolist())
                     effects.append(Effect(group, part, end, difference))
     return effects
+
+
+def number(value: object) -> float:
+    """A number that pandas groups by."""
+    return float(str(value))
 
 
 def several_rates(runs: pd.DataFrame) -> bool:
@@ -213,8 +218,8 @@ def markdown(runs: pd.DataFrame, effects: list[Effect]) -> str:
     lines += ["## Every combination", "", "| what | " + " | ".join(PARTS) + " | loss (nats) | seeds |"]
     lines.append("|---" * (len(PARTS) + 3) + "|")
     for key, rows in runs.groupby([*KEY, *PARTS], sort=True):
-        family, tokens, epochs, rate, *flags = key
-        marks = " | ".join("yes" if flag else "" for flag in flags)
+        family, tokens, epochs, rate = str(key[0]), *map(number, key[1:4])
+        marks = " | ".join("yes" if flag else "" for flag in key[4:])
         loss = rows["validation_loss_nats"].mean()
         what = f"{family}, {tokens * epochs / 1e6:g} M, rate {rate:g}"
         lines.append(f"| {what} | {marks} | {loss:.3f} | {rows['seed'].nunique()} |")

@@ -10,10 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
-from experiments.heads.heads_cost import NO_HEAD
 from experiments.study.statistics import Difference, difference_over_seeds, mean_and_interval, paired_difference
 from experiments.study.trends import Trend, trend
 from vocabfold.errors import UserError
@@ -21,6 +19,7 @@ from vocabfold.measure.speed import tokens_per_second
 from vocabfold.runs.settings import scaling_learning_rate
 
 FULL = ("full_untied_counts", "full_counts", "full_untied", "full")
+NOT_FOLDED = ("adaptive", "chunked", "fused")  # nor full
 BUDGET = ["training_tokens", "epochs"]
 COLUMNS = ("training_tokens", "epochs", "validation_loss_nats", "flops_per_token", "num_parameters")
 ROOT_FACTOR = 2.0  # group sizes nearer to the root of V than this bear the plain name of their head
@@ -67,7 +66,7 @@ def points_of(table: pd.DataFrame, hidden_size: int, corpus: str) -> pd.DataFram
     }
     keys = rows[["head", *BUDGET]].itertuples(index=False, name=None)
     rows = rows.assign(rate_by_rule=[wanted[key] for key in keys])
-    distance = np.log(rows["learning_rate"] / rows["rate_by_rule"]).abs()
+    distance = (rows["learning_rate"] / rows["rate_by_rule"]).map(math.log).abs()
     nearest = distance.groupby([rows[name] for name in ("arm", *BUDGET)]).transform("min")
     rows = rows[distance <= nearest + 1e-9]
     if (repeated := rows[rows.duplicated(["arm", *BUDGET, "seed"])]).any(axis=None):
@@ -180,8 +179,8 @@ def costs_of(timed: pd.DataFrame | None, hidden_size: int) -> dict[str, Cost]:
 
 
 def folded_arms(points: pd.DataFrame) -> list[str]:
-    """The arms whose head has groups of the partition's own, the least loss at the largest budget first."""
-    folded = points[points["scorer"].notna() & ~points["head"].isin([*FULL, NO_HEAD])]
+    """The arms that fold the vocabulary, the least loss at the largest budget first."""
+    folded = points[~points["head"].isin([*FULL, *NOT_FOLDED])]
     return [arm for arm in arms_by_loss(points) if arm in set(folded["arm"])]
 
 

@@ -119,7 +119,7 @@ def headline(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
         speed = memory = "not measured"
         if arm in costs:
             memory = f"{costs[arm].peak_memory_gib:.3f}"
-            if full in costs:
+            if full is not None and full in costs:
                 speed = f"{ratio_summary({name: costs[name].seconds for name in (arm, full)}, full, arm).median:.1f}"
         head = points.loc[points["arm"] == arm, "head"].iloc[0]
         loss = f"{mean:.3f}" + ("" if math.isnan(half_width) else f" ± {half_width:.3f}")
@@ -224,7 +224,7 @@ def cost_goals(points: pd.DataFrame, costs: Mapping[str, Cost], arm: str, budget
     """Speed, memory, slope and equal time of one folded arm."""
     full, line = best_full(points, budget), gap_trend(points, arm)
     speed = memory = ahead = "not measured"
-    if arm in costs and full in costs:
+    if arm in costs and full is not None and full in costs:
         found = ratio_summary({name: costs[name].seconds for name in (arm, full)}, full, arm)
         speed = f"{found.median:.1f} ({found.low:.1f} to {found.high:.1f}), {yes(found.median >= LEAST_SPEED)}"
     if arm in costs and NO_HEAD in costs:

@@ -283,7 +283,7 @@ def best_scaling_rates(table: pd.DataFrame) -> dict[tuple[str, int], dict[float,
     table = table.assign(budget=table["training_tokens"] * table["epochs"])
     for (head, size, budget), rows in table.groupby(["head", "hidden_size", "budget"]):
         means = rows.groupby("learning_rate")["validation_loss_nats"].mean()
-        best.setdefault((str(head), int(size)), {})[float(budget)] = float(means.idxmin())
+        best.setdefault((str(head), int(float(str(size)))), {})[float(str(budget))] = float(str(means.idxmin()))
     return best
 
 
