@@ -64,6 +64,19 @@ def test_a_part_is_worth_what_pairs_that_differ_in_it_alone_say(results: Path) -
     assert {one.group for one in effects_of(runs_of("text"))} == {"full softmax, 0.5 M tokens"}
 
 
+def test_runs_that_differ_in_something_else_are_refused_in_one_line(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = results / "text" / "recipe.csv"
+    table = pd.read_csv(path)
+    pd.concat([table, table.iloc[:1].assign(run="another")]).to_csv(path, index=False)
+    assert experiment(monkeypatch, "recipe", "draw", "text") == 2
+    assert capfd.readouterr().err.count("\n") == 1
+    path.unlink()
+    pd.concat([table, table.assign(hidden_size=128, run=table["run"] + "wide")]).to_csv(path, index=False)
+    assert {one.group.rpartition(", ")[2] for one in effects_of(runs_of("text"))} == {"hidden 64", "hidden 128"}
+
+
 def test_words_and_picture(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert experiment(monkeypatch, "recipe", "draw", "text") == 0
     words = (results / "text" / "recipe.md").read_text()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from experiments.study.collecting import budget_columns, collect_with_settings
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save
 from experiments.study.measuring import add_settings
 from experiments.study.statistics import Difference, paired_difference
+from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import RESULTS, read_table
@@ -52,7 +53,7 @@ FAMILIES = {
     "linear_clustered_counts": ("one linear layer a group, clustered", True, False),
     "conditioned_clustered": ("conditioned on the group, clustered", True, False),
 }
-KEY = ["family", "training_tokens", "epochs", "learning_rate"]
+KEY = ["family", "training_tokens", "epochs", "learning_rate", "hidden_size"]
 ENDS = ("added to the old", "left out of the new", "all pairs")
 END_LOOKS = {ENDS[0]: (COLORS["orange"], "s"), ENDS[1]: (COLORS["blue"], "o"), ENDS[2]: (GREY, "D")}
 
@@ -109,8 +110,8 @@ def draw(corpus: str) -> None:
 
 
 def runs_of(corpus: str) -> pd.DataFrame:
-    """The runs of recipe, a boolean column a part, and those of heads_scaling at the same budgets and rates, which have
-    all parts that their optimizer could have."""
+    """The runs of recipe, a boolean column a part, and those of heads_scaling at the same budgets, rates and sizes,
+    which have all parts that their optimizer could have. Raises UserError where runs differ in something else."""
     table = read_table(NAME, corpus)
     table = table[table["head"].isin(FAMILIES)]
     of_head = table["head"].map(FAMILIES)
@@ -123,10 +124,16 @@ def runs_of(corpus: str) -> pd.DataFrame:
         counts=table["count_biases"].astype(bool),
         tied=table["tied"].astype(bool),
     )
+    if (repeated := runs[runs.duplicated([*KEY, *PARTS, "seed"])]).any(axis=None):
+        first = repeated.iloc[0]
+        raise UserError(
+            f"results/{corpus}/{NAME}.csv has several runs of {first['head']} with the same parts and seed, such as "
+            f"{first['run']}: keep runs of other settings in another experiment"
+        )
     if not (RESULTS / corpus / f"{WHOLE}.csv").is_file():
         return runs
     whole = read_table(WHOLE, corpus)
-    whole = whole[whole["head"].isin(FAMILIES) & (whole["hidden_size"].isin(runs["hidden_size"]))]
+    whole = whole[whole["head"].isin(FAMILIES)]
     of_head = whole["head"].map(FAMILIES)
     parts = {name: value for name, value in NEW.items() if name not in ("counts", "tied")}
     whole = whole.assign(
@@ -155,8 +162,7 @@ def effects_of(runs: pd.DataFrame) -> list[Effect]:
     differ in that part alone."""
     effects = []
     for key, rows in runs.groupby(KEY, sort=False):
-        family, tokens, epochs, rate = str(key[0]), *map(number, key[1:])
-        group = f"{family}, {tokens * epochs / 1e6:g} M tokens" + (f", rate {rate:g}" if several_rates(runs) else "")
+        group = name_of(key, runs)
         for part in PARTS:
             pairs = pairs_of(rows, part)
             for end, base in zip(ENDS, (OLD, NEW, None), strict=True):
@@ -172,9 +178,12 @@ def number(value: object) -> float:
     return float(str(value))
 
 
-def several_rates(runs: pd.DataFrame) -> bool:
-    """Whether the runs have more than one learning rate."""
-    return bool(runs["learning_rate"].nunique() > 1)
+def name_of(key: Sequence[object], runs: pd.DataFrame) -> str:
+    """A family and budget in words, with rate and hidden size where the runs have several."""
+    tokens, epochs, rate, size = map(number, key[1 : len(KEY)])
+    words = f"{key[0]}, {tokens * epochs / 1e6:g} M tokens"
+    words += f", rate {rate:g}" if runs["learning_rate"].nunique() > 1 else ""
+    return words + (f", hidden {size:g}" if runs["hidden_size"].nunique() > 1 else "")
 
 
 def pairs_of(rows: pd.DataFrame, part: str) -> pd.DataFrame:
@@ -218,10 +227,8 @@ def markdown(runs: pd.DataFrame, effects: list[Effect]) -> str:
     lines += ["## Every combination", "", "| what | " + " | ".join(PARTS) + " | loss (nats) | seeds |"]
     lines.append("|---" * (len(PARTS) + 3) + "|")
     for key, rows in runs.groupby([*KEY, *PARTS], sort=True):
-        family, tokens, epochs, rate = str(key[0]), *map(number, key[1:4])
-        marks = " | ".join("yes" if flag else "" for flag in key[4:])
-        loss = rows["validation_loss_nats"].mean()
-        what = f"{family}, {tokens * epochs / 1e6:g} M, rate {rate:g}"
+        marks = " | ".join("yes" if flag else "" for flag in key[len(KEY) :])
+        loss, what = rows["validation_loss_nats"].mean(), name_of(key, runs)
         lines.append(f"| {what} | {marks} | {loss:.3f} | {rows['seed'].nunique()} |")
     lines += [
         "",

@@ -42,7 +42,7 @@ NAMES = {
     "conditioned_clustered": "one linear layer a group that sees its group first, clustered, count biases",
 }
 SEVERAL = 2  # seeds, with which a headline has an interval
-MANY_TOKENS = 1e12  # beyond which a number says nothing more
+MANY_TOKENS = 1e12  # beyond which a number says nothing
 
 
 def caption(points: pd.DataFrame) -> str:
@@ -182,6 +182,8 @@ def meeting(line: Trend) -> str:
     if line.p_value > LEVEL:
         return "its slope cannot be told from 0: nowhere that these points could say"
     found = line.crossing()
+    if found.place > MANY_TOKENS:
+        return f"beyond {MANY_TOKENS / 1e6:,.0f} M tokens: nowhere that could be trained"
     words = f"at {millions(found.place)} tokens ({millions(found.low)} to {millions(found.high)})"
     if found.place < line.lowest:
         return f"{words}: before the smallest budget"
@@ -192,7 +194,7 @@ def meeting(line: Trend) -> str:
 
 def millions(tokens: float) -> str:
     """A number of tokens that a line gave."""
-    return f"{tokens / 1e6:,.1f} M" if tokens < MANY_TOKENS else f"over {MANY_TOKENS / 1e6:,.0f} M"
+    return f"{tokens / 1e6:,.1f} M" if tokens < MANY_TOKENS else f"{MANY_TOKENS / 1e6:,.0f} M and more"
 
 
 def goals(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
