@@ -16,6 +16,7 @@ from test_records import settings_of
 from vocabfold.runs.record import SUMMARIES, RunRecord, tags_of
 from vocabfold.runs.tables import RUN_COLUMNS
 
+PARTS = ("validation_group_loss", "validation_token_loss")
 COMPRESSED = ("start=compress", "start.run=run", "embedding=int8")
 
 
@@ -34,8 +35,8 @@ class Mirror:
     def define_metric(self, name: str, summary: str) -> None:
         self.metrics[name] = summary
 
-    def finish(self) -> None:
-        self.told["finished"] = True
+    def finish(self, exit_code: int = 0) -> None:
+        self.told["finished"] = exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,17 @@ def test_the_mirror_is_told_group_kind_tags_and_what_is_best(
     assert mirror.told["finished"]
 
 
+def test_runs_of_heads_scaling_stand_together_by_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = Mirror()
+    monkeypatch.setattr("wandb.init", mirror.init)
+    words = ["experiment=heads_scaling", "head=full_counts", "training_tokens=1000"]
+    settings = settings_of("wandb.mode=offline", *words)
+    RunRecord(tmp_path / "run", settings, 0, {"head": "full_counts"}).fail()
+    assert mirror.told["group"] == "text/heads_scaling/full_counts"
+    assert {"head:full_counts", "corpus:text", "training_tokens:1000"} < set(mirror.told["tags"])
+    assert mirror.told["config"]["training_tokens"] == 1000
+
+
 def test_a_tag_is_never_longer_than_the_server_takes() -> None:
     (tag,) = tags_of({"corpus": "x" * 100, "head": None})
     assert len(tag) == 64 and tag.startswith("corpus:xxx")
@@ -84,17 +96,23 @@ def test_the_workspace_has_the_report_s_panels(monkeypatch: pytest.MonkeyPatch, 
     assert (sent["entity"], sent["project"], sent["displayName"]) == ("someone", "p", "vocabfold: the report, text")
     built = sent["spec"]["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in built] == list(sections)
-    kinds = {"curve": "Run History Line Plot", "bar": "Bar Chart", "point": "Scatter Plot"}
+    kinds = {
+        "curve": "Run History Line Plot",
+        "curve of runs": "Run History Line Plot",
+        "bar": "Bar Chart",
+        "point": "Scatter Plot",
+    }
     for section, panels in zip(built, sections.values(), strict=True):
         assert [panel["viewType"] for panel in section["panels"]] == [kinds[kind] for kind, _, _ in panels]
         for panel, (kind, column, _) in zip(section["panels"], panels, strict=True):
             shown = json.dumps(panel["config"])
-            assert (column if kind == "curve" else f"result.{column}") in shown
+            assert (column if kind.startswith("curve") else f"result.{column}") in shown
+            assert panel["config"].get("xLogScale", False) == (kind == "curve of runs")
     assert "corpus:text" in json.dumps(sent["spec"]["section"]["runSets"])
 
 
 def test_every_panel_shows_what_runs_write() -> None:
-    known = {*RUN_COLUMNS, *SUMMARIES, "step", "train_loss", *(key for _, rows in tables() for key in rows[0])}
+    known = {*RUN_COLUMNS, *SUMMARIES, "step", "train_loss", *PARTS, *(key for _, rows in tables() for key in rows[0])}
     settings = {"head.name", "embedding.name"}
     for panels in SECTIONS.values():
         for _, column, against in panels:

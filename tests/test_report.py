@@ -15,6 +15,7 @@ from experiments.study.statistics import difference_over_seeds
 
 from figure_cases import write_documents
 from run_cases import experiment
+from scaling_cases import scaling_row
 from test_figures import REPOSITORY, caching_tables, run_row, tables, write_side_tables
 from vocabfold.runs.tables import write_table
 
@@ -160,6 +161,12 @@ def every_table(copy: Path) -> Path:
         run_row("gpt2", head, None, 0, **judged, grammar_of_10=score) for head, score in (("full", 5.0), ("paper", 4.6))
     ]
     write_table(pd.DataFrame(stories), folder / "table1_story_quality.csv")
+    paper = [
+        scaling_row(head, 1e6, seed, 6.0 + 0.1 * seed + more, corpus="tiny")
+        for seed in (0, 1)
+        for head, more in (("full_untied_counts", 0.0), ("full_counts", 0.02), ("paper", 0.01 + 0.001 * seed))
+    ]
+    write_table(pd.DataFrame(paper), folder / "heads_scaling.csv")
     loops = [
         {
             "corpus": "tiny",
@@ -200,6 +207,29 @@ def test_every_claim_has_a_verdict_once_its_table_is_there(claims: Any, every_ta
     assert verdict_of(claims, "tiny", "implied", "order that a tensor train") == "not reproduced"
     assert verdict_of(claims, "tiny", "summary", "faster") == "not reproduced"
     assert verdict_of(claims, "tiny", "Figure 7") == "not reproduced"
+    assert verdict_of(claims, "tiny", "abstract", "at the largest budget") == "reproduced"  # within 0.05 nats
+    assert verdict_of(claims, "tiny", "method", "likeliest group") == "not reproduced"  # 0.3
+    assert "tiny, hidden 64, 1 M tokens, paper minus full_untied_counts: " in text
+
+
+def test_the_largest_budget_decides_whatever_text_it_is_of(claims: Any, copy: Path) -> None:
+    def verdicts() -> list[str]:
+        return [
+            verdict_of(claims, "stories", *words)
+            for words in (("Figure 3, right", "largest"), ("method", "merges stands in for the order by frequency, on"))
+        ]
+
+    rows = [run_row("gpt2", "paper", size, seed, tokens=9e9, corpus="long", group_accuracy=0.95)
+            for size in (14, 56, 104, 364, 3864) for seed in (0, 1)]  # fmt: skip
+    hump = [row | {"validation_loss_nats": 4 + {104: 0.5, 56: 0.3, 364: 0.4}.get(row["group_size"], 0)} for row in rows]
+    write_table(pd.DataFrame(hump).assign(experiment="x"), copy / "long" / "figure3_group_size.csv")
+    text, _ = claims.report("stories")
+    assert "long, 9000.0 M tokens: worst at S = 104, 4.500 nats" in text
+    assert "tinystories, 0.5 M tokens: token ids minus frequency" in text
+    before = verdicts()
+    flat = [row | {"validation_loss_nats": 4 + row["group_size"] / 1e4} for row in rows]
+    write_table(pd.DataFrame(flat).assign(experiment="x"), copy / "long" / "figure3_group_size.csv")
+    assert verdicts()[0] == "not reproduced" != before[0] and verdicts()[1] == before[1]
 
 
 def test_a_difference_over_seeds_pairs_what_both_arms_have() -> None:

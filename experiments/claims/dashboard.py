@@ -22,9 +22,16 @@ CORPORA = ("",)  # without a name: the runs of all texts
 NAME = "vocabfold: the report"
 # A section for each part of the report: its title, with the experiments that it is about, and its panels as (kind, what
 # is drawn, against what): a curve a head, a bar a group of runs, or a point a run. A workspace has one list of runs;
-# they stand grouped by corpus/experiment there, so that the others can be hidden.
-CURVE, BAR, POINT = "curve", "bar", "point"
+# they stand grouped by corpus/experiment (heads_scaling: /head) there, so that the others can be hidden.
+# What a run logs once, at its end, is one point of the curve of its head: with "curve of runs" a logarithmic axis.
+CURVE, CURVE_OF_RUNS, BAR, POINT = "curve", "curve of runs", "bar", "point"
 SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "Loss against training tokens by head (heads_scaling)": (
+        (CURVE_OF_RUNS, "validation_loss_nats", "tokens"),
+        (CURVE_OF_RUNS, "validation_group_loss", "tokens"),
+        (CURVE_OF_RUNS, "validation_token_loss", "tokens"),
+        (CURVE, "train_loss", "tokens"),
+    ),
     "On par with GPT-2 and GPT-Neo (main_comparison)": (
         (CURVE, "validation_loss_nats", "step"),
         (BAR, "validation_loss_nats", "head.name"),
@@ -67,9 +74,10 @@ def workspace(entity: str, project: str, corpus: str) -> Any:
 
     def panel(kind: str, column: str, against: str) -> Any:
         value = panels.SummaryMetric(f"{RESULT}.{column}")
-        if kind == CURVE:
-            axis = "Step" if against == "step" else against
-            return panels.LinePlot(title=column, x=axis, y=[column], groupby=panels.Config("head.name"))
+        if kind in (CURVE, CURVE_OF_RUNS):
+            axis, of_runs = "Step" if against == "step" else against, kind == CURVE_OF_RUNS
+            by = panels.Config("head.name")
+            return panels.LinePlot(title=column, x=axis, y=[column], groupby=by, log_x=of_runs or None)
         if kind == BAR:
             by = panels.Config(against)
             return panels.BarPlot(title=f"{column} by {against}", metrics=[value], groupby=by, groupby_aggfunc="mean")

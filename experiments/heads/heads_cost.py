@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -49,21 +49,29 @@ class NoHead(nn.Module):
         return HeadLoss(hidden.mean(), (targets != IGNORE_INDEX).sum())
 
 
-def heads_of(overrides: Sequence[str]) -> dict[str, Settings]:
-    """The settings of each head of experiment=heads_pareto on the text that ``overrides`` choose."""
+def heads_of(
+    overrides: Sequence[str],
+    experiment: str = "heads_pareto",
+    heads: Sequence[str] = (),
+    variants: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Settings]:
+    """The settings of each of the ``heads`` (none named: those of the experiment's own sweep) on the text that
+    ``overrides`` choose; ``variants``: further methods by name, each by its overrides."""
     settings = {}
-    words = ["experiment=heads_pareto", f"optimizer.learning_rate={LEARNING_RATE}", *overrides]
+    words = [f"experiment={experiment}", f"optimizer.learning_rate={LEARNING_RATE}", *overrides]
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        names = str(compose("train", words, return_hydra_config=True).hydra.sweeper.params.head).split(",")
-        for name in names:
-            settings[name] = settings_from(compose("train", [*words, f"head={name}", f"run_dir=none/{name}"]))
+        swept = str(compose("train", words, return_hydra_config=True).hydra.sweeper.params.head).split(",")
+        chosen = {name: [f"head={name}"] for name in heads or swept} | dict(variants or {})
+        for name, own in chosen.items():
+            settings[name] = settings_from(compose("train", [*words, *own, f"run_dir=none/{own[0].partition('=')[2]}"]))
     return settings
 
 
 def measure_steps(heads: dict[str, Settings], corpus: Corpus, rounds: int, device: torch.device) -> pd.DataFrame:
-    """One row a method and round."""
+    """One row a method and round. The backbone of ``NO_HEAD`` is that of the first head."""
     trainers = {name: Trainer(settings, corpus, Ranks(), device) for name, settings in heads.items()}
-    trainers[NO_HEAD] = Trainer(heads[REFERENCE], corpus, Ranks(), device)
+    first = next(iter(heads.values()))
+    trainers[NO_HEAD] = Trainer(first, corpus, Ranks(), device)
     trainers[NO_HEAD].model.head = NoHead()  # type: ignore[assignment]
     methods = {
         name: lambda trainer=trainer: trainer.train_step(LEARNING_RATE, False) for name, trainer in trainers.items()
@@ -72,7 +80,7 @@ def measure_steps(heads: dict[str, Settings], corpus: Corpus, rounds: int, devic
     rows = []
     for name, trainer in trainers.items():
         memory = peak_memory_of(methods[name], device, live_tensors(trainer.model, trainer.optimizer))
-        settings = heads.get(name, heads[REFERENCE])
+        settings = heads.get(name, first)
         row = {
             **corpus.described,
             "hidden_size": settings.model.hidden_size,

@@ -4,7 +4,8 @@
     python -m experiments order_matters measure
     python -m experiments order_matters draw [CORPUS ...]
 
-results/CORPUS/order_matters.csv (the paper's scorer, three sizes) and heads_pareto.csv (one linear layer a group)
+results/CORPUS/order_matters.csv (the paper's scorer, up to three sizes; of several budgets the largest) and
+heads_pareto.csv (one linear layer a group; on a text without it the runs of heads_scaling at the same budget)
 -> results/CORPUS/order_matters.png and .md; with heads_pareto_curves.csv also order_matters_group_accuracy.png: how
 often the likeliest group is the right one, by group size and over training.
 """
@@ -19,7 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from experiments.study.curves import read_curves
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained_on
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, of_largest_budget, save, trained_on
 from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
 from vocabfold.files import write_text
@@ -32,6 +33,7 @@ ORDERS = {
     "clustered": (COLORS["green"], "^", "-."),
 }
 SCORERS = {"scale_shift": ("scale and shift", "s", "--"), "linear": ("one linear layer a group", "o", "-")}
+SCALING_HEADS = ("linear_bpe", "linear_random", "linear_frequency", "linear_clustered")
 LINEAR_HEADS = {"linear_bpe": "bpe", "linear_random": "random", "linear_frequency": "frequency", "folded": "clustered"}
 FAILURE = 0.9  # below which reviews of the paper call the group scorer a failure
 QUANTITIES = {"validation_loss_nats": "Validation loss (nats per token)", "group_accuracy": "Group accuracy"}
@@ -47,7 +49,7 @@ def measure(arguments: Namespace) -> None:
 
 def draw(corpus: str) -> None:
     """Write one corpus' pictures and table."""
-    table = with_plain_orders(read_table("order_matters", corpus))
+    table = of_largest_budget(with_plain_orders(read_table("order_matters", corpus)))
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.3))
     for axis, (quantity, label) in zip(axes, QUANTITIES.items(), strict=True):
         draw_quantity(axis, table, quantity)
@@ -58,7 +60,8 @@ def draw(corpus: str) -> None:
     path = RESULTS / corpus / "order_matters.md"
     write_text(path, markdown(table, corpus))
     print(f"wrote {path}")
-    draw_group_accuracy(table, corpus)
+    if (RESULTS / corpus / "heads_pareto_curves.csv").is_file():
+        draw_group_accuracy(table, corpus)
 
 
 def draw_group_accuracy(table: pd.DataFrame, corpus: str) -> None:
@@ -121,8 +124,7 @@ def caption(table: pd.DataFrame) -> str:
 
 def markdown(table: pd.DataFrame, corpus: str) -> str:
     """Means and intervals by scorer, size and order, and each order against the paper's."""
-    linear = with_plain_orders(read_table("heads_pareto", corpus))
-    linear = linear[linear["head"].isin(LINEAR_HEADS)]
+    linear = linear_runs(table, corpus)
     lines = ["| scorer | S | order | learning rate | loss (nats) | group accuracy | minus bpe (nats) | p | seeds |"]
     lines.append("|---" * 9 + "|")
     for scorer, rows in (("scale and shift", table), ("one linear layer a group", linear)):
@@ -133,12 +135,26 @@ def markdown(table: pd.DataFrame, corpus: str) -> str:
                 for order in ORDERS
                 if order in of_size["partition_order"].to_numpy()
             ]
-    lines += [
-        "",
-        f"{caption(table)}. p: paired t-test over seeds. The learning rate of each order was chosen on held-out",
-    ]
-    lines += ["training text (experiment learning_rates) at the middle size.", ""]
+    tuned = (RESULTS / corpus / "learning_rates.csv").is_file()
+    chosen = (
+        "The learning rate of each order was chosen on held-out\ntraining text (experiment learning_rates) at the "
+        "middle size."
+    )
+    lines += ["", f"{caption(table)}. p: paired t-test over seeds. {chosen if tuned else 'One rate for all.'}", ""]
     return "\n".join(lines)
+
+
+def linear_runs(table: pd.DataFrame, corpus: str) -> pd.DataFrame:
+    """The runs with one linear layer a group in each order: of heads_pareto, or on a text without it those of
+    heads_scaling with the budget and hidden size of ``table``; none where neither is there."""
+    if (RESULTS / corpus / "heads_pareto.csv").is_file():
+        linear = with_plain_orders(read_table("heads_pareto", corpus))
+        return linear[linear["head"].isin(LINEAR_HEADS)]
+    if not (RESULTS / corpus / "heads_scaling.csv").is_file():
+        return table.iloc[:0]
+    linear = with_plain_orders(read_table("heads_scaling", corpus))
+    same = linear["tokens"].isin(table["tokens"]) & linear["hidden_size"].isin(table["hidden_size"])
+    return linear[same & linear["head"].isin(SCALING_HEADS)]
 
 
 def line_of(scorer: str, size: int, order: str, of_size: pd.DataFrame) -> str:

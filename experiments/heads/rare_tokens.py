@@ -1,16 +1,17 @@
 """Where a folded head loses and wins: validation loss by how often a token stands in the training text.
 
-    python -m experiments rare_tokens measure [KEY=VALUE ...]
+    python -m experiments rare_tokens measure [--of heads_scaling] [KEY=VALUE ...]
     python -m experiments rare_tokens draw [CORPUS ...]
 
-evaluates the trained runs of experiment=heads_pareto into results/CORPUS/rare_tokens.csv, one row a run and class of
-tokens, and draws .png and .md from it.
+evaluates the trained runs of experiment=heads_pareto, or those of heads_scaling at the largest budget that a full
+softmax has at the smallest hidden size, into results/CORPUS/rare_tokens.csv, one row a run and class of tokens, and
+draws .png and .md from it.
 """
 
 from __future__ import annotations
 
 import itertools
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from experiments.heads.scaling_points import FULL, arm_of
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, seeds_of, trained_on
 from experiments.study.measuring import add_settings, corpus_of, identity, is_measured
 from experiments.study.statistics import summarise
 from vocabfold.data.corpora import load_corpus
+from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.machine import origin
 from vocabfold.runs.load import validation_losses
@@ -41,6 +44,12 @@ SHOWN = {
     "folded": ("folded: linear, clustered", COLORS["green"], "^", "-."),
     "shortlist_frequency": ("shortlist, frequency", COLORS["blue"], "o", "-"),
     "shortlist_clustered": ("shortlist, clustered", COLORS["purple"], "v", "--"),
+    "full_untied_counts": ("full, untied, count biases", COLORS["orange"], "D", "-"),
+    "full_counts": ("full, tied, count biases", COLORS["red"], "s", "--"),
+    "paper": ("paper's head", GREY, "x", ":"),
+    "paper, S = 3,866": ("paper's head, S = 3,866", GREY, "+", "--"),
+    "linear_clustered_counts": ("linear, clustered, count biases", COLORS["blue"], "v", "--"),
+    "conditioned_clustered": ("conditioned on the group", COLORS["green"], "o", "-"),
 }
 
 
@@ -60,20 +69,37 @@ def classes_of(counts: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.T
 
 def loss_of_targets(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(negative log likelihood in nats, token) of every validation target of a run, and the training counts [V]."""
-    corpus = load_corpus(load_settings(folder).data)
+    settings = load_settings(folder)
+    corpus = load_corpus(settings.data).with_training_tokens(settings.training_tokens)
     losses, tokens = validation_losses(folder, corpus, torch.device("cpu"))
     return losses, tokens, token_counts(corpus.train.tokens, corpus.vocabulary_size)
 
 
-add_options = add_settings
+def add_options(parser: ArgumentParser) -> None:
+    """Which experiment's runs, and settings of training."""
+    parser.add_argument("--of", default="heads_pareto", choices=("heads_pareto", "heads_scaling"), help="whose runs")
+    add_settings(parser)
+
+
+def of_largest_full(runs: list[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """The runs of the smallest hidden size on as many tokens as its full softmax had at most. Raises UserError where
+    there is no full softmax."""
+    smallest = min(row["hidden_size"] for _, row in runs)
+    tokens = [row["tokens"] for _, row in runs if row["head"] in FULL and row["hidden_size"] == smallest]
+    if not tokens:
+        raise UserError("no full softmax has finished: train experiment=heads_scaling head=full_untied_counts first")
+    return [one for one in runs if one[1]["tokens"] == max(tokens) and one[1]["hidden_size"] == smallest]
 
 
 def measure(arguments: Namespace) -> None:
-    """Evaluate every finished run of heads_pareto and write the table. Raises UserError where there is none."""
+    """Evaluate the finished runs and write the table. Raises UserError where there is none."""
     corpus = corpus_of(arguments.settings)
-    runs = finished_runs("heads_pareto", corpus)
+    runs = finished_runs(arguments.of, corpus)
+    if arguments.of == "heads_scaling":
+        runs = of_largest_full(runs)
     path = RESULTS / corpus / "rare_tokens.csv"
-    measurement = identity("rare_tokens", arguments, [folder.name for folder, _ in runs])
+    # Whose runs they are is told by their names.
+    measurement = identity("rare_tokens", Namespace(), [folder.name for folder, _ in runs])
     if is_measured(path, measurement, "measurement"):
         return
     rows: list[dict[str, Any]] = []
@@ -102,23 +128,25 @@ def measure(arguments: Namespace) -> None:
 
 def draw(corpus: str) -> None:
     """Write one corpus' picture and table from results/CORPUS/rare_tokens.csv."""
-    table = read_table("rare_tokens", corpus)
+    table = with_arms(read_table("rare_tokens", corpus))
+    reference = next(head for head in ("full", *FULL) if head in set(table["head"]))
+    shown = {head: look for head, look in SHOWN.items() if head in set(table["head"])}
     figure, axes = plt.subplots(1, 2, figsize=(2 * COLUMN_INCHES, 2.9))
     by_rank, by_decile = (table[table["sorted_by"] == name] for name in ("rank", "decile"))
-    for head, (label, color, marker, dash) in SHOWN.items():
+    for head, (label, color, marker, dash) in shown.items():
         style: dict[str, Any] = {"label": label, "color": color, "marker": marker, "linestyle": dash, "capsize": 2}
         rows = summarise(by_rank[by_rank["head"] == head], ["class"], "validation_loss_nats")
         axes[0].errorbar(rows["class"], rows["mean"], yerr=rows["half_width"], **style)
-        rows = summarise(differences(by_decile, head), ["class"], "difference")
+        rows = summarise(differences(by_decile, head, reference), ["class"], "difference")
         axes[1].errorbar(rows["class"] + 1, rows["mean"], yerr=rows["half_width"], **style)
     names = rank_names(by_rank)
     axes[0].set_xticks(list(names), list(names.values()), rotation=30, ha="right")
     axes[0].set(xlabel="Rank of the target in the training text", ylabel="Validation loss (nats)")
     axes[1].set_xticks(range(1, NUM_DECILES + 1))
-    axes[1].set(xlabel="Decile of targets, rarest token first", ylabel="Loss minus full, tied (nats)")
+    axes[1].set(xlabel="Decile of targets, rarest token first", ylabel=f"Loss minus {SHOWN[reference][0]} (nats)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=6)
-    seeds = seeds_of(table[table["head"].isin(SHOWN)])
+    seeds = seeds_of(table[table["head"].isin(shown)])
     figure.suptitle(f"{trained_on(table)}; {seeds}, 95% intervals", fontsize=7)
     save(figure, RESULTS / corpus / "rare_tokens.png")
     path = RESULTS / corpus / "rare_tokens.md"
@@ -126,11 +154,19 @@ def draw(corpus: str) -> None:
     print(f"wrote {path}")
 
 
-def differences(by_decile: pd.DataFrame, head: str) -> pd.DataFrame:
-    """Loss of ``head`` minus that of the tied full softmax with the same seed, a row a seed and decile."""
+def with_arms(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows with group sizes far from the root of V under a name of their own (see scaling_points.arm_of)."""
+    if "vocabulary_size" not in table:
+        return table
+    described = table.astype({"group_size": float})[["head", "scorer", "group_size", "vocabulary_size"]]
+    return table.assign(head=[arm_of(*one) for one in described.itertuples(index=False, name=None)])
+
+
+def differences(by_decile: pd.DataFrame, head: str, reference_head: str) -> pd.DataFrame:
+    """Loss of ``head`` minus that of the reference with the same seed, a row a seed and decile."""
     key = ["seed", "class"]
     loss, reference = (
-        by_decile[by_decile["head"] == name].set_index(key)["validation_loss_nats"] for name in (head, "full")
+        by_decile[by_decile["head"] == name].set_index(key)["validation_loss_nats"] for name in (head, reference_head)
     )
     return (loss - reference).dropna().rename("difference").reset_index()
 

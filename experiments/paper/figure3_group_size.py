@@ -6,7 +6,8 @@
 
 results/CORPUS/figure3_group_size.csv and main_comparison.csv -> results/CORPUS/figure3_group_size.png, with the
 published points (results/paper) and the memory at the paper's own size (figure3_simulated_memory) drawn in, and the
-same in numbers, .md. On a text without main_comparison the full softmax comes from experiment=figure3_baseline.
+same in numbers, .md. On a text without main_comparison the full softmax comes from experiment=figure3_baseline, or is
+left out. Of several budgets the largest is drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, trained_on
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, of_largest_budget, save, trained_on
 from experiments.study.measuring import COST, add_settings, collect_runs, corpora_with_runs, corpus_of
 from experiments.study.statistics import summarise
 from vocabfold.errors import UserError
@@ -83,11 +84,13 @@ def draw(corpus: str) -> None:
 
 
 def read_runs(corpus: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(runs with the paper's head, runs with the full softmax) of one hidden size: the latter those of main_comparison,
-    or of figure3_baseline on a text that has none. Raises UserError where there are neither."""
-    folded = read_table("figure3_group_size", corpus)
-    main = (RESULTS / corpus / "main_comparison.csv").is_file()
-    full = read_table("main_comparison" if main else "figure3_baseline", corpus).query("head == 'full'")
+    """(runs with the paper's head, runs with the full softmax) of one hidden size and budget, the largest: the latter
+    those of main_comparison, of figure3_baseline on a text that has none, or none where neither was trained."""
+    folded = of_largest_budget(read_table("figure3_group_size", corpus))
+    tables = [name for name in ("main_comparison", "figure3_baseline") if (RESULTS / corpus / f"{name}.csv").is_file()]
+    if not tables:
+        return folded, folded.iloc[:0]
+    full = read_table(tables[0], corpus).query("head == 'full'")
     return folded, full[full["hidden_size"].isin(folded["hidden_size"])]
 
 

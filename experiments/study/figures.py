@@ -46,6 +46,11 @@ def seeds_of(table: pd.DataFrame) -> str:
     return f"{counts.max()} seeds" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()} seeds"
 
 
+def of_largest_budget(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the runs that trained on the most tokens of each text: those of two budgets are no curve."""
+    return table[table["tokens"] == table.groupby("corpus")["tokens"].transform("max")]
+
+
 def trained_on(table: pd.DataFrame) -> str:
     """Text, size of the model and budget of the runs in a table, in words: what every caption begins with."""
     first = table.iloc[0]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Columns by which runs are told apart in Weights & Biases, each a tag such as head:folded.
-TAG_COLUMNS = ("corpus", "model", "head", "scorer", "partition_order", "embedding")
+TAG_COLUMNS = ("corpus", "model", "head", "scorer", "partition_order", "embedding", "training_tokens")
 CONNECTING_SECONDS = 20  # that its server may take to answer before a run gives up
 MOST_TAG_LETTERS = 64  # that its server takes
 # What its summary keeps of a logged metric beside the last value: validation_loss_nats.min and so on.
@@ -67,7 +67,8 @@ class RunRecord:
         kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
-        tags = tags_of({"corpus": settings.corpus, "model": settings.model.name, **(tagged or {})})
+        known = {"corpus": settings.corpus, "model": settings.model.name, "training_tokens": settings.training_tokens}
+        tags = tags_of({**known, **(tagged or {})})
         self.wandb_run = self._start_mirror(folder, settings, tags, job_type_of(settings))
 
     @staticmethod
@@ -84,7 +85,7 @@ class RunRecord:
             run = wandb.init(
                 project=settings.wandb.project,
                 entity=settings.wandb.entity,
-                group=f"{settings.corpus}/{settings.experiment}",
+                group=settings.wandb.group or f"{settings.corpus}/{settings.experiment}",
                 job_type=job_type,
                 tags=tags,
                 name=folder.name,

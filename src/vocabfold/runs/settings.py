@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,11 +18,15 @@ from vocabfold.errors import UserError
 from vocabfold.files import read_yaml_mapping
 from vocabfold.heads import HeadSettings
 from vocabfold.models.build import ModelSettings
-from vocabfold.runs.tables import read_table
+from vocabfold.runs.tables import RESULTS, read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # the largest seed that every generator of random numbers takes
 MOST_SEED = 2**63 - 1
 CONFIG_FOLDER = Path(__file__).resolve().parents[3] / "conf"
+UNTUNED_RATE = 3.0e-3  # of heads_scaling where nothing was tuned
 NOT_IN_NAMES = ("/", "\\", "\0")
 
 
@@ -67,6 +72,7 @@ class WandbSettings:
     mode: str = MISSING
     project: str = MISSING
     entity: str | None = None
+    group: str | None = None  # what runs stand together as; None: corpus/experiment
 
 
 @dataclass
@@ -253,6 +259,52 @@ def chosen_learning_rate(corpus: str, head: str) -> float:
     return float(means.loc[means["validation_loss_nats"].idxmin(), "learning_rate"])
 
 
+def scaling_learning_rate(corpus: str, head: str, hidden_size: int, tokens: float) -> float:
+    """The learning rate of a run of heads_scaling over ``tokens``, by the rule that holds between tuned budgets.
+
+    results/CORPUS/scaling_learning_rates.csv says for some heads and sizes which rate did best at which budget on
+    held-out training documents. Between two budgets the logarithm of the rate lies on a straight line over the
+    logarithm of the tokens; below the first and beyond the last the rate stays; it is rounded to two figures. A head or
+    size that the table does not have gets UNTUNED_RATE.
+    """
+    path = RESULTS / corpus / "scaling_learning_rates.csv"
+    if not path.is_file():
+        return UNTUNED_RATE
+    best = best_scaling_rates(read_table("scaling_learning_rates", corpus))
+    if not (found := best.get((head, hidden_size))):
+        return UNTUNED_RATE
+    budgets = sorted(found)
+    logs = np.interp(math.log(tokens), [math.log(one) for one in budgets], [math.log(found[one]) for one in budgets])
+    return float(f"{math.exp(logs):.2g}")
+
+
+def best_scaling_rates(table: pd.DataFrame) -> dict[tuple[str, int], dict[float, float]]:
+    """{(head, hidden size): {tokens: the rate with the least mean loss there}} of a table of scaling_learning_rates.
+    Raises UserError for a table of another version."""
+    if missing := [name for name in ("training_tokens", "epochs") if name not in table.columns]:
+        raise UserError(f"scaling_learning_rates.csv has no column {missing[0]}: another version wrote it")
+    best: dict[tuple[str, int], dict[float, float]] = {}
+    table = table.assign(budget=table["training_tokens"] * table["epochs"])
+    for (head, size, budget), rows in table.groupby(["head", "hidden_size", "budget"]):
+        means = rows.groupby("learning_rate")["validation_loss_nats"].mean()
+        best.setdefault((str(head), int(float(str(size)))), {})[float(str(budget))] = float(str(means.idxmin()))
+    return best
+
+
+def rate_of_scaling_run(_root_: DictConfig) -> float:
+    """``scaling_learning_rate`` of the run that a configuration describes."""
+    tokens = tokens_to_train(_root_)
+    return scaling_learning_rate(corpus_of(_root_.data), _root_.head.name, _root_.model.hidden_size, tokens)
+
+
+def tokens_to_train(_root_: DictConfig) -> float:
+    """``training_tokens`` times how often they are read; once where epochs do not end the training. Raises UserError
+    where they are not set."""
+    if _root_.training_tokens is None:
+        raise UserError("this experiment counts its steps from training_tokens: set it, at most to the text's length")
+    return float(_root_.training_tokens * (_root_.budget.epochs or 1))
+
+
 def model_has_tokens(_root_: DictConfig) -> bool:
     """Whether the model reads tokens, through an embedding whose rows a head may share, and no pictures."""
     return "image_size" not in _root_.model
@@ -261,13 +313,12 @@ def model_has_tokens(_root_: DictConfig) -> bool:
 def share_of_steps(share: float, _root_: DictConfig) -> int:
     """The optimizer steps that are ``share`` of a run over ``training_tokens``. Raises UserError where those are not
     set."""
-    if _root_.training_tokens is None:
-        raise UserError("this experiment counts its steps from training_tokens: set it, at most to the text's length")
     tokens_a_step = _root_.batch_size * _root_.sequence_length * _root_.gradient_accumulation
-    return round(share * _root_.budget.epochs * _root_.training_tokens / tokens_a_step)
+    return round(share * tokens_to_train(_root_) / tokens_a_step)
 
 
 OmegaConf.register_new_resolver("corpus", lambda _root_: corpus_of(_root_.data), replace=True)
 OmegaConf.register_new_resolver("chosen_learning_rate", chosen_learning_rate, replace=True)
 OmegaConf.register_new_resolver("model_has_tokens", model_has_tokens, replace=True)
+OmegaConf.register_new_resolver("scaling_learning_rate", rate_of_scaling_run, replace=True)
 OmegaConf.register_new_resolver("share_of_steps", share_of_steps, replace=True)
