@@ -1,0 +1,107 @@
+"""The groups' scores of a folded head learn from the full softmax whose rows the head keeps, on hidden states.
+
+The loss is KL(P(g|h) of the full softmax || P(g|h) of the head) in nats a token, which is all that folding costs. The
+tokens' rows stay as they are, and so do groups of one token, which are exact. The linear part learns in coordinates in
+which the hidden states have unit covariance: their own differ by orders of magnitude, which makes any step too long in
+some directions and too short in others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vocabfold.errors import UserError
+from vocabfold.heads.base import log_softmax
+from vocabfold.hugging_face.fold_head import RescoredHead
+
+BATCH_ROWS = 512
+LEARNING_RATE = 3e-3
+SMALLEST_VARIANCE = 1e-4  # of the largest: directions in which the states hardly vary are not blown up
+
+
+@torch.no_grad()
+def group_divergence(head: RescoredHead, hidden: Tensor, teacher: Tensor | None = None) -> float:
+    """The mean KL in nats on ``hidden`` [N, D], the visited groups of ``head`` scored exactly.
+
+    ``teacher`` [N, G]: ``head.teacher_scores(hidden)`` where it is known already.
+    """
+    total = 0.0
+    for index, some in enumerate(hidden.split(BATCH_ROWS)):
+        scores = head.teacher_scores(some) if teacher is None else teacher.split(BATCH_ROWS)[index]
+        target = log_softmax(scores.float())
+        total += float(F.kl_div(head.group_log_prob(some), target, reduction="sum", log_target=True))
+    return total / max(1, len(hidden))
+
+
+def distil(
+    head: RescoredHead,
+    hidden: Tensor,
+    teacher: Tensor | None = None,
+    epochs: int = 4,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+) -> float:
+    """Fit the groups' scores of ``head``, in place, to ``hidden`` [N, D]; the mean KL of the last epoch in nats.
+
+    ``teacher`` [N, G]: ``head.teacher_scores(hidden)`` where it is known already, else computed a batch at a time in
+    every epoch. Adam, the learning rate falling to 0 along a cosine. Visits take no part: the scores are fitted as they
+    are without. Raises UserError without states.
+    """
+    if len(hidden) == 0:
+        raise UserError("no hidden states to learn the groups' scores from: give a few thousand tokens of text")
+    partition = head.partition
+    multi = partition.multi_groups
+    if len(multi) == 0 or partition.num_groups == 1:
+        return 0.0
+    assert head.group_bias is not None
+    hidden = hidden.detach().float()
+    mean, whitening = _whitening(hidden)
+    weight = nn.Parameter(hidden.new_zeros(len(multi), hidden.shape[1]))
+    bias = nn.Parameter(hidden.new_zeros(len(multi)))
+    network = [] if head.into is None or head.out is None else [*head.into.parameters(), head.out]
+    optimizer = torch.optim.Adam([weight, bias, *network], lr=learning_rate, betas=(0.9, 0.99))
+    num_batches = -(-len(hidden) // BATCH_ROWS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * num_batches)
+    losses: list[float] = []
+    for rows in _batches(len(hidden), epochs, seed):
+        some = hidden[rows]
+        scores = head.teacher_scores(some.to(head.group_weight.dtype)) if teacher is None else teacher[rows]
+        with torch.enable_grad():
+            learned = F.linear((some - mean) @ whitening, weight, bias)
+            with torch.set_grad_enabled(bool(network)):
+                base = head.scores(some.to(head.group_weight.dtype)).float()
+            log_prob = log_softmax(base.index_add(-1, multi, learned))
+            loss = F.kl_div(log_prob, log_softmax(scores.float()), reduction="sum", log_target=True) / len(rows)
+            for parameter, gradient in zip(
+                [weight, bias, *network], torch.autograd.grad(loss, [weight, bias, *network]), strict=True
+            ):
+                parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss))
+    with torch.no_grad():
+        change = weight @ whitening.t()
+        head.group_weight.index_add_(0, multi, change.to(head.group_weight.dtype))
+        head.group_bias.index_add_(0, multi, (bias - change @ mean).to(head.group_bias.dtype))
+    last = losses[-num_batches:]
+    return sum(last) / len(last)
+
+
+def _batches(number: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        yield from torch.randperm(number, generator=generator).split(BATCH_ROWS)
+
+
+@torch.no_grad()
+def _whitening(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(the mean state [D], the matrix [D, D] that gives states less their mean unit covariance)."""
+    mean = hidden.mean(dim=0)
+    centred = (hidden - mean).double()
+    variances, directions = torch.linalg.eigh(centred.t() @ centred / len(hidden))
+    variances = variances.clamp(min=float(variances[-1]) * SMALLEST_VARIANCE + 1e-12)
+    return mean, (directions / variances.sqrt()).to(hidden.dtype)
