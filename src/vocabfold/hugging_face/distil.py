@@ -24,17 +24,19 @@ SMALLEST_VARIANCE = 1e-4  # of the largest: directions in which the states hardl
 
 
 @torch.no_grad()
-def group_divergence(head: RescoredHead, hidden: Tensor, teacher: Tensor | None = None) -> float:
-    """The mean KL in nats on ``hidden`` [N, D], the visited groups of ``head`` scored exactly.
-
-    ``teacher`` [N, G]: ``head.teacher_scores(hidden)`` where it is known already.
-    """
+def group_divergence(head: RescoredHead, hidden: Tensor) -> float:
+    """The mean KL in nats on ``hidden`` [N, D], the visited groups of ``head`` scored exactly."""
     total = 0.0
-    for index, some in enumerate(hidden.split(BATCH_ROWS)):
-        scores = head.teacher_scores(some) if teacher is None else teacher.split(BATCH_ROWS)[index]
-        target = log_softmax(scores.float())
+    for some in hidden.split(BATCH_ROWS):
+        target = log_softmax(with_exact(head, head.scores(some), head.teacher_scores(some)))
         total += float(F.kl_div(head.group_log_prob(some), target, reduction="sum", log_target=True))
     return total / max(1, len(hidden))
+
+
+def with_exact(head: RescoredHead, scores: Tensor, teacher: Tensor) -> Tensor:
+    """``scores`` [N, G] with ``teacher`` [N, M] in the place of those of groups of more than one token, others being
+    exact: log P(g|h) of the full softmax but for a constant a row."""
+    return scores.to(teacher.dtype).index_copy(-1, head.partition.multi_groups, teacher)
 
 
 def distil(
@@ -47,7 +49,7 @@ def distil(
 ) -> float:
     """Fit the groups' scores of ``head``, in place, to ``hidden`` [N, D]; the mean KL of the last epoch in nats.
 
-    ``teacher`` [N, G]: ``head.teacher_scores(hidden)`` where it is known already, else computed a batch at a time in
+    ``teacher`` [N, M]: ``head.teacher_scores(hidden)`` where it is known already, else computed a batch at a time in
     every epoch. Adam, the learning rate falling to 0 along a cosine. Visits take no part: the scores are fitted as they
     are without. Raises UserError without states.
     """
@@ -75,7 +77,8 @@ def distil(
             with torch.set_grad_enabled(bool(network)):
                 base = head.scores(some.to(head.group_weight.dtype)).float()
             log_prob = log_softmax(base.index_add(-1, multi, learned))
-            loss = F.kl_div(log_prob, log_softmax(scores.float()), reduction="sum", log_target=True) / len(rows)
+            target = log_softmax(with_exact(head, base.detach(), scores.float()))
+            loss = F.kl_div(log_prob, target, reduction="sum", log_target=True) / len(rows)
             for parameter, gradient in zip(
                 [weight, bias, *network], torch.autograd.grad(loss, [weight, bias, *network]), strict=True
             ):

@@ -22,6 +22,8 @@ from vocabfold.heads.kernels import sum_dtype
 from vocabfold.heads.linear import SortedLinearScorer
 from vocabfold.heads.partition import Partition
 
+ROWS_A_TIME = 4096  # hidden states whose logits in one group are held together
+
 
 class RescoredHead(FoldedHead):
     """FoldedHead with one linear layer a group and the groups' scores s(h) above.
@@ -71,11 +73,12 @@ class RescoredHead(FoldedHead):
 
     @torch.no_grad()
     def teacher_scores(self, hidden: Tensor) -> Tensor:
-        """z of every group, ``hidden`` [N, D] -> [N, G]: what s is to learn, as the tokens' rows have it."""
-        result = super()._group_logits(hidden).to(sum_dtype(hidden.dtype))
-        for index, group in enumerate(self.partition.multi_groups.tolist()):
-            for some, scores in zip(hidden.split(4096), result.split(4096), strict=True):
-                scores[:, group] = F.linear(some, *self._layer(index)).to(result.dtype).logsumexp(dim=-1)
+        """z of the M groups of more than one token, ``hidden`` [N, D] -> [N, M]: what s is to learn."""
+        result = hidden.new_empty(len(hidden), len(self.partition.multi_groups), dtype=sum_dtype(hidden.dtype))
+        for index in range(result.shape[1]):
+            layer = self._layer(index)
+            for some, scores in zip(hidden.split(ROWS_A_TIME), result.split(ROWS_A_TIME), strict=True):
+                scores[:, index] = F.linear(some, *layer).to(result.dtype).logsumexp(dim=-1)
         return result
 
     def _layer(self, index: int) -> tuple[Tensor, Tensor]:
