@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -20,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from test_hugging_face_models import REFUSED, SMALL, awake, gpt2
+from test_hugging_face_models import REFUSED, SMALL, awake
 from vocabfold.errors import UserError
 from vocabfold.heads import equal_partition
 from vocabfold.hugging_face import custom_generate, fold, generate, unfold
@@ -42,11 +44,18 @@ def small_qwen(**options: Any) -> Any:
     return awake(Qwen2ForCausalLM(config))
 
 
+def small_gpt2() -> Any:
+    torch.manual_seed(0)
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return awake(GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **NO_ENDS)))
+
+
 MODELS = {
     "llama": small_llama,
     "tied llama": lambda: small_llama(tie_word_embeddings=True),
     "qwen, tied": small_qwen,
-    "gpt2, tied": gpt2,
+    "gpt2, tied": small_gpt2,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,10 +106,13 @@ def test_states_are_computed_once_and_a_larger_part_goes_on(
     np.testing.assert_allclose(found["loss_nats"], expected["loss_nats"], rtol=1e-4)
 
 
-def made(number: int, seed: int) -> States:
+def made(number: int, seed: int, weight: torch.Tensor | None = None) -> States:
+    """States with targets drawn from the model with the output rows ``weight``."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(number, 16, generator=generator)
-    return States(hidden, torch.randint(VOCABULARY, (number,), generator=generator), torch.arange(number) // 10)
+    logits = torch.zeros(number, VOCABULARY) if weight is None else hidden @ weight.t()
+    targets = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    return States(hidden, targets, torch.arange(number) // 10)
 
 
 @pytest.mark.parametrize("folding", [Folding("rows", 9, 7), Folding("frequency", 10, 0), Folding("rows", 1, 3)])
@@ -121,7 +125,7 @@ def test_costs_are_those_of_the_head_that_would_decode(folding: Folding, monkeyp
     (exact,) = group_scores(full.weight.detach(), [partition], states.hidden)
     head = head_of(full, partition, 4)
     torch.testing.assert_close(exact, head.teacher_scores(states.hidden), rtol=1e-4, atol=1e-4)
-    distil(head, states.hidden, exact, epochs=1)
+    distil(head, states.hidden, exact, steps=3)
     found = costs(head, states, exact)
     assert set(found) == ({0} if folding.size == 1 else {0, 2, 9})
     for visited, extra in found.items():
@@ -135,11 +139,17 @@ def test_costs_are_those_of_the_head_that_would_decode(folding: Folding, monkeyp
 def test_every_axis_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Folding(size=9, shortlist=7)
     axes = {"form": [Folding(size=9, shortlist=7, form=form) for form in real_fold.FORMS]}
-    for name, value in (("AXES", axes), ("BASE", base), ("WIDTH", 4), ("VISITED", (0, 3))):
+    for name, value in (
+        ("AXES", axes),
+        ("BASE", base),
+        ("WIDTH", 4),
+        ("VISITED", (0, 3)),
+        ("distil", partial(distil, steps=150)),
+    ):
         monkeypatch.setattr(real_fold, name, value)
     monkeypatch.setattr(real_fold, "SERIES", {"network": (base, "network", "k", "o")})
     weight = torch.randn(VOCABULARY, 16, generator=torch.Generator().manual_seed(0))
-    rows = measured_rows(weight, made(600, 2), {"stories": made(80, 3), "wiki": made(90, 4)})
+    rows = measured_rows(weight, made(600, 2, weight), {"stories": made(80, 3, weight), "wiki": made(90, 4, weight)})
     table = pd.DataFrame(rows).assign(model="m", hardware="h", torch="t", commit="c")
     assert len(table) == 3 * 2 * 2 and (table["added_low"] <= table["added_nats"]).all()
     by_form = table[(table["visited"] == 0) & (table["text"] == "stories")].set_index("form")["added_nats"]

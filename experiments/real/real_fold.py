@@ -50,7 +50,6 @@ CORPORA = ("cost",)
 MOST_OF_DOCUMENT = {"valid": 400, "train": 700}  # targets: many documents rather than long ones
 ROWS_AT_A_TIME = 128
 VISITED = (0, 1, 4, 16, 64)
-EPOCHS, MOST_EPOCHS = 3, 12
 WIDTH = 512
 FORMS = {"mean": "mean rows", "linear": "linear", "network": f"{WIDTH}-wide network"}
 SCREEN_SHARE = 0.25  # of the rows' bytes that the exact int8 screen of screen() reads
@@ -152,8 +151,7 @@ def measured_foldings(
         head = head_of(full, partition, WIDTH if folding.form == "network" else 0)
         some = shuffled[: math.ceil(folding.share * len(shuffled))]
         if folding.form != "mean":
-            epochs = min(MOST_EPOCHS, round(EPOCHS / folding.share))  # less text is read more often
-            distil(head, states.hidden[some], taught[some], epochs=epochs)
+            distil(head, states.hidden[some], taught[some])
         common = asdict(folding) | {
             "groups": len(partition.multi_groups),
             "trained_tokens": 0 if folding.form == "mean" else len(some),

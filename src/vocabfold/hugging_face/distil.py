@@ -9,6 +9,7 @@ some directions and too short in others.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from vocabfold.heads.base import log_softmax
 from vocabfold.hugging_face.fold_head import RescoredHead
 
 BATCH_ROWS = 512
-LEARNING_RATE = 3e-3
+STEPS = 700
+LEARNING_RATE = 1e-2
 SMALLEST_VARIANCE = 1e-4  # of the largest: directions in which the states hardly vary are not blown up
 
 
@@ -43,15 +45,15 @@ def distil(
     head: RescoredHead,
     hidden: Tensor,
     teacher: Tensor | None = None,
-    epochs: int = 4,
+    steps: int = STEPS,
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
 ) -> float:
-    """Fit the groups' scores of ``head``, in place, to ``hidden`` [N, D]; the mean KL of the last epoch in nats.
+    """Fit the groups' scores of ``head``, in place, to ``hidden`` [N, D]; the mean KL of the last tenth of the steps.
 
-    ``teacher`` [N, M]: ``head.teacher_scores(hidden)`` where it is known already, else computed a batch at a time in
-    every epoch. Adam, the learning rate falling to 0 along a cosine. Visits take no part: the scores are fitted as they
-    are without. Raises UserError without states.
+    ``teacher`` [N, M]: ``head.teacher_scores(hidden)`` where it is known already. A step takes BATCH_ROWS states, in
+    random order, through all before any comes again. Adam, the learning rate falling to 0 along a cosine. Visits take
+    no part: the scores are fitted as they are without. Raises UserError without states.
     """
     if len(hidden) == 0:
         raise UserError("no hidden states to learn the groups' scores from: give a few thousand tokens of text")
@@ -60,43 +62,43 @@ def distil(
     if len(multi) == 0 or partition.num_groups == 1:
         return 0.0
     assert head.group_bias is not None
-    hidden = hidden.detach().float()
-    mean, whitening = _whitening(hidden)
-    weight = nn.Parameter(hidden.new_zeros(len(multi), hidden.shape[1]))
-    bias = nn.Parameter(hidden.new_zeros(len(multi)))
+    if teacher is None:
+        teacher = head.teacher_scores(hidden)
+    hidden = hidden.detach()
+    mean, whitening = _whitening(hidden.float())
+    weight = nn.Parameter(mean.new_zeros(len(multi), hidden.shape[1]))
+    bias = nn.Parameter(mean.new_zeros(len(multi)))
     network = [] if head.into is None or head.out is None else [*head.into.parameters(), head.out]
-    optimizer = torch.optim.Adam([weight, bias, *network], lr=learning_rate, betas=(0.9, 0.99))
-    num_batches = -(-len(hidden) // BATCH_ROWS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * num_batches)
+    learned = [weight, bias, *network]
+    optimizer = torch.optim.Adam(learned, lr=learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
-    for rows in _batches(len(hidden), epochs, seed):
+    for rows in islice(_batches(len(hidden), seed), steps):
         some = hidden[rows]
-        scores = head.teacher_scores(some.to(head.group_weight.dtype)) if teacher is None else teacher[rows]
+        with torch.set_grad_enabled(bool(network)):
+            base = head.scores(some).float()
         with torch.enable_grad():
-            learned = F.linear((some - mean) @ whitening, weight, bias)
-            with torch.set_grad_enabled(bool(network)):
-                base = head.scores(some.to(head.group_weight.dtype)).float()
-            log_prob = log_softmax(base.index_add(-1, multi, learned))
-            target = log_softmax(with_exact(head, base.detach(), scores.float()))
+            change = F.linear((some.float() - mean) @ whitening, weight, bias)
+            log_prob = log_softmax(base.index_add(-1, multi, change))
+            target = log_softmax(with_exact(head, base.detach(), teacher[rows].float()))
             loss = F.kl_div(log_prob, target, reduction="sum", log_target=True) / len(rows)
-            for parameter, gradient in zip(
-                [weight, bias, *network], torch.autograd.grad(loss, [weight, bias, *network]), strict=True
-            ):
-                parameter.grad = gradient
+        for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
+            parameter.grad = gradient
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
+    optimizer.zero_grad()
     with torch.no_grad():
-        change = weight @ whitening.t()
-        head.group_weight.index_add_(0, multi, change.to(head.group_weight.dtype))
-        head.group_bias.index_add_(0, multi, (bias - change @ mean).to(head.group_bias.dtype))
-    last = losses[-num_batches:]
+        matrix = weight @ whitening.t()
+        head.group_weight.index_add_(0, multi, matrix.to(head.group_weight.dtype))
+        head.group_bias.index_add_(0, multi, (bias - matrix @ mean).to(head.group_bias.dtype))
+    last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
 
-def _batches(number: int, epochs: int, seed: int) -> Iterator[Tensor]:
+def _batches(number: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    while True:
         yield from torch.randperm(number, generator=generator).split(BATCH_ROWS)
 
 

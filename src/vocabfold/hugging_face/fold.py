@@ -19,7 +19,7 @@ from vocabfold.heads.full import FullHead
 from vocabfold.heads.orders import clustered_order, frequency_order
 from vocabfold.heads.partition import Partition, equal_boundaries
 from vocabfold.heads.settings import PartitionSettings
-from vocabfold.hugging_face.distil import distil
+from vocabfold.hugging_face.distil import STEPS, distil
 from vocabfold.hugging_face.fold_head import RescoredHead, rows_of
 from vocabfold.hugging_face.full_head import full_head
 from vocabfold.hugging_face.models import backbone, need
@@ -45,7 +45,7 @@ def fold(
     width: int = 0,
     visited: int = 0,
     fitted_on: Tensor | None = None,
-    epochs: int = 4,
+    steps: int = STEPS,
 ) -> FoldedForCausalLM:
     """A folded model on the backbone of ``model``, whose modules it shares, and with its rows.
 
@@ -57,7 +57,7 @@ def fold(
     For a model to be trained from scratch: ``start_from_counts`` makes the biases the logs of the frequencies in
     ``tokens``; ``condition_width`` adds a small network that sees the group: see ConditionedLinearScorer.
     For one that is finished: ``width`` and ``visited`` of RescoredHead, and ``fitted_on`` [B, T] or [T], ids of a text
-    on whose hidden states the groups' scores are fitted, in ``epochs``; None takes mean rows, which costs far more.
+    on whose hidden states the groups' scores are fitted, in ``steps`` of distil; None takes mean rows, which costs far more.
 
     Within a group probabilities are at first those of ``model``; what the groups cost, ``real_fold`` measures.
     Raises UserError, one line, for models without a plain output layer, impossible sizes and options that contradict.
@@ -86,7 +86,7 @@ def fold(
     if start_from_counts and tokens is not None:
         head.start_from_counts(token_counts(tokens, full.vocabulary_size))
     if fitted_on is not None:
-        distil(head, states_of(base, fitted_on), epochs=epochs)
+        distil(head, states_of(base, fitted_on), steps=steps)
     sizes, times = partition.sizes.unique_consecutive(return_counts=True)
     config = FoldedConfig(
         text_config=model.config,
@@ -101,6 +101,7 @@ def fold(
         unfolded_bias=full.bias is not None,
         rows_sha256=digest,
         dtype=model.config.dtype,
+        attn_implementation=model.config._attn_implementation,  # it would be reset in text_config too
     )
     for module in [*base.modules(), *head.modules()]:
         module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would begin them anew

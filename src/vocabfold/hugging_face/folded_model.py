@@ -101,6 +101,9 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    # The scorer has the same partition as the head.
+    _keys_to_ignore_on_save: ClassVar[list[str]] = ["head.scorer.partition.order", "head.scorer.partition.boundaries"]
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"head\.scorer\.partition\."]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -121,6 +124,9 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         # The head's own parameters begin in its constructor. Of a partition only what follows from its order and
         # boundaries, which a checkpoint does not hold, is made here: loading the order again does that.
         if isinstance(module, Partition):
+            if not torch.equal(module.boundaries.cpu(), self.config.boundaries):
+                raise UserError("config.json and the weights group the vocabulary in different ways: save it again")
+            Partition(module.order, module.boundaries)  # which refuses what is no order of the vocabulary
             module.load_state_dict(module.state_dict())
         elif not any(module is each for each in self.head.modules()):
             super()._init_weights(module)
@@ -137,10 +143,10 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As transformers' own causal language models, ``labels`` [B, T] being shifted here, ``shift_labels`` not.
+        """As transformers' own causal language models, ``labels`` [B, T] being shifted here, ``shift_labels`` (a name
+        among ``kwargs``, or Trainer would ask for it in every batch) not.
 
         The loss is a mean over labels other than -100, or their sum divided by ``num_items_in_batch``; 0, not NaN,
         where there are none. With labels there are no logits, unless ``logits_to_keep`` asks for some.
@@ -148,6 +154,7 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """
         if kwargs.pop("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
             raise UserError(f"a folded head leaves out labels of {IGNORE_INDEX}: use that in place of ignore_index")
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -218,9 +225,18 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Raises UserError: those who ask for it would apply it to logits that training does not make."""
         raise UserError("a folded model computes its own loss: call it with labels=..., or read logits without labels")
 
-    @loss_function.setter
-    def loss_function(self, value: Any) -> NoReturn:
-        raise UserError("a folded model computes its own loss, which loss_function cannot replace")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("loss_function", "lm_head"):  # where a module is set, a property would not be asked
+            raise UserError(f"a folded model computes its own loss, which another {name} cannot change")
+        super().__setattr__(name, value)
+
+    def tie_weights(self, *arguments: Any, **options: Any) -> None:
+        """See PreTrainedModel.tie_weights."""
+        bias = self.head.scorer.bias
+        values = bias.data
+        super().tie_weights(*arguments, **options)
+        # transformers lengthens a bias beside tied rows to one number a row: here it is of grouped tokens alone.
+        bias.data = values
 
 
 def _new_head(config: FoldedConfig, embedding: nn.Module) -> RescoredHead:

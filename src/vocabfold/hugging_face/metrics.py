@@ -29,7 +29,7 @@ def token_log_probs(
     """log P of each token given those before it, in nats: ``input_ids`` [B, T] -> [B, T - 1], with gradients.
 
     The sums over a row are what DPO compares, the single numbers what GRPO weighs. ``labels`` [B, T]: other targets
-    than ``input_ids``. 0 where the label is -100 or the ``attention_mask`` 0. ``inputs`` go to the model.
+    than ``input_ids``. 0 where the label is -100 or the ``attention_mask`` is 0 at the token or before it. ``inputs`` go to the model.
     Full softmax: a few rows of logits at a time, computed again in the backward pass.
     """
     hidden, targets = _states_and_targets(model, input_ids, attention_mask, labels, inputs)
@@ -93,7 +93,9 @@ def _states_and_targets(
         raise UserError(f"tokens are {tuple(input_ids.shape)}: give [B, T], and labels of the same shape")
     targets = (input_ids if labels is None else labels)[:, 1:]
     if attention_mask is not None:
-        targets = targets.masked_fill(attention_mask[:, 1:] == 0, IGNORE_INDEX)
+        # A text that is padded on the left begins after padding, which says nothing of its first token.
+        padded = (attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0)
+        targets = targets.masked_fill(padded, IGNORE_INDEX)
     output = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     return output.last_hidden_state[:, :-1], targets
 
