@@ -57,7 +57,8 @@ def fold(
     For a model to be trained from scratch: ``start_from_counts`` makes the biases the logs of the frequencies in
     ``tokens``; ``condition_width`` adds a small network that sees the group: see ConditionedLinearScorer.
     For one that is finished: ``width`` and ``visited`` of RescoredHead, and ``fitted_on`` [B, T] or [T], ids of a text
-    on whose hidden states the groups' scores are fitted, in ``steps`` of distil; None takes mean rows, which costs far more.
+    on whose hidden states the groups' scores are fitted, in ``steps`` of distil; None takes mean rows, which costs far
+    more.
 
     Within a group probabilities are at first those of ``model``; what the groups cost, ``real_fold`` measures.
     Raises UserError, one line, for models without a plain output layer, impossible sizes and options that contradict.
