@@ -29,8 +29,8 @@ def token_log_probs(
     """log P of each token given those before it, in nats: ``input_ids`` [B, T] -> [B, T - 1], with gradients.
 
     The sums over a row are what DPO compares, the single numbers what GRPO weighs. ``labels`` [B, T]: other targets
-    than ``input_ids``. 0 where the label is -100 or the ``attention_mask`` is 0 at the token or before it. ``inputs`` go
-    to the model. Full softmax: a few rows of logits at a time, computed again in the backward pass.
+    than ``input_ids``. 0 where the label is -100 or the ``attention_mask`` is 0 at the token or before it. ``inputs``
+    go to the model. Full softmax: a few rows of logits at a time, computed again in the backward pass.
     """
     hidden, targets = _states_and_targets(model, input_ids, attention_mask, labels, inputs)
     head = head_of(model)
