@@ -96,7 +96,7 @@ def head_of(full: FullHead, partition: Partition, width: int) -> RescoredHead:
     """A head with the rows of ``full``, its groups scored by their mean rows."""
     head = RescoredHead(
         full.hidden_size, partition, SortedLinearScorer(full.hidden_size, partition, full.weight), width
-    )  # type: ignore[arg-type]
+    )
     copy_rows(head, full)
     return head
 
@@ -163,7 +163,7 @@ def measured_foldings(
             for visited, extra in costs(head, of_text, exact).items():
                 after = by_document(documents, (own + extra).tolist())
                 added = paired_bootstrap(
-                    *(table.to_numpy() for table in (after["loss_nats"], before["loss_nats"], before["tokens"]))
+                    after["loss_nats"].to_numpy(), before["loss_nats"].to_numpy(), before["tokens"].to_numpy()
                 )
                 head.visited = visited
                 yield common | {

@@ -89,6 +89,7 @@ def fold(
     if fitted_on is not None:
         distil(head, states_of(base, fitted_on), steps=steps)
     sizes, times = partition.sizes.unique_consecutive(return_counts=True)
+    options: dict[str, Any] = {"attn_implementation": model.config._attn_implementation}  # else text_config loses it
     config = FoldedConfig(
         text_config=model.config,
         vocab_size=full.vocabulary_size,
@@ -102,13 +103,13 @@ def fold(
         unfolded_bias=full.bias is not None,
         rows_sha256=digest,
         dtype=model.config.dtype,
-        attn_implementation=model.config._attn_implementation,  # it would be reset in text_config too
+        **options,
     )
     for module in [*base.modules(), *head.modules()]:
-        module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would begin them anew
+        module._is_hf_initialized = True  # transformers would begin them anew
     folded = FoldedForCausalLM(config, base, head)
     folded.generation_config = model.generation_config
-    return folded.train(model.training)  # type: ignore[no-any-return]
+    return folded.train(model.training)
 
 
 def unfold(model: Any, drop_trained: bool = False) -> Any:
@@ -132,7 +133,7 @@ def unfold(model: Any, drop_trained: bool = False) -> Any:
             "groups' scores and biases have no place in a plain output layer, and the loss will be another; "
             "unfold(model, drop_trained=True) does that"
         )
-    kind = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+    kind: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
     with torch.device("meta"):
         plain = kind(config.text_config)
     setattr(plain, plain.base_model_prefix, model.model)

@@ -28,7 +28,7 @@ NO_ROWS = (
 )
 
 
-class FoldedConfig(PretrainedConfig):  # type: ignore[misc]
+class FoldedConfig(PretrainedConfig):
     """What a folded model is made of; the order of its vocabulary lies with the weights.
 
     ``text_config``: that of the model below. ``group_sizes``: [size, how many groups in a row have it] of the groups in
@@ -41,7 +41,7 @@ class FoldedConfig(PretrainedConfig):  # type: ignore[misc]
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    text_config: dict | PretrainedConfig | None = None  # type: ignore[type-arg]
+    text_config: dict | PretrainedConfig | None = None
     vocab_size: int = 0
     hidden_size: int = 0
     group_sizes: list[list[int]] | None = None
@@ -90,7 +90,7 @@ class NoOutputRows:
         raise UserError(NO_ROWS)
 
 
-class FoldedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class FoldedForCausalLM(PreTrainedModel, GenerationMixin):
     """``model``: the part below the output layer, as transformers has it. ``head``: a RescoredHead.
 
     The loss is the head's own, with no logits of [N, V]; ``logits`` are log-probabilities [B, T, V] of the positions
@@ -131,7 +131,7 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         elif not any(module is each for each in self.head.modules()):
             super()._init_weights(module)
 
-    @can_return_tuple  # type: ignore[misc]
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
