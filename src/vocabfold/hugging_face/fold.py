@@ -100,7 +100,6 @@ def fold(
         condition_width=condition_width,
         tie_word_embeddings=tied,
         unfolded=type(model).__name__,
-        unfolded_bias=full.bias is not None,
         rows_sha256=digest,
         dtype=model.config.dtype,
         **options,
@@ -134,6 +133,8 @@ def unfold(model: Any, drop_trained: bool = False) -> Any:
             "unfold(model, drop_trained=True) does that"
         )
     kind: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+    if kind.__name__ != config.unfolded:
+        raise UserError(f"the model was a {config.unfolded}, which this transformers no longer makes of its config")
     with torch.device("meta"):
         plain = kind(config.text_config)
     setattr(plain, plain.base_model_prefix, model.model)

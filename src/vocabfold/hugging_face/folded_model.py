@@ -33,8 +33,8 @@ class FoldedConfig(PretrainedConfig):
 
     ``text_config``: that of the model below. ``group_sizes``: [size, how many groups in a row have it] of the groups in
     order. ``group_width``, ``visited``: see RescoredHead. ``condition_width``: that of a ConditionedLinearScorer, None:
-    one linear layer a group. ``unfolded``: the class that ``unfold`` gives back; ``unfolded_bias``: whether its output
-    layer has a bias; ``rows_sha256``: of the tokens' rows when the model was folded.
+    one linear layer a group. ``unfolded``: the name of the class that ``unfold`` gives back; ``rows_sha256``: of the
+    tokens' rows when the model was folded.
     """
 
     model_type = "vocabfold_folded"
@@ -50,7 +50,6 @@ class FoldedConfig(PretrainedConfig):
     condition_width: int | None = None
     tie_word_embeddings: bool = False
     unfolded: str | None = None
-    unfolded_bias: bool = False
     rows_sha256: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
