@@ -1,9 +1,10 @@
-"""Decoding a Hugging Face model with its own key/value cache and a screened output layer.
+"""Decoding a Hugging Face model with its own key/value cache and a screened output layer, or a folded one.
 
     head = screen(model)
     ids = generate(model, head, tokenizer("Once", return_tensors="pt").input_ids, max_new_tokens=100)
 
-or, with transformers' own options, ``model.generate(**inputs, custom_generate=custom_generate(head))``.
+or, with transformers' own options, ``model.generate(**inputs, custom_generate=custom_generate(head))``. Of a folded
+model ``head`` is ``model.head``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vocabfold.errors import UserError
+from vocabfold.heads.base import Head
 from vocabfold.hugging_face.models import backbone
 from vocabfold.hugging_face.screened_head import ScreenedHead
 
@@ -22,7 +24,7 @@ from vocabfold.hugging_face.screened_head import ScreenedHead
 @torch.inference_mode()
 def generate(
     model: Any,
-    head: ScreenedHead,
+    head: ScreenedHead | Head,
     input_ids: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
@@ -90,7 +92,7 @@ def _decode(
     return torch.cat(texts, dim=-1)
 
 
-def custom_generate(head: ScreenedHead, generator: torch.Generator | None = None) -> Callable[..., Tensor]:
+def custom_generate(head: ScreenedHead | Head, generator: torch.Generator | None = None) -> Callable[..., Tensor]:
     """What ``model.generate(custom_generate=...)`` takes: greedy decoding, temperature, top_k and top_p.
 
     What it returns raises UserError for any other option that changes the tokens (beams, penalties, stop strings ...).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def backbone(model: Any) -> nn.Module:
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise UserError(f"{name} is not a model of transformers")
     if config.is_encoder_decoder:
-        raise UserError(f"{name} has an encoder: only decoders without one can be screened")
+        raise UserError(f"{name} has an encoder: only decoders without one work here")
     if not model.can_generate():
         raise UserError(f"{name} is no causal language model: load it with AutoModelForCausalLM")
     if getattr(config, "model_type", "") in ENCODERS and not getattr(config, "is_decoder", False):
@@ -100,24 +101,54 @@ def backbone(model: Any) -> nn.Module:
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text", "megatron-bert", "rembert")
 
 
-def output_rows(model: Any) -> Tensor:
-    """The rows [V, D] of the model's output layer. Raises UserError where they cannot be screened."""
+def output_layer(model: Any, use: str) -> nn.Linear:
+    """The model's own output layer, a plain one. ``use``: what it is for, a verb. Raises UserError for any other."""
     name = type(model).__name__
     layer = model.get_output_embeddings()
     if layer is None:
-        raise UserError(f"{name} has no output layer (lm_head): there is nothing to screen")
+        raise UserError(f"{name} has no output layer (lm_head): there is nothing to {use}")
     # Not model.is_quantized: it is true of GGUF files too, whose rows transformers has turned into floats.
     if type(layer) is not nn.Linear or not isinstance(layer.weight, nn.Parameter):
         raise UserError(f"{name} has a quantised output layer, or one of its own kind: load it in float32 or bfloat16")
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1 or type(layer.weight) is not nn.Parameter or layer.weight.is_meta:  # a DTensor is a subclass
         raise UserError(f"{name} is spread over devices: load it whole, without a device map or tensor parallelism")
+    return layer
+
+
+def softcap_of(model: Any) -> float | None:
+    """What the model bounds its logits with: cap * tanh(logit / cap); None where it does not."""
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
+
+
+def output_rows(model: Any) -> Tensor:
+    """The rows [V, D] of the model's output layer. Raises UserError where they cannot be screened."""
+    name = type(model).__name__
+    layer = output_layer(model, "screen")
     if layer.bias is not None:
         raise UserError(f"{name} has an output layer with a bias, which the screen does not bound")
-    config = model.config.get_text_config()
-    if getattr(config, "final_logit_softcapping", None) is not None:
+    if softcap_of(model) is not None:
         raise UserError(f"{name} caps its logits (final_logit_softcapping), which the screen does not bound")
     return layer.weight
+
+
+@torch.no_grad()
+def check_logits(model: Any, base: Any, logits_of: Callable[[Tensor], Tensor]) -> None:
+    """Raise UserError unless, on a few tokens, the model's logits are ``logits_of`` its last hidden states."""
+    was_training = model.training
+    model.eval()
+    table = model.get_input_embeddings().weight
+    try:
+        ids = torch.arange(PROBE_LENGTH, device=table.device).clamp(max=len(table) - 1).unsqueeze(0)
+        logits = model(input_ids=ids, use_cache=False).logits
+        expected = logits_of(base(input_ids=ids, use_cache=False).last_hidden_state)
+    finally:
+        model.train(was_training)
+    if logits.shape != expected.shape or bool((logits - expected).abs().max() > PROBE_TOLERANCE * expected.abs().max()):
+        raise UserError(
+            f"{type(model).__name__} does more between its hidden states and logits than a product with rows"
+        )
 
 
 @torch.no_grad()
@@ -131,17 +162,5 @@ def screen(model: Any) -> ScreenedHead:
     base = backbone(model)
     rows = output_rows(model)
     head = ScreenedHead(rows)
-    was_training = model.training
-    model.eval()
-    try:
-        ids = torch.arange(PROBE_LENGTH).clamp(max=len(rows) - 1).unsqueeze(0)
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = base(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        model.train(was_training)
-    expected = F.linear(hidden, rows)
-    if logits.shape != expected.shape or bool((logits - expected).abs().max() > PROBE_TOLERANCE * expected.abs().max()):
-        raise UserError(
-            f"{type(model).__name__} does more between its hidden states and logits than a product with rows"
-        )
+    check_logits(model, base, lambda hidden: F.linear(hidden, rows))
     return head
