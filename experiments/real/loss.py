@@ -60,22 +60,23 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def pieces_of(
-    tokenizer: Any, texts: Sequence[str], context: int = CONTEXT, most_targets: int | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    context: int = CONTEXT,
+    most_targets: int | None = None,
+    most_of_document: int | None = None,
 ) -> list[Piece]:
-    """``texts`` as pieces of at most ``context`` inputs, whole texts until there are ``most_targets`` (None: all).
-
-    A text longer than what is still wanted is cut to it when it is the first; so one long article can serve. Raises
-    UserError where nothing is left to predict.
+    """``texts`` as pieces of at most ``context`` inputs: whole texts, or the first ``most_of_document`` targets of
+    each, until there are ``most_targets`` or more (None: all texts). Raises UserError without anything to predict.
     """
     pieces: list[Piece] = []
     num_targets = 0
     for document, text in enumerate(texts):
+        if most_targets is not None and num_targets >= most_targets:
+            break
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
-        if most_targets is not None:
-            if num_targets >= most_targets:
-                break
-            if not pieces:
-                ids = ids[: most_targets + 1]
+        if most_of_document is not None:
+            ids = ids[: most_of_document + 1]
         starts = range(0, len(ids) - 1, context)
         pieces += [Piece(document, ids[start : start + context + 1]) for start in starts]
         num_targets += max(0, len(ids) - 1)
