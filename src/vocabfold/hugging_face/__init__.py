@@ -6,8 +6,19 @@ ids = generate(model, head, tokenizer("Once upon a time", return_tensors="pt").i
 """
 
 from vocabfold.hugging_face.decoding import custom_generate, generate
+from vocabfold.hugging_face.embedding import compress_embedding
 from vocabfold.hugging_face.models import load, screen
+from vocabfold.hugging_face.pretrained import pretrained
 from vocabfold.hugging_face.screened_head import ScreenedHead
 from vocabfold.hugging_face.screened_state import Counts
 
-__all__ = ["Counts", "ScreenedHead", "custom_generate", "generate", "load", "screen"]
+__all__ = [
+    "Counts",
+    "ScreenedHead",
+    "compress_embedding",
+    "custom_generate",
+    "generate",
+    "load",
+    "pretrained",
+    "screen",
+]

@@ -85,7 +85,7 @@ def backbone(model: Any) -> nn.Module:
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise UserError(f"{name} is not a model of transformers")
     if config.is_encoder_decoder:
-        raise UserError(f"{name} has an encoder: only decoders without one can be screened")
+        raise UserError(f"{name} has an encoder: only decoders without one work here")
     if not model.can_generate():
         raise UserError(f"{name} is no causal language model: load it with AutoModelForCausalLM")
     if getattr(config, "model_type", "") in ENCODERS and not getattr(config, "is_decoder", False):
