@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -101,10 +102,25 @@ def test_any_bytes_come_back_from_their_tokens(with_merges: bool) -> None:
         tokens.decode_bytes([299])
 
 
+def test_a_byte_without_a_token_is_noticed_and_its_text_stored(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["model"]["vocab"][bytes_to_unicode()[4]]
+    poorer = PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(state)))
+    tokens = ByteTokens(poorer, 300)
+    assert tokens.decode_bytes(tokens.encode_bytes(TEXT.encode() + b"\xff")) == TEXT.encode() + b"\xff"
+    assert tokens.decode_bytes(tokens.encode_bytes(b"a\x04b")) != b"a\x04b"
+    coder = text_model_of(awake(LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 300}))), poorer)
+    (tmp_path / "plain").write_bytes(b"a\x04b" * 9)
+    text_file.compress(tmp_path / "plain", tmp_path / "coded", coder, lambda *_: None)
+    text_file.decompress(tmp_path / "coded", tmp_path / "back", coder, lambda *_: None)
+    assert (tmp_path / "back").read_bytes() == b"a\x04b" * 9
+
+
 def test_tokenizers_that_lose_bytes_are_refused() -> None:
     words = Backend(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     for tokenizer, message in (
-        (PreTrainedTokenizerFast(tokenizer_object=words), "has no token of the byte 0"),
+        (PreTrainedTokenizerFast(tokenizer_object=words), "has no token of the byte 10"),
         (object(), "is no fast tokenizer"),
     ):
         with pytest.raises(UserError, match=message):

@@ -9,11 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from experiments.real import real_coding, real_embedding
+from experiments.judging import Story
+from experiments.real import real_caching, real_coding, real_embedding, real_stories
 from experiments.real.real_embedding import Way
+from experiments.tokens.caching_speed import Workload
 
-from run_cases import experiment
+from run_cases import TEXT as CORPUS
+from run_cases import TINY, call, experiment, write_corpus
 from test_hugging_face_coding import TEXT, folder
+from vocabfold import train
 from vocabfold.hugging_face import load
 
 __all__ = ["folder"]  # a fixture
@@ -101,6 +105,78 @@ def test_the_coder_is_near_what_its_model_expects(folder: Path) -> None:
     assert math.isclose(8 * len(code), own, rel_tol=0.01)
 
 
+def test_stories_of_runs_and_references_are_weighed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+    write_corpus(tmp_path)
+    assert call(train.main, monkeypatch, *TINY, "head=full", "run_dir=writer") == 0
+    words = ("real_stories", "measure", "--model", str(folder), "--beginnings", "3", "--max-tokens", "5")
+    assert experiment(monkeypatch, *words, *CORPUS) == 0
+    path = Path("results/real/real_stories.csv")
+    assert experiment(monkeypatch, "real_stories", "draw") == 0  # of references alone
+    assert experiment(monkeypatch, *words, "--run", "writer") == 0
+    table = pd.read_csv(path)
+    assert list(table["writer"]) == [*real_stories.REFERENCES, "a run"] and (table["stories"] == 3).all()
+    for _, row in table.iterrows():
+        nats = np.array(row["story_nats"].split(), float)
+        assert math.isclose(nats.sum() / row["tokens"], row["loss_nats"], rel_tol=1e-3)
+    before = path.read_bytes()
+    assert experiment(monkeypatch, *words, "--run", "writer") == 0
+    assert path.read_bytes() == before
+    assert experiment(monkeypatch, "real_stories", "draw") == 0
+    told = path.with_suffix(".md").read_text()
+    assert told.count("\n| ") == 5 and "measure of quality" in told
+
+
+def test_a_storys_loss_is_that_of_its_continuation_alone(folder: Path) -> None:
+    model, tokenizer = load(folder)
+    story = Story("the cat", " sat on that", ended=True)
+    row = real_stories.story_losses(model, tokenizer, [story, Story("the", "", ended=True)])
+    first, second = (tokenizer(part, add_special_tokens=False).input_ids for part in ("the cat", " sat on that"))
+    ids = torch.tensor([first + second])
+    with torch.no_grad():
+        log_prob = model(ids).logits[0].log_softmax(-1)
+    expected = -sum(float(log_prob[len(first) - 1 + place, token]) for place, token in enumerate(second))
+    assert math.isclose(row["nats"][0], expected, rel_tol=1e-5)
+    assert list(row["tokens"]) == [len(second), 0] and list(row["bytes"]) == [12, 0] and row["nats"][1] == 0
+
+
+def test_caches_are_compared_on_a_finished_model(
+    folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text.write_text("<|endoftext|>\n".join(DOCUMENTS * 4))
+    small = [Workload("distinct", 5, 0, 2), Workload("distinct", 12, 0, 2)]
+    small += [Workload("repeated", 12, 12, 2, real_caching.REUSE), Workload("shared beginning", 14, 10, 1)]
+    monkeypatch.setattr(real_caching, "WORKLOADS", small)
+    keys = [(one.name, one.prompt_tokens, one.new_tokens) for one in small]
+    for name, key in zip(("SHORT", "LONG", "REPEATED", "SHARED"), keys, strict=True):
+        monkeypatch.setattr(real_caching, name, key)
+    unseen = Workload("distinct", 12, 0, 2)
+    monkeypatch.setattr(real_caching, "MEMORY_WORKLOADS", (unseen, small[2]))
+    threads = torch.get_num_threads()
+    words = ("real_caching", "measure", "--model", str(folder), "--text", f"cats={text}", "--rounds", "2")
+    try:
+        assert experiment(monkeypatch, *words, "--threads", str(threads)) == 0
+    finally:
+        torch.set_num_threads(threads)
+    table = pd.read_csv("results/real/real_caching.csv", keep_default_na=False)
+    exact = table[~table["cache"].isin(["bf16", "int8", "int4", "all coded"])]
+    assert (exact["same_tokens_share"] == 1).all() and set(table["library"]) == {"vocabfold", "transformers"}
+    kinds = pd.read_csv("results/real/real_caching_perplexity.csv").set_index("key_values")
+    assert (kinds["loss_nats"] - kinds["loss_nats"]["exact"]).abs().max() < 0.2
+    assert kinds["bytes_a_position"]["int8"] < 0.6 * kinds["bytes_a_position"]["bf16"]
+    memory = pd.read_csv("results/real/real_caching_memory.csv", keep_default_na=False)
+    assert (memory["peak_memory_mib"].astype(float) > memory["weights_mib"].astype(float)).all()
+    assert experiment(monkeypatch, *words, "--threads", str(threads)) == 0
+    assert capsys.readouterr().out.count("measured before") == 3
+    assert experiment(monkeypatch, "real_caching", "draw") == 0
+    told = Path("results/real/real_caching.md").read_text()
+    assert "25% faster than no cache, unseen prompts of 12" in told and "30% less peak memory" in told
+    assert Path("results/real/real_caching.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -109,6 +185,11 @@ def test_the_coder_is_near_what_its_model_expects(folder: Path) -> None:
         (("real_coding", "measure", "--text", "cats=nowhere.txt"), "there is no text nowhere.txt"),
         (("real_coding", "measure", "--text", "cats=valid.txt", "--model", "nowhere"), "there is no nowhere"),
         (("real_coding", "draw", "nowhere"), "real_coding.csv is missing"),
+        (
+            ("real_caching", "measure", "--text", "a=valid.txt", "--text", "b=valid.txt"),
+            "the prompts come from one text",
+        ),
+        (("real_stories", "measure", "--beginnings", "0"), "--beginnings is 0"),
     ],
 )
 def test_what_is_missing_is_one_line(

@@ -1,4 +1,4 @@
-"""Tokenizers of transformers as ours are: any bytes to tokens and back without loss."""
+"""Tokenizers of transformers as ours are: bytes to tokens and back without loss."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vocabfold.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+USUAL_BYTES = (*b"\n", *range(32, 127))
 _OTHER_BYTES = re.compile("([\udc80-\udcff]+)")
 
 
@@ -37,13 +38,15 @@ class ByteTokens:
             if number not in added and all(character in byte_of for character in token):
                 self._bytes_of[number] = bytes(byte_of[character] for character in token)
         token_of = {content: number for number, content in self._bytes_of.items() if number not in added}
-        missing = [byte for byte in range(256) if bytes([byte]) not in token_of]
+        missing = [byte for byte in USUAL_BYTES if bytes([byte]) not in token_of]
         if missing or max(self._bytes_of) >= vocabulary_size:
             what = f"has no token of the byte {missing[0]}" if missing else "has more tokens than the model has rows"
             raise UserError(f"{type(tokenizer).__name__} {what}: only byte-level tokenizers give every byte back")
-        self._token_of_byte = [token_of[bytes([byte])] for byte in range(256)]
         ends = [self._backend.token_to_id(END_OF_TEXT), tokenizer.bos_token_id, tokenizer.eos_token_id]
         self.end_token: int = next((end for end in ends if end is not None), 0)
+        # Vocabularies leave out bytes that their texts did not have. A text with one does not come back from its
+        # tokens, which coders notice.
+        self._token_of_byte = [token_of.get(bytes([byte]), self.end_token) for byte in range(256)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, nothing added."""
@@ -51,7 +54,7 @@ class ByteTokens:
         return ids
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
-        """Token ids, uint32, of any bytes: UTF-8 as text, every other byte as the token of itself."""
+        """Token ids, uint32: of UTF-8 as text, of every other byte as the token of itself, if there is one."""
         ids: list[int] = []
         # bytes that are no UTF-8 read as lone surrogates U+DC80 .. U+DCFF, which UTF-8 cannot hold
         for text in _OTHER_BYTES.split(data.decode("utf-8", errors="surrogateescape")):
