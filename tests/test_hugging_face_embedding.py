@@ -17,6 +17,7 @@ from vocabfold.hugging_face import compress_embedding, screen
 
 IDS = torch.tensor([[3, 499, 0, 7, 7, 250]])
 METHODS: dict[str, dict[str, Any]] = {
+    "mixed": {"frequent_rows": 300},
     "int4": {},
     "int8": {},
     "low_rank": {"compression": 4},
@@ -64,11 +65,11 @@ def test_output_rows_stay_unless_they_are_asked_to_follow(is_tied: bool) -> None
 def test_int4_has_groups_of_32_where_they_fit_and_costs_seven_times_less() -> None:
     model = llama()
     table = model.get_input_embeddings().weight.detach().clone()
-    embedding = compress_embedding(model)
+    embedding = compress_embedding(model, "int4")
     assert embedding.compression == pytest.approx(32 / 4.5)
     assert 0.01 < relative_error(embedding, table) < 0.12
     odd = LlamaForCausalLM(LlamaConfig(**SMALL | {"hidden_size": 24}))
-    assert compress_embedding(odd).compression == pytest.approx(32 / (4 + 16 / 24))
+    assert compress_embedding(odd, "int4").compression == pytest.approx(32 / (4 + 16 / 24))
 
 
 def test_greedy_texts_come_from_the_compressed_rows() -> None:

@@ -43,7 +43,7 @@ def test_embeddings_are_compared_and_not_twice(
     assert experiment(monkeypatch, *words) == 0
     table = pd.read_csv(path)
     pd.testing.assert_frame_equal(table.iloc[:3][first.columns], first, check_dtype=False)
-    assert {"int4", "low_rank", "tt_matrix", "tensor_train"} < set(table["embedding"])
+    assert {"int4", "mixed", "low_rank", "tt_matrix", "tensor_train"} < set(table["embedding"])
     assert (table["documents"] == 5).all() and table["run"].is_unique
     losses = table["document_loss_nats"].map(lambda cell: real_embedding.numbers_in(cell).sum())
     np.testing.assert_allclose(losses / table["tokens"], table["loss_nats"], atol=1e-4)

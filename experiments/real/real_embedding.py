@@ -41,7 +41,8 @@ DOCUMENT_TOKENS = 256  # of each document are read
 COMPRESSIONS = (7, 3.31, 38.4, 2, 4, 16, 8, 64)  # in the order of their interest
 GOAL_COMPRESSION, GOAL_RATIO = 7.0, 1.01
 FLOAT, HALF = "float32", "bfloat16"
-METHODS = ("dense", *LOOKS)
+STYLES = {name: (COLORS[color], marker) for name, (color, marker) in LOOKS.items()} | {"mixed": ("black", "*")}
+METHODS = ("dense", *STYLES)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def ways() -> Iterator[Way]:
         yield Way("int8", {"group_size": group_size})
     for group_size in (None, 64, 32, 16):
         yield Way("int4", {"group_size": group_size})
+    yield Way("mixed")
+    yield Way("mixed", side="both")
     yield Way("int8", {"group_size": None}, side="both")
     yield Way("int4", {"group_size": 32}, side="both")
     for compression in COMPRESSIONS:
@@ -122,6 +125,7 @@ def embedding_columns(way: Way, embedding: TokenEmbedding, table: torch.Tensor) 
         "side": way.side,
         "wanted_compression": way.options["compression"] * smaller if "compression" in way.options else None,
         "group_size": getattr(embedding, "group_size", None),
+        "frequent_rows": getattr(embedding, "frequent_rows", None),
         "rank": rank_of(embedding),
         "compression": embedding.compression * smaller,
         "bytes": embedding.bytes_at_rest // smaller,
@@ -224,9 +228,11 @@ def ratio(change: Interval) -> str:
 
 def setting(row: pd.Series) -> str:
     """In a few words."""
-    if str(row["embedding"]).startswith("int"):
+    if not math.isnan(row["group_size"]):
         whole = row["group_size"] == row["hidden_size"]
         words = "a scale a row" if whole else f"groups of {row['group_size']:.0f}"
+        if row["embedding"] == "mixed":
+            words = f"int8 for the first {row['frequent_rows']:,.0f} tokens, else int4 in {words}"
         return words if row["side"] == "input" else f"{words}, output rows too"
     words = str(row["rank"]) if row["embedding"] == "tensor_train" else f"rank {row['rank']}"
     return words if row["numbers"] == FLOAT else f"{words}, {HALF}"
@@ -303,7 +309,7 @@ def draw_texts(table: pd.DataFrame, path: Path) -> None:
         axis.set_title(text, fontsize=8)
     axes[0][0].set_ylabel("Perplexity, dense = 1")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
     claims = " and ".join(f"{claim:.2f}x" for claim in PUBLISHED)
     title = f"{table.iloc[0]['model']}, input embedding; 95% intervals over documents; dashed: {claims}, open: {HALF}"
     figure.suptitle(title, fontsize=7)
@@ -312,7 +318,7 @@ def draw_texts(table: pd.DataFrame, path: Path) -> None:
 
 def draw_text(axis: Axes, rows: pd.DataFrame) -> None:
     """One panel."""
-    for method, (color, marker) in LOOKS.items():
+    for method, (color, marker) in STYLES.items():
         for numbers in (FLOAT, HALF):
             of = rows[(rows["embedding"] == method) & (rows["numbers"] == numbers)].sort_values("compression")
             if of.empty:
@@ -324,10 +330,10 @@ def draw_text(axis: Axes, rows: pd.DataFrame) -> None:
                 of["compression"],
                 mean,
                 [mean - low, high - mean],
-                color=COLORS[color],
+                color=color,
                 marker=marker,
                 linestyle="-" if numbers == FLOAT else "",
-                markerfacecolor=COLORS[color] if numbers == FLOAT else "white",
+                markerfacecolor=color if numbers == FLOAT else "white",
                 capsize=1.5,
                 elinewidth=0.7,
                 label=method if numbers == FLOAT else None,

@@ -16,7 +16,7 @@ from vocabfold.embeddings import EmbeddingSettings, TokenEmbedding, compress_tab
 from vocabfold.errors import UserError
 from vocabfold.hugging_face.models import backbone
 
-GROUP_SIZE = 32  # columns with a scale of their own, of int4 where nothing else is asked for
+GROUP_SIZES = {"int4": 32, "mixed": 64}  # columns with a scale of their own where nothing else is asked for
 OPTIONS = tuple(field.name for field in dataclasses.fields(EmbeddingSettings) if field.name != "name")
 ROWS_AT_A_TIME = 2048
 PROBED_ROWS = 4
@@ -37,11 +37,12 @@ class CompressedInput(nn.Module):
 
 
 @torch.no_grad()
-def compress_embedding(model: Any, method: str = "int4", outputs: bool = False, **options: Any) -> TokenEmbedding:
+def compress_embedding(model: Any, method: str = "mixed", outputs: bool = False, **options: Any) -> TokenEmbedding:
     """Replace the input embedding of ``model`` in place; what is returned tells its bytes and compression.
 
-    ``method`` and ``options`` as ``EmbeddingSettings``: ``"int4"`` (groups of 32 columns by default), ``"int8"``,
-    ``"low_rank"``, ``"tt_matrix"`` or ``"tensor_train"``, the last three with ``compression=`` or their ranks. With
+    ``method`` and ``options`` as ``EmbeddingSettings``: ``"mixed"`` (the first twelfth of the tokens in 8 bits, the
+    others in 4), ``"int4"``, ``"int8"``, ``"low_rank"``, ``"tt_matrix"`` or ``"tensor_train"``, the last three with
+    ``compression=`` or their ranks. Groups have 64 columns in ``mixed``, 32 in ``int4`` where nothing is said. With
     ``outputs`` the output layer of a tied model takes the same rounded rows, at full size: what quality would be if it
     read the compressed table too. ``save_pretrained`` is refused afterwards: compress again after loading. Raises
     UserError, one line, for a model that is not a causal language model with a plain input embedding, and for a
@@ -56,8 +57,8 @@ def compress_embedding(model: Any, method: str = "int4", outputs: bool = False, 
     is_tied = head is not None and getattr(head, "weight", None) is layer.weight
     if outputs and not is_tied:
         raise UserError(f"{name} has output rows of its own, which no embedding stands for: leave out outputs")
-    if method == "int4":
-        options.setdefault("group_size", GROUP_SIZE if layer.embedding_dim % GROUP_SIZE == 0 else None)
+    if (size := GROUP_SIZES.get(method)) is not None:
+        options.setdefault("group_size", size if layer.embedding_dim % size == 0 else None)
     table = layer.weight.detach()
     embedding = compress_table(EmbeddingSettings(name=method, **options), table.float())
     embedding.prepare_for_inference()
