@@ -46,7 +46,7 @@ from experiments.study.measuring import add_rounds, at_least_one, identity
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.hugging_face.text import load_text_model
-from vocabfold.inference.model_coder import Rows, decode_tokens, encode_tokens, one_thread
+from vocabfold.inference.model_coder import ModelSteps, Rows, decode_tokens, encode_tokens, one_thread
 from vocabfold.inference.text_file import TextModel, compress
 from vocabfold.measure.speed import interleaved_seconds
 from vocabfold.runs.tables import RESULTS
@@ -54,6 +54,7 @@ from vocabfold.runs.tables import RESULTS
 NAME, SPEED = "real_coding", "real_coding_speed"
 THREADS = (1, 2)
 SPEED_BYTES = 2_000
+PROBED_STEPS = 4
 Coder = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
 
@@ -104,6 +105,25 @@ def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
     return total / math.log(2)
 
 
+@torch.inference_mode()
+def changed_by_threads(coder: TextModel) -> float:
+    """The share of the coder's integers that change where a few steps compute on two threads instead of one."""
+    threads, found = torch.get_num_threads(), list[np.ndarray]()
+    try:
+        for number in THREADS:
+            torch.set_num_threads(number)
+            steps = ModelSteps(coder.model, coder.most_rows, coder.tokenizer.end_token)
+            integers = []
+            for step in range(PROBED_STEPS):
+                tokens = (torch.arange(coder.most_rows) * 97 + step) % coder.model.head.vocabulary_size
+                integers += [one.ravel() for one in steps.cumulatives(steps.symbols.of(tokens))]
+                steps.advance(tokens)
+            found.append(np.concatenate(integers))
+    finally:
+        torch.set_num_threads(threads)
+    return float((found[0] != found[1]).mean())
+
+
 def decoded_elsewhere(coded: Path, model: Path, threads: int) -> bytes:
     """What another process with so many threads makes of a coded file. Raises UserError where it cannot."""
     back = coded.with_suffix(f".{threads}")
@@ -137,6 +157,7 @@ def measure_model(text: bytes, coder: TextModel, model: Path) -> dict[str, Any]:
         "tokens": len(tokens),
         "rows": coder.num_rows(len(tokens)),
         "own_bits_per_byte": own_bits / len(text),
+        "integers_changed_by_threads": changed_by_threads(coder),
         "decoded_with_threads": " ".join(map(str, THREADS)),
     }
 
@@ -257,11 +278,10 @@ def markdown(table: pd.DataFrame, speeds: pd.DataFrame | None) -> str:
     lines.append(f"* Coded bytes are {1 / share.max() - 1:.2%} to {1 / share.min() - 1:.2%} above its cross entropy.")
     threads = " and ".join(str(first["decoded_with_threads"]).split())
     lines.append(f"* Decoded in other processes on {threads} threads: the same bytes.")
-    lines += ["", "Both directions of the model compute on one thread, whatever number they are given: products that "]
-    lines[-1] += (
-        "are cut over threads add in another order, and one different bit ends a code. Whether these texts, or "
-    )
-    lines[-1] += f"some like them, were among what {first['model']} was trained on is not known."
+    changed = first["integers_changed_by_threads"]
+    lines += ["", "Both directions of the model compute on one thread, whatever number they are given: on two, "]
+    lines[-1] += f"{changed:.1%} of the integers that a code is made of are others, and one of them ends it. "
+    lines[-1] += f"Whether these texts or some like them were among what {first['model']} was trained on is not known."
     return "\n".join([*lines, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])
 
 
