@@ -31,7 +31,13 @@ from experiments.real.loss import Piece, document_losses, pieces_of, read_texts
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
 from experiments.study.measuring import at_least_one, identity
 from experiments.study.statistics import Interval, paired_bootstrap
-from vocabfold.embeddings import TokenEmbedding, relative_error
+from vocabfold.embeddings import (
+    LowRankEmbedding,
+    TensorTrainEmbedding,
+    TokenEmbedding,
+    TTMatrixEmbedding,
+    relative_error,
+)
 from vocabfold.errors import OutOfReach
 from vocabfold.hugging_face import compress_embedding, load
 from vocabfold.runs.tables import RESULTS
@@ -135,12 +141,11 @@ def embedding_columns(way: Way, embedding: TokenEmbedding, table: torch.Tensor) 
 
 def rank_of(embedding: TokenEmbedding) -> str | None:
     """The ranks of a factorised table, with the mode sizes of a train for each token."""
-    if hasattr(embedding, "mode_sizes"):
-        sizes = "x".join(map(str, embedding.mode_sizes))
-        return f"{sizes} r{','.join(map(str, embedding.ranks))}"  # type: ignore[arg-type]
-    if hasattr(embedding, "narrow"):
+    if isinstance(embedding, TensorTrainEmbedding):
+        return f"{'x'.join(map(str, embedding.mode_sizes))} r{','.join(map(str, embedding.ranks))}"
+    if isinstance(embedding, LowRankEmbedding):
         return str(embedding.narrow.shape[1])
-    return str(max(core.shape[3] for core in embedding.cores)) if hasattr(embedding, "cores") else None
+    return str(max(core.shape[3] for core in embedding.cores)) if isinstance(embedding, TTMatrixEmbedding) else None
 
 
 def add_options(parser: ArgumentParser) -> None:
