@@ -26,11 +26,20 @@ import torch
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from experiments.real.growing import REAL, GrowingTable, add_model, add_texts, described, sha256_of, texts_of
+from experiments.real.growing import (
+    REAL,
+    GrowingTable,
+    add_model,
+    add_texts,
+    change_of,
+    described,
+    loss_columns,
+    sha256_of,
+    texts_of,
+)
 from experiments.real.loss import Piece, pieces_of, read_texts
 from experiments.study.figures import COLORS, COLUMN_INCHES, read_measured, save
 from experiments.study.measuring import add_rounds, at_least_one, identity
-from experiments.study.statistics import paired_bootstrap
 from experiments.tokens.caching import memory_table, met, rows_of, seconds_of, speed_table, words
 from experiments.tokens.caching_speed import (
     CHUNK,
@@ -139,12 +148,8 @@ def perplexities(ours: ModelWithHead, pieces: list[Piece]) -> list[dict[str, Any
         rows.append(
             {
                 "key_values": kind,
-                "documents": len(batches),
-                "tokens": int(counts.sum()),
-                "loss_nats": float(sums.sum() / counts.sum()),
                 "bytes_a_position": bytes_a_position(cache),
-                "document_tokens": " ".join(map(str, counts.tolist())),
-                "document_loss_nats": " ".join(f"{value:.4f}" for value in sums.tolist()),
+                **loss_columns(pd.DataFrame({"tokens": counts.tolist(), "loss_nats": sums.tolist()})),
             }
         )
     return rows
@@ -237,12 +242,8 @@ def perplexity_lines(kinds: pd.DataFrame) -> list[str]:
         "|---" * 5 + "|",
     ]
     half = kinds.loc[kinds["key_values"] == "bf16", "bytes_a_position"].iloc[0]
-    tokens, exact = (
-        np.array(str(kinds.iloc[0][name]).split(), float) for name in ("document_tokens", "document_loss_nats")
-    )
     for _, row in kinds.iterrows():
-        losses = np.array(str(row["document_loss_nats"]).split(), float)
-        change = paired_bootstrap(losses, exact, tokens)
+        change = change_of(row, kinds.iloc[0])
         mean, low, high = (math.exp(value) for value in (change.mean, change.low, change.high))
         lines.append(
             f"| {row['key_values']} | {row['bytes_a_position']:,.0f} | {row['bytes_a_position'] / half:.3f} "

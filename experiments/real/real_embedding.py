@@ -26,11 +26,20 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from experiments.embeddings.methods import LOOKS, PUBLISHED
-from experiments.real.growing import GrowingTable, add_model, add_texts, described, sha256_of, texts_of
+from experiments.real.growing import (
+    GrowingTable,
+    add_model,
+    add_texts,
+    change_of,
+    described,
+    loss_columns,
+    sha256_of,
+    texts_of,
+)
 from experiments.real.loss import Piece, document_losses, pieces_of, read_texts
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
 from experiments.study.measuring import at_least_one, identity
-from experiments.study.statistics import Interval, paired_bootstrap
+from experiments.study.statistics import Interval
 from vocabfold.embeddings import (
     LowRankEmbedding,
     TensorTrainEmbedding,
@@ -111,17 +120,6 @@ def excerpts(tokenizer: Any, texts: Mapping[str, Path], documents: int) -> dict[
     }
 
 
-def loss_columns(losses: pd.DataFrame) -> dict[str, Any]:
-    """The mean, and each document's tokens and summed loss in one cell each: there are many rows."""
-    return {
-        "documents": len(losses),
-        "tokens": int(losses["tokens"].sum()),
-        "loss_nats": losses["loss_nats"].sum() / losses["tokens"].sum(),
-        "document_tokens": " ".join(map(str, losses["tokens"])),
-        "document_loss_nats": " ".join(f"{loss:.4f}" for loss in losses["loss_nats"]),
-    }
-
-
 def embedding_columns(way: Way, embedding: TokenEmbedding, table: torch.Tensor) -> dict[str, Any]:
     """What a row says of the table that was kept; settings that a method does not have stay empty."""
     smaller = 2 if way.numbers == HALF else 1
@@ -199,20 +197,10 @@ def measure(arguments: Namespace) -> None:
         del reading, embedding
 
 
-def numbers_in(cell: str) -> np.ndarray:
-    """The numbers of one cell."""
-    return np.array([float(number) for number in str(cell).split()])
-
-
 def with_changes(table: pd.DataFrame) -> pd.DataFrame:
     """The table with ``change``: the loss above that of the dense table on the same documents, as an Interval."""
     dense = table[table["embedding"] == "dense"].set_index(["text", "documents"])
-    changes = []
-    for _, row in table.iterrows():
-        reference = dense.loc[(row["text"], row["documents"])]
-        tokens = numbers_in(row["document_tokens"])
-        losses, before = numbers_in(row["document_loss_nats"]), numbers_in(reference["document_loss_nats"])
-        changes.append(paired_bootstrap(losses, before, tokens))
+    changes = [change_of(row, dense.loc[(row["text"], row["documents"])]) for _, row in table.iterrows()]
     return table.assign(change=changes)
 
 
