@@ -19,6 +19,7 @@ from vocabfold.runs.token_order import saved_embedding
 FORMS = {
     "int8": [],
     "int4": ["embedding.group_size=8"],
+    "mixed": ["embedding.group_size=8"],
     "low_rank": ["embedding.rank=16"],
     "tensor_train": ["embedding.mode_sizes=[4,4]", "embedding.ranks=[2]"],
     "tt_matrix": [],

@@ -13,6 +13,7 @@ from vocabfold.embeddings import (
     DenseEmbedding,
     EmbeddingSettings,
     LowRankEmbedding,
+    MixedEmbedding,
     QuantizedEmbedding,
     TensorTrainEmbedding,
     TokenEmbedding,
@@ -35,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "low_rank": {"rank": 7},
     "int8": {},
     "int4": {"group_size": 8},
+    "mixed": {"group_size": 8, "frequent_rows": 58},
 }
 IDS = torch.tensor([[0, 100, 3], [3, 57, 3]])
 MANY_IDS = torch.cat([IDS, torch.randint(VOCABULARY, (20, 3), generator=torch.Generator().manual_seed(0))])
@@ -72,6 +74,10 @@ def reference(embedding: TokenEmbedding, token: int) -> Tensor:
             for core, v, d in zip(embedding.cores, rows, columns, strict=True):
                 product = product @ core[v, :, d].double()
             row[column] = product
+        elif isinstance(embedding, MixedEmbedding):
+            first = token < embedding.frequent_rows
+            part = embedding.frequent if first else embedding.others
+            return reference(part, token if first else token - embedding.frequent_rows)
         elif isinstance(embedding, QuantizedEmbedding):
             assert embedding.weight is not None
             first = column - column % embedding.group_size
@@ -151,6 +157,25 @@ def test_settling_keeps_codes_only_and_changes_no_lookup(name: str) -> None:
         embedding.draw(1.0)
 
 
+def test_a_mixed_table_is_its_two_parts_and_a_seventh_of_float32() -> None:
+    embedding = compress_table(settings_of("mixed"), table())
+    direction = torch.randn(*IDS.shape, HIDDEN)
+    (embedding(IDS) * direction).sum().backward()
+    expected = torch.zeros(VOCABULARY, HIDDEN).index_add(0, IDS.flatten(), direction.flatten(0, 1))
+    gradients = [parameter.grad for parameter in embedding.parameters()]
+    torch.testing.assert_close(torch.cat(gradients), expected)
+    before, promised = embedding.rows(0, VOCABULARY).detach(), (embedding.bytes_at_rest, embedding.num_parameters)
+    embedding.prepare_for_inference()
+    assert torch.equal(embedding.rows(0, VOCABULARY), before) and not list(embedding.parameters())
+    assert (embedding.bytes_at_rest, embedding.num_parameters) == promised
+    assert promised[0] == 58 * (HIDDEN + 2) + 43 * (HIDDEN // 2 + 2 * 3)
+    shape = torch.empty(49_152, 576, device="meta")
+    resolved = resolve_settings(EmbeddingSettings(name="mixed", group_size=64), shape)
+    assert resolved.frequent_rows == 4096
+    bits = (4096 * (8 + 16 / 576) + (49_152 - 4096) * (4 + 16 / 64)) / 49_152
+    assert 7 < 32 / bits < 7.02
+
+
 @pytest.mark.parametrize(("name", "settings"), [
     ("dense", {}),
     ("tensor_train", {"mode_sizes": [2, 3, 4], "ranks": [2, 4]}),
@@ -192,7 +217,7 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
     torch.testing.assert_close(ours.double(), best, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["tensor_train", "tt_matrix", "low_rank", "dense", "int8", "int4"])
+@pytest.mark.parametrize("name", ["tensor_train", "tt_matrix", "low_rank", "dense", "int8", "int4", "mixed"])
 def test_fresh_rows_are_as_large_as_dense_ones(name: str) -> None:
     torch.manual_seed(0)
     embedding = build_embedding(settings_of(name), 4001, HIDDEN)
@@ -239,6 +264,9 @@ def test_the_search_finds_the_structure_of_a_table() -> None:
     ({"name": "low_rank", "compression": 100.0}, "out of reach of a low-rank table"),
     ({"name": "low_rank", "rank": 25}, "choose between 1 and the hidden size 24"),
     ({"name": "int4", "group_size": 7}, "choose a divisor of the hidden size 24"),
+    ({"name": "mixed", "group_size": 7}, "choose a divisor of the hidden size 24"),
+    ({"name": "mixed", "frequent_rows": 0}, "frequent_rows is 0: choose between 1 and 100"),
+    ({"name": "mixed", "frequent_rows": 101}, "frequent_rows is 101: choose between 1 and 100"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused_in_one_line(settings: dict[str, Any], words: str) -> None:
     for make in (

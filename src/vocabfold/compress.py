@@ -1,7 +1,8 @@
 """Code a file with a trained language model: ``python -m vocabfold.compress FILE --model RUN_FOLDER``.
 
 Any bytes are coded without loss; text like the model's own becomes shortest. ``--decompress FILE.vftm`` brings it back,
-with the same model on the same kind of machine.
+with the same model on the same kind of machine. The model is a finished run, or a folder or GGUF file of a language
+model that transformers reads.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ SUFFIX = ".vftm"
 
 
 def load_text_model(folder: Path) -> TextModel:
-    """The model of a finished run, on the CPU. Raises UserError for a folder that is not one, or is not of text."""
+    """The model of a finished run, or of transformers, on the CPU. Raises UserError for a folder that is neither, or is
+    not of text."""
+    if folder.suffix == ".gguf" or (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
+        from vocabfold.hugging_face.text import load_text_model as load_pretrained  # the extra [hf], else not needed
+
+        return load_pretrained(folder)
     tokenizer = load_for_generation(load_settings(folder).data)
     if tokenizer is None:
         raise UserError(f"{folder} was trained on token sequences without a text form: it cannot code text")
@@ -43,7 +49,9 @@ def main() -> None:
     """Command line; see --help."""
     parser = ArgumentParser(prog="python -m vocabfold.compress", description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a finished training run")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder of a finished training run, or a model of transformers"
+    )
     parser.add_argument("--decompress", action="store_true", help=f"bring FILE{SUFFIX} back")
     parser.add_argument("--output", type=Path, help=f"file to write (default: FILE{SUFFIX}, or FILE without it)")
     arguments = parser.parse_args()

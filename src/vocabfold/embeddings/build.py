@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vocabfold.embeddings.base import DenseEmbedding, TokenEmbedding, table_shape
 from vocabfold.embeddings.low_rank import LowRankEmbedding
+from vocabfold.embeddings.mixed import FREQUENT_SHARE, MixedEmbedding
 from vocabfold.embeddings.quantized import QuantizedEmbedding
 from vocabfold.embeddings.tensor_train import TensorTrainEmbedding
 from vocabfold.embeddings.tt_matrix import TTMatrixEmbedding, rank_under
@@ -24,8 +25,9 @@ class EmbeddingSettings:
     """One node of conf/embedding; a name reads its own keys only.
 
     ``mode_sizes`` and ``ranks`` (one between each two modes) are those of a tensor train, ``rank`` that of tt_matrix
-    and low_rank; what is None is chosen under ``compression``, the fewest dense numbers for one kept. ``bits`` and
-    ``group_size`` (columns with a scale, None: the row) belong to the quantised ones.
+    and low_rank; what is None is chosen under ``compression``, the fewest dense numbers for one kept. ``group_size``
+    (columns with a scale, None: the row) belongs to the quantised ones, ``frequent_rows`` (the first rows, in 8 bits;
+    None: a twelfth) to mixed.
     """
 
     name: str = "dense"
@@ -34,6 +36,7 @@ class EmbeddingSettings:
     rank: int | None = None
     compression: float | None = None
     group_size: int | None = None
+    frequent_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,12 @@ def _resolve_low_rank(settings: EmbeddingSettings, weight: Tensor) -> EmbeddingS
     return dataclasses.replace(settings, rank=min(rank, size), compression=None)
 
 
+def _resolve_mixed(settings: EmbeddingSettings, weight: Tensor) -> EmbeddingSettings:
+    if settings.frequent_rows is not None:
+        return settings
+    return dataclasses.replace(settings, frequent_rows=max(1, round(FREQUENT_SHARE * len(weight))))
+
+
 def _modes(settings: EmbeddingSettings) -> dict[str, str]:
     sizes, ranks = settings.mode_sizes or [], settings.ranks or []
     return {"mode_sizes": "x".join(map(str, sizes)), "ranks": ",".join(map(str, ranks))}
@@ -170,4 +179,10 @@ METHODS = {
     ),
     "int8": _quantized(8),
     "int4": _quantized(4),
+    "mixed": Method(
+        MixedEmbedding,
+        _resolve_mixed,
+        lambda settings: {"frequent_rows": settings.frequent_rows, "group_size": settings.group_size},
+        lambda settings: {"frequent_rows": settings.frequent_rows, "group_size": settings.group_size},
+    ),
 }

@@ -44,10 +44,14 @@ def encode_tokens(
     end_token: int,
     most_bytes: float = math.inf,
     progress: Progress = lambda _: None,
+    num_rows: int | None = None,
 ) -> bytes:
     """``tokens`` [n >= 1] as bytes; a row's context begins with ``end_token``. Raises TooLongError, as soon as that is
-    certain, where these are more than ``most_bytes``."""
-    rows = Rows(len(tokens), most_rows(model))
+    certain, where these are more than ``most_bytes``.
+
+    ``num_rows``: at most so many side by side (default ``most_rows``); whoever decodes has to know it.
+    """
+    rows = Rows(len(tokens), num_rows or most_rows(model))
     # start and frequency of each row's two symbols in each step: what is coded last is decoded first
     intervals = np.empty((rows.length, 2, 2, rows.count), np.uint32)
     bits = 0.0
@@ -78,10 +82,15 @@ def encode_tokens(
 
 
 def decode_tokens(
-    model: ModelWithHead, data: bytes, num_tokens: int, end_token: int, progress: Progress = lambda _: None
+    model: ModelWithHead,
+    data: bytes,
+    num_tokens: int,
+    end_token: int,
+    progress: Progress = lambda _: None,
+    num_rows: int | None = None,
 ) -> np.ndarray:
     """The inverse of ``encode_tokens``, int64. Raises DamagedStream."""
-    rows = Rows(num_tokens, most_rows(model))
+    rows = Rows(num_tokens, num_rows or most_rows(model))
     lanes, head = rows.lanes(), rows.num_lanes * _SIZE_BYTES
     if len(data) < head + rows.num_lanes * STATE_BYTES:
         raise DamagedStream("a segment is too short")

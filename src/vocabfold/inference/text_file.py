@@ -28,7 +28,14 @@ from vocabfold.coding.damage import DamagedStream
 from vocabfold.data.tokenizer import Tokenizer
 from vocabfold.errors import UserError
 from vocabfold.files import replacing
-from vocabfold.inference.model_coder import ModelSteps, TooLongError, decode_tokens, encode_tokens, one_thread
+from vocabfold.inference.model_coder import (
+    ModelSteps,
+    TooLongError,
+    decode_tokens,
+    encode_tokens,
+    most_rows,
+    one_thread,
+)
 from vocabfold.inference.responses import fingerprint
 from vocabfold.models.build import ModelWithHead
 
@@ -48,23 +55,34 @@ SegmentProgress = Callable[[int], object]  # bytes of the segment's text that ar
 @dataclass(frozen=True)
 class TextModel:
     """A trained model that codes text. ``fingerprint``: of its weights; ``arithmetic``: of the numbers that it computes
-    on this machine. Made by ``text_model``."""
+    on this machine; ``row_tokens`` and ``most_rows``: see ``num_rows``. Made by ``text_model``."""
 
     model: ModelWithHead
     tokenizer: Tokenizer
     fingerprint: bytes
     arithmetic: bytes
+    most_rows: int
+    row_tokens: int
+
+    def num_rows(self, num_tokens: int) -> int:
+        """How many stretches of ``num_tokens`` are coded side by side: none shorter than ``row_tokens``."""
+        return max(1, min(self.most_rows, num_tokens // self.row_tokens))
 
 
-def text_model(model: ModelWithHead, tokenizer: Tokenizer) -> TextModel:
-    """``model``, on the CPU, with the tokenizer of its texts. Raises UserError where their vocabularies differ."""
+def text_model(model: ModelWithHead, tokenizer: Tokenizer, rows: int | None = None, row_tokens: int = 1) -> TextModel:
+    """``model``, on the CPU, with the tokenizer of its texts; ``rows`` None: as many as ``most_rows`` allows. Raises
+    UserError where their vocabularies differ."""
     if model.head.vocabulary_size != tokenizer.vocabulary_size:
         raise UserError(
             f"the model has a vocabulary of {model.head.vocabulary_size} and the tokenizer {tokenizer.name} one of "
             f"{tokenizer.vocabulary_size}: data.tokenizer in the run's config.yaml is not what it was trained with"
         )
-    digest = hashlib.sha256(f"{tokenizer.name} {fingerprint(model)}".encode()).digest()
-    return TextModel(model, tokenizer, digest[:16], _arithmetic(model, tokenizer.end_token))
+    words = f"{tokenizer.name} {fingerprint(model)}"
+    if rows is not None or row_tokens > 1:
+        words += f" {rows} {row_tokens}"
+    digest = hashlib.sha256(words.encode()).digest()
+    arithmetic = _arithmetic(model, tokenizer.end_token)
+    return TextModel(model, tokenizer, digest[:16], arithmetic, rows or most_rows(model), row_tokens)
 
 
 @torch.inference_mode()
@@ -167,6 +185,7 @@ def _encode_segment(text: bytes, coder: TextModel, progress: SegmentProgress) ->
                 coder.tokenizer.end_token,
                 len(code) - 1,
                 lambda done: progress(done * len(text) // len(tokens)),
+                coder.num_rows(len(tokens)),
             )
             num_tokens = len(tokens)
     except (TooLongError, DamagedStream):
@@ -192,6 +211,7 @@ def _decode_segment(coded: BinaryIO, coder: TextModel, progress: SegmentProgress
             num_tokens,
             coder.tokenizer.end_token,
             lambda done: progress(done * num_bytes // num_tokens),
+            coder.num_rows(num_tokens),
         )
         text = _text_of(tokens, num_bytes, coder.tokenizer)
     else:
