@@ -127,7 +127,7 @@ def test_neighbours_tell_tokens_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ((embedding[3::2] @ odd) > (embedding[3::2] @ even)).all()
 
 
-@pytest.mark.parametrize("order", ["bpe", "frequency", "random", "clustered"])
+@pytest.mark.parametrize("order", ["bpe", "frequency", "random", "clustered", "exchanged"])
 @pytest.mark.parametrize("shortlist", [0, 3])
 def test_token_order_dispatches(order: str, shortlist: int) -> None:
     tokens = np.random.default_rng(0).zipf(1.5, 5000).clip(1, 60).astype(np.uint16) - 1
@@ -142,13 +142,14 @@ def test_token_order_dispatches(order: str, shortlist: int) -> None:
         "frequency": frequency_order(counts),
         "random": random_order(60, 4),
         "clustered": found,
+        "exchanged": found,
     }
     assert torch.equal(found, expected[order])
     head = build_head(settings, 60, nn.Embedding(60, 8), found)
     assert isinstance(head, FoldedHead)
     assert torch.equal(head.partition.order, found)
     assert head.partition.sizes[:shortlist].eq(1).all()
-    if order == "clustered":
+    if order in ("clustered", "exchanged"):
         assert torch.equal(found[:shortlist], frequency_order(counts)[:shortlist])
 
 
@@ -159,7 +160,7 @@ def test_a_head_without_a_partition_has_no_order() -> None:
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        (PartitionSettings(order="x"), "choose one of bpe, frequency, random, clustered"),
+        (PartitionSettings(order="x"), "choose one of bpe, frequency, random, clustered, exchanged"),
         (PartitionSettings(order="clustered", clustered_from="nowhere"), "clustered_from=nowhere: model.safetensors"),
         (PartitionSettings(order="clustered", shortlist=60), "shortlist is 60: choose 0 or more, below"),
     ],

@@ -14,6 +14,7 @@ from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
 from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.conditioned import ConditionedLinearScorer
+from vocabfold.heads.exchange import exchanged_order
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.fused import FusedHead
@@ -88,7 +89,10 @@ def vocabulary_order(
     boundaries = equal_boundaries(vocabulary_size, partition.group_size, partition.shortlist)
     if embedding is None:
         embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
-    return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
+    clustered = clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
+    if order == "clustered":
+        return clustered
+    return exchanged_order(tokens, clustered, boundaries, partition.shortlist)
 
 
 def initial_std(settings: HeadSettings, hidden_size: int) -> float:

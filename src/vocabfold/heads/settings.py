@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-ORDERS = ("bpe", "frequency", "random", "clustered")
+ORDERS = ("bpe", "frequency", "random", "clustered", "exchanged")
 EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
 
 
@@ -14,7 +14,8 @@ class PartitionSettings:
     with the wanted ``group_size`` S (None: the root of the number of tokens in them).
 
     ``seed`` decides the random order. ``clustered_from``: the folder of a trained run whose input embedding is
-    clustered; None clusters tokens by their neighbours in the training stream.
+    clustered; None clusters tokens by their neighbours in the training stream. The exchanged order begins with the
+    clustered one.
     """
 
     order: str = "bpe"
