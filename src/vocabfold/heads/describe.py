@@ -33,6 +33,8 @@ def _(head: FoldedHead, settings: HeadSettings) -> dict[str, Any]:
         own["partition_seed"] = settings.partition.seed
     if order in ("clustered", "exchanged") and settings.partition.clustered_from:
         own["clustered_from"] = settings.partition.clustered_from
+    if settings.partition.symbols != 2:
+        own["symbols"] = settings.partition.symbols
     return {
         **own,
         "scorer": settings.scorer,
