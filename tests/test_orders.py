@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,6 +126,21 @@ def test_neighbours_tell_tokens_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     even, odd = embedding[2::2].mean(0), embedding[3::2].mean(0)
     assert ((embedding[2::2] @ even) > (embedding[2::2] @ odd)).all()
     assert ((embedding[3::2] @ odd) > (embedding[3::2] @ even)).all()
+
+
+def test_a_text_of_few_tokens_can_be_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK gives up in float32 on the products of a real vocabulary of which a text has a dozen tokens."""
+    tokens, exact = np.tile(STREAM, 20), torch.linalg.eigh
+    expected = cooccurrence_embedding(tokens, 12, token_counts(tokens, 12))
+
+    def gives_up(matrix: Tensor) -> Any:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return exact(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    found = cooccurrence_embedding(tokens, 12, token_counts(tokens, 12))
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", ["bpe", "frequency", "random", "clustered", "exchanged"])
