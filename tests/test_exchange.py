@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vocabfold.errors import UserError
 from vocabfold.heads import exchange
 from vocabfold.heads.exchange import Exchange, count_bigrams, exchanged_order, mutual_information
 from vocabfold.heads.partition import Partition, equal_boundaries
@@ -145,3 +146,9 @@ def test_mutual_information_is_that_of_the_groups_frequencies(block: int, monkey
     assert mutual_information(tokens, group_of) == pytest.approx(expected, rel=1e-9)
     assert mutual_information(tokens[:1], group_of) == 0.0
     assert mutual_information(tokens, torch.zeros(20, dtype=torch.int64)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_more_groups_than_fit_into_memory_are_refused() -> None:
+    tokens = np.arange(2, dtype=np.uint16)
+    with pytest.raises(UserError, match=r"takes 75 GiB for 50,257 groups: choose a larger head\.partition"):
+        exchanged_order(tokens, torch.arange(50_257), torch.arange(50_258))

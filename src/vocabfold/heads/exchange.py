@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vocabfold.errors import UserError
 from vocabfold.tokens import BLOCK_TOKENS, TokenStream
 
 Integers = NDArray[np.int64]
@@ -26,6 +27,7 @@ Numbers = NDArray[np.float64]
 
 SWEEPS = 3
 TARGETS_A_TOKEN = 2  # groups that a token tries to enter in a sweep
+MOST_BYTES = 8 << 30
 LEAST_GAIN = 1e-6  # of the criterion: less may be rounding
 
 
@@ -74,8 +76,16 @@ def mutual_information(tokens: TokenStream, group_of: Tensor) -> float:
 
 def exchanged_order(tokens: TokenStream, order: Tensor, boundaries: Tensor, shortlist: int = 0) -> Tensor:
     """``order`` [V] with tokens exchanged between the groups of ``boundaries`` [G + 1], each of which keeps its size,
-    after a few sweeps over the tokens of a stream: [V]. The first ``shortlist`` tokens stay. Deterministic."""
-    exchange = Exchange(count_bigrams(tokens, len(order)), order.numpy(), boundaries.numpy(), shortlist)
+    after a few sweeps over the tokens of a stream: [V]. The first ``shortlist`` tokens stay. Deterministic. Raises
+    UserError for so many groups that their tables would not fit into memory."""
+    bigrams = count_bigrams(tokens, len(order))
+    num_groups, num_tokens = len(boundaries) - 1 - shortlist, int((np.diff(bigrams.starts) > 0).sum())
+    if (size := 32 * num_groups * (num_groups + shortlist) + 4 * num_groups * num_tokens) > MOST_BYTES:
+        raise UserError(
+            f"head.partition.order=exchanged takes {size / 2**30:.0f} GiB for {num_groups:,} groups: choose a "
+            "larger head.partition.group_size, or head.partition.order=clustered"
+        )
+    exchange = Exchange(bigrams, order.numpy(), boundaries.numpy(), shortlist)
     for _ in range(SWEEPS):
         exchange.sweep()
     return torch.from_numpy(exchange.order)
