@@ -216,8 +216,8 @@ class Exchange:
         rows = beside.nonzero()[0]
         gains: Numbers = (x_log_x(self.beside[rows] + beside[rows, None]) - self.logs[rows]).sum(0)
         # Both sides were added to n(g, g), each to the number without the other.
-        own = self.beside[: self.num_groups].diagonal()
-        after, before = (side[: self.num_groups] for side in np.split(beside, 2))
+        own, own_logs = self.beside.diagonal(), self.logs.diagonal()
+        after, before = beside[: self.num_groups], beside[self.num_contexts : self.num_contexts + self.num_groups]
         together = x_log_x(own + (after + before + self.bigrams.repeats[token]))
-        gains += together - x_log_x(own + after) - x_log_x(own + before) + x_log_x(own)
+        gains += together - x_log_x(own + after) - x_log_x(own + before) + own_logs
         return gains - (x_log_x(self.totals + self.times[token]) - x_log_x(self.totals)).sum(0)
