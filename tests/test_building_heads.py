@@ -12,6 +12,7 @@ from head_cases import HIDDEN_SIZE
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadSettings, LoopedLinearScorer, ScaleShiftScorer, build_head, folded_head
 from vocabfold.heads.describe import describe_head
+from vocabfold.heads.nested import NestedFoldedHead
 from vocabfold.heads.settings import PartitionSettings
 
 
@@ -69,11 +70,20 @@ def test_build_folded_head(scorer: str) -> None:
         ),
         (HeadSettings(type="folded", tied=True), r"use head\.tied=false or head\.scorer=linear_sorted"),
         (HeadSettings(type="folded", tied=False, partition=PartitionSettings(group_size=0)), r"group_size is 0"),
+        (HeadSettings(type="folded", partition=PartitionSettings(symbols=4)), r"symbols is 4: choose 2 or 3"),
     ],
 )
 def test_build_head_names_what_is_wrong(settings: HeadSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_head(settings, 30, nn.Embedding(30, HIDDEN_SIZE))
+
+
+def test_three_symbols_share_the_cube_root() -> None:
+    settings = HeadSettings(type="folded", tied=False, scorer="linear_sorted", partition=PartitionSettings(symbols=3))
+    head = build_head(settings, 1000, nn.Embedding(1000, HIDDEN_SIZE))
+    assert isinstance(head, NestedFoldedHead)
+    assert head.partition.num_slots == head.groups.partition.num_slots == head.groups.partition.num_groups == 10
+    assert describe_head(settings, head)["symbols"] == 3
 
 
 def test_a_tied_head_needs_a_row_for_each_token() -> None:

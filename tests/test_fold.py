@@ -249,6 +249,7 @@ def test_a_distillation_that_was_killed_goes_on_to_the_same_loss(run: Path, monk
         (["head.partition.group_size=99999"], "group_size is 99999"),
         (["head.partition.shortlist=50257"], "shortlist is 50257"),
         (["head=paper"], "keeps the run's rows"),
+        (["head.partition.symbols=3"], "leave head.partition.symbols out"),
         (["head.label_smoothing=0.1"], "leave head.label_smoothing out"),
         (["seed=4"], "takes seed from teacher"),
         (["model.hidden_size=32"], "takes model from teacher"),

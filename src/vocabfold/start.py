@@ -88,6 +88,8 @@ def _folded_settings(settings: Settings, finished: Settings, row: dict[str, Any]
         if getattr(head, name):
             raise UserError(f"start=fold learns from the run's own probabilities: leave head.{name} out")
     partition = head.partition
+    if partition.symbols != 2:
+        raise UserError("start=fold makes heads of two symbols a token: leave head.partition.symbols out")
     if partition.order == "clustered" and partition.clustered_from is None:
         partition = replace(partition, clustered_from=settings.start.run)
     head = replace(head, partition=partition, tied=finished.head.tied, count_biases=finished.head.count_biases)

@@ -14,12 +14,14 @@ from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
 from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.conditioned import ConditionedLinearScorer
+from vocabfold.heads.exchange import exchanged_order
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.fused import FusedHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
 from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
+from vocabfold.heads.nested import NestedFoldedHead
 from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, frequency_order, random_order
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
@@ -85,10 +87,23 @@ def vocabulary_order(
     counts = token_counts(tokens, vocabulary_size)
     if order == "frequency":
         return frequency_order(counts)
-    boundaries = equal_boundaries(vocabulary_size, partition.group_size, partition.shortlist)
+    boundaries = equal_boundaries(vocabulary_size, wanted_group_size(partition, vocabulary_size), partition.shortlist)
     if embedding is None:
         embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
-    return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
+    clustered = clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
+    if order == "clustered":
+        return clustered
+    return exchanged_order(tokens, clustered, boundaries, partition.shortlist)
+
+
+def wanted_group_size(partition: PartitionSettings, vocabulary_size: int) -> int | None:
+    """As set or, for three symbols a token, the cube root of the number of tokens in groups; None for the default of
+    two. Raises UserError for another number of symbols."""
+    if partition.symbols not in SYMBOLS:
+        raise UserError(f"head.partition.symbols is {partition.symbols}: choose 2 or 3")
+    if partition.group_size is not None or partition.symbols == 2:
+        return partition.group_size
+    return max(1, round((vocabulary_size - partition.shortlist) ** (1 / 3)))
 
 
 def initial_std(settings: HeadSettings, hidden_size: int) -> float:
@@ -180,13 +195,12 @@ def _build_adaptive(
 
 def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
     _check_order(settings.partition)
-    partition = equal_partition(
-        vocabulary_size, settings.partition.group_size, order, shortlist=settings.partition.shortlist
-    )
+    group_size = wanted_group_size(settings.partition, vocabulary_size)
+    partition = equal_partition(vocabulary_size, group_size, order, shortlist=settings.partition.shortlist)
     if settings.scorer not in SCORERS:
         raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
     scorer = SCORERS[settings.scorer](settings, partition, embedding)
-    return FoldedHead(
+    return SYMBOLS[settings.partition.symbols](
         embedding.embedding_dim,
         partition,
         scorer,
@@ -259,6 +273,7 @@ BUILDERS = {
     "adaptive": _build_adaptive,
     "fused": _build_fused,
 }
+SYMBOLS = {2: FoldedHead, 3: NestedFoldedHead}
 SCORERS: dict[str, ScorerBuilder] = {
     "scale_shift": _scale_shift(ScaleShiftScorer),
     "scale_shift_sorted": _scale_shift(SortedScaleShiftScorer),

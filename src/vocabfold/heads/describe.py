@@ -31,8 +31,10 @@ def _(head: FoldedHead, settings: HeadSettings) -> dict[str, Any]:
     own: dict[str, Any] = {"head_rank": settings.rank} if settings.scorer.startswith("low_rank") else {}
     if order == "random":
         own["partition_seed"] = settings.partition.seed
-    if order == "clustered" and settings.partition.clustered_from:
+    if order in ("clustered", "exchanged") and settings.partition.clustered_from:
         own["clustered_from"] = settings.partition.clustered_from
+    if settings.partition.symbols != 2:
+        own["symbols"] = settings.partition.symbols
     return {
         **own,
         "scorer": settings.scorer,

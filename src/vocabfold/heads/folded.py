@@ -52,9 +52,13 @@ class FoldedHead(Head):
         self.softcap = scorer.softcap = softcap
         self.partition = partition
         self.scorer = scorer
-        self.group_weight = nn.Parameter(torch.empty(partition.num_groups, hidden_size))
+        self.with_bias = with_bias
+        self._make_group_step(init_std, with_bias)
+
+    def _make_group_step(self, init_std: float, with_bias: bool) -> None:
+        self.group_weight = nn.Parameter(torch.empty(self.partition.num_groups, self.hidden_size))
         nn.init.normal_(self.group_weight, std=init_std)
-        self.group_bias = nn.Parameter(torch.zeros(partition.num_groups)) if with_bias else None
+        self.group_bias = nn.Parameter(torch.zeros(self.partition.num_groups)) if with_bias else None
 
     @property
     def _group_parameters(self) -> tuple[Tensor, ...]:
@@ -63,14 +67,20 @@ class FoldedHead(Head):
     @torch.no_grad()
     def start_from_counts(self, counts: Tensor) -> None:
         """See Head.start_from_counts. A group's bias is the log of its tokens' frequency, and so within it."""
-        if self.group_bias is None:
+        if not self.with_bias:
             super().start_from_counts(counts)
             return
-        log_frequency = smoothed_log_frequency(counts.to(self.group_bias.device))
+        self._start_from(smoothed_log_frequency(counts.to(self.partition.order.device)))
+
+    def _start_from(self, log_frequency: Tensor) -> None:
         frequency = log_frequency.new_zeros(self.partition.num_groups)
         frequency.index_add_(0, self.partition.group_of, log_frequency.exp())
-        self.group_bias.copy_(frequency.log())
+        self._start_groups_from(frequency.log())
         self.scorer.start_from(log_frequency)
+
+    def _start_groups_from(self, log_frequency: Tensor) -> None:
+        assert self.group_bias is not None
+        self.group_bias.copy_(log_frequency)
 
     def _group_logits(self, hidden: Tensor) -> Tensor:
         return soft_cap(F.linear(hidden, self.group_weight, self.group_bias), self.softcap)
@@ -127,15 +137,20 @@ class FoldedHead(Head):
     def _log_prob_and_normalisers(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
         counted, _ = counted_targets(targets)
         groups, slots = self._group_and_slot(targets, counted)
-        group_log_prob = self._each_group_log_prob(hidden, groups, counted)
+        group_log_prob, normalisers = self._group_log_prob_and_normalisers(hidden, groups, counted)
         token_log_prob = self.scorer.target_log_prob(hidden, groups, slots)
-        # log P = logit - log normaliser: one more logit a row tells each normaliser.
-        group_logit = rowwise_product(hidden, F.embedding(groups, self.group_weight))
-        if self.group_bias is not None:
-            group_logit = group_logit + self.group_bias[groups]
-        group_logit = soft_cap(group_logit, self.softcap)
         token_logit = self.scorer.target_logit(hidden, groups, slots)
-        return group_log_prob + token_log_prob, [group_logit - group_log_prob, token_logit - token_log_prob]
+        return group_log_prob + token_log_prob, [*normalisers, token_logit - token_log_prob]
+
+    def _group_log_prob_and_normalisers(
+        self, hidden: Tensor, groups: Tensor, counted: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        log_prob = self._each_group_log_prob(hidden, groups, counted)
+        # log P = logit - log normaliser: one more logit a row tells each normaliser.
+        logit = rowwise_product(hidden, F.embedding(groups, self.group_weight))
+        if self.group_bias is not None:
+            logit = logit + self.group_bias[groups]
+        return log_prob, [soft_cap(logit, self.softcap) - log_prob]
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """See Head.log_prob."""

@@ -51,7 +51,11 @@ def cooccurrence_embedding(tokens: TokenStream, vocabulary_size: int, counts: Te
         side.copy_((side / expected.clamp(min=1e-9)).clamp(min=1).log())
     rows = sides.transpose(0, 1).reshape(vocabulary_size, 2 * num_contexts)
     # The directions come from a small square matrix: a decomposition of all V rows would take minutes.
-    _, directions = torch.linalg.eigh(rows.T @ rows)
+    products = rows.T @ rows
+    try:
+        _, directions = torch.linalg.eigh(products)
+    except torch.linalg.LinAlgError:  # a text of a few distinct tokens: the same direction again and again
+        directions = torch.linalg.eigh(products.double())[1].float()
     return rows @ directions[:, -CLUSTER_DIMENSIONS:]
 
 

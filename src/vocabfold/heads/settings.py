@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-ORDERS = ("bpe", "frequency", "random", "clustered")
+ORDERS = ("bpe", "frequency", "random", "clustered", "exchanged")
 EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
 
 
 @dataclass
 class PartitionSettings:
     """``order`` of the vocabulary and the sizes of its groups: ``shortlist`` K groups of one token, then equal groups
-    with the wanted ``group_size`` S (None: the root of the number of tokens in them).
+    with the wanted ``group_size`` S (None: the root of the number of tokens in them, or the cube root for 3 symbols).
 
     ``seed`` decides the random order. ``clustered_from``: the folder of a trained run whose input embedding is
-    clustered; None clusters tokens by their neighbours in the training stream.
+    clustered; None clusters tokens by their neighbours in the training stream. The exchanged order begins with the
+    clustered one. ``symbols`` a token: 2, group and token, or 3, whose groups are in groups too (nested.py).
     """
 
     order: str = "bpe"
@@ -22,6 +23,7 @@ class PartitionSettings:
     shortlist: int = 0
     seed: int = 0
     clustered_from: str | None = field(default=None, metadata={"folder": True})
+    symbols: int = 2
 
 
 @dataclass

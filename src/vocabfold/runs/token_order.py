@@ -18,7 +18,7 @@ def token_order(settings: HeadSettings, vocabulary_size: int, tokens: TokenStrea
     """``vocabulary_order``, clustered by the run that the settings name where they name one. Raises UserError where
     that run cannot be read too."""
     source, embedding = settings.partition.clustered_from, None
-    if wanted_order(settings) == "clustered" and source is not None:
+    if wanted_order(settings) in ("clustered", "exchanged") and source is not None:
         embedding = saved_embedding(Path(source), vocabulary_size)
     return vocabulary_order(settings, vocabulary_size, tokens, embedding)
 
