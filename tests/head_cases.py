@@ -28,6 +28,8 @@ from vocabfold.heads import (
     equal_partition,
 )
 from vocabfold.heads.adaptive import ClusterScorer
+from vocabfold.heads.conditioned import ConditionOptions
+from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 
 HIDDEN_SIZE = 6
 SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
@@ -42,7 +44,17 @@ SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
     "looped_free": lambda partition, _: LoopedLinearScorer(HIDDEN_SIZE, partition),
     "looped_tied": lambda partition, weight: LoopedLinearScorer(HIDDEN_SIZE, partition, weight),
 }
-FOLDED_KINDS = (*SCORERS, "sorted_free_bias", "looped_free_bias", "scale_shift_bias")
+# With what the groups are scored from, or with a variant of the scorer that sees the group.
+READERS: dict[str, Callable[[], GroupReader | None]] = {
+    "sorted_free_residual": lambda: ResidualReader(HIDDEN_SIZE, 4),
+    "looped_free_wide": lambda: WideReader(HIDDEN_SIZE, 4),
+    "conditioned_free_wide": lambda: WideReader(HIDDEN_SIZE, 4),
+}
+VARIANTS = {
+    "conditioned_free_gated": ConditionOptions(scale=0.3, gated=True),
+    "conditioned_free_shared": ConditionOptions(scale=0.3, shared=True),
+}
+FOLDED_KINDS = (*SCORERS, "sorted_free_bias", "looped_free_bias", "scale_shift_bias", *READERS, *VARIANTS)
 FAST_KINDS = ("scale_shift_sorted", "low_rank_sorted", "sorted_free", "sorted_tied", "sorted_free_bias")
 FULL_KINDS = ("full_tied", "full_free", "full_bias_tied", "chunked_tied", "chunked_free")
 KINDS = (*FULL_KINDS, *FOLDED_KINDS, "adaptive")
@@ -129,8 +141,15 @@ def make_head(
         head = AdaptiveHead(HIDDEN_SIZE, layout.vocabulary_size, cutoffs, 2.0, order, softcap)
     else:
         partition = equal_partition(layout.vocabulary_size, layout.group_size, order, layout.shortlist)
-        scorer = SCORERS[kind.removesuffix("_bias")](partition, tied_weight)
-        head = FoldedHead(HIDDEN_SIZE, partition, scorer, softcap=softcap, with_bias=kind.endswith("_bias"))
+        if kind in VARIANTS:
+            scorer: TokenScorer = ConditionedLinearScorer(HIDDEN_SIZE, partition, 5, options=VARIANTS[kind])
+        else:
+            scorer = SCORERS[kind.removesuffix("_bias") if kind not in READERS else kind.rpartition("_")[0]](
+                partition, tied_weight
+            )
+        reader = READERS[kind]() if kind in READERS else None
+        with_bias = kind.endswith("_bias") or reader is not None
+        head = FoldedHead(HIDDEN_SIZE, partition, scorer, softcap=softcap, with_bias=with_bias, group_reader=reader)
     module = Model(embedding, head).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=weight_std)
@@ -180,10 +199,10 @@ def naive_logits(
         scores = []
         scorer, seen = head.scorer, hidden
         if isinstance(scorer, ConditionedLinearScorer):
-            centred = hidden - hidden.mean(dim=1, keepdim=True)
-            norm = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
-            inner = norm @ scorer.into.weight.t() + scorer.group_embedding[index]
-            hidden = hidden + (inner * 0.5 * (1 + torch.erf(inner / 2**0.5))) @ scorer.out.t()
+            inner = _gelu(_norm(hidden) @ scorer.into.weight.t() + scorer.group_embedding[index])
+            if scorer.group_gate is not None:
+                inner = inner * (1 + scorer.group_gate[index])
+            hidden = hidden + scorer.options.scale * (inner @ scorer.out.t())
         for slot, token in enumerate(tokens):
             if isinstance(scorer, ScaleShiftScorer):
                 score = scorer.scale[index, slot] * (hidden @ scorer.shared[slot]) + scorer.shift[index, slot]
@@ -201,10 +220,31 @@ def naive_logits(
         members.append((tokens, _capped(scores, head)))
         index += 1
         hidden = seen
-    group_scores = [hidden @ row for row in head.group_weight]
+    group_scores = [_features(head, hidden) @ row for row in head.group_weight]
     if head.group_bias is not None:
         group_scores = [score + bias for score, bias in zip(group_scores, head.group_bias, strict=True)]
     return _capped(group_scores, head), members
+
+
+def _features(head: FoldedHead, hidden: Tensor) -> Tensor:
+    """What the groups are scored from."""
+    reader, scorer = head.group_reader, head.scorer
+    if isinstance(scorer, ConditionedLinearScorer) and scorer.no_group is not None:
+        inner = _gelu(_norm(hidden) @ scorer.into.weight.t() + scorer.no_group)
+        return hidden + scorer.options.scale * (inner @ scorer.out.t())
+    if reader is None:
+        return hidden
+    inner = _gelu(_norm(hidden) @ reader.into.weight.t() + reader.into.bias)
+    return hidden + inner @ reader.out.t() if isinstance(reader, ResidualReader) else torch.cat([hidden, inner], dim=1)
+
+
+def _norm(hidden: Tensor) -> Tensor:
+    centred = hidden - hidden.mean(dim=1, keepdim=True)
+    return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+
+
+def _gelu(inner: Tensor) -> Tensor:
+    return inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
 
 
 def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Tensor:

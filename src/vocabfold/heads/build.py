@@ -13,7 +13,7 @@ from vocabfold.errors import UserError
 from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
 from vocabfold.heads.chunked import ChunkedHead
-from vocabfold.heads.conditioned import ConditionedLinearScorer
+from vocabfold.heads.conditioned import ConditionedLinearScorer, ConditionOptions
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.fused import FusedHead
@@ -22,8 +22,9 @@ from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, frequency_order, random_order
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
+from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
-from vocabfold.heads.settings import ORDERS, HeadSettings, PartitionSettings
+from vocabfold.heads.settings import GROUP_SCORERS, ORDERS, HeadSettings, PartitionSettings
 from vocabfold.tokens import TokenStream, token_counts
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
@@ -193,7 +194,17 @@ def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Em
         initial_std(settings, embedding.embedding_dim),
         settings.softcap,
         settings.count_biases,
+        _group_reader(settings, embedding.embedding_dim),
     )
+
+
+def _group_reader(settings: HeadSettings, hidden_size: int) -> GroupReader | None:
+    kind = settings.group_scorer
+    if kind not in GROUP_SCORERS:
+        raise UserError(f"head.group_scorer is {kind!r}: choose one of {', '.join(GROUP_SCORERS)}")
+    if kind == "shared" and settings.scorer != "linear_conditioned":
+        raise UserError("head.group_scorer=shared shares the network of head.scorer=linear_conditioned: use residual")
+    return READERS[kind](hidden_size, settings.group_width) if kind in READERS else None
 
 
 def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Parameter | None:
@@ -242,6 +253,13 @@ def _conditioned(settings: HeadSettings, partition: Partition, embedding: nn.Emb
         settings.condition_width,
         weight,
         initial_std(settings, embedding.embedding_dim),
+        ConditionOptions(
+            scale=settings.condition_scale,
+            std=settings.condition_std,
+            gated=settings.condition_gated,
+            detached=settings.condition_detached,
+            shared=settings.group_scorer == "shared",
+        ),
     )
 
 
@@ -252,6 +270,7 @@ def _refuse_tied(settings: HeadSettings) -> None:
         )
 
 
+READERS: dict[str, type[GroupReader]] = {"residual": ResidualReader, "wide": WideReader}
 BUILDERS = {
     "full": _build_full,
     "folded": _build_folded,

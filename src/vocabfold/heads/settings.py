@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 ORDERS = ("bpe", "frequency", "random", "clustered")
+GROUP_SCORERS = ("linear", "residual", "wide", "shared")
 EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
 
 
@@ -32,7 +33,9 @@ class HeadSettings:
     ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the logits; each is for every
     head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
     folded heads biases that start from the tokens' counts in the training stream. ``condition_width`` is that of
-    linear_conditioned (None: see conditioned.default_width).
+    linear_conditioned (None: see readers.default_width), whose other variants are the ``condition_`` settings: see
+    ConditionOptions. ``group_scorer``, one of GROUP_SCORERS, is what a folded head's groups are scored from, and
+    ``group_width`` its width.
 
     ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head, ``chunk_rows`` the
     chunked, ``cutoffs`` and ``div_value`` the adaptive and ``kernel`` the fused one; the others leave them unread.
@@ -54,3 +57,9 @@ class HeadSettings:
     softcap: float | None = None
     count_biases: bool = False
     condition_width: int | None = None
+    condition_scale: float = 1.0
+    condition_std: float = 0.02
+    condition_gated: bool = False
+    condition_detached: bool = False
+    group_scorer: str = "linear"
+    group_width: int | None = None
