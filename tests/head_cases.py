@@ -56,7 +56,7 @@ VARIANTS = {
 }
 FOLDED_KINDS = (*SCORERS, "sorted_free_bias", "looped_free_bias", "scale_shift_bias", *READERS, *VARIANTS)
 FAST_KINDS = ("scale_shift_sorted", "low_rank_sorted", "sorted_free", "sorted_tied", "sorted_free_bias")
-FULL_KINDS = ("full_tied", "full_free", "full_bias_tied", "chunked_tied", "chunked_free")
+FULL_KINDS = ("full_tied", "full_free", "full_bias_tied", "chunked_tied", "chunked_free", "chunked_bias_tied")
 KINDS = (*FULL_KINDS, *FOLDED_KINDS, "adaptive")
 
 
@@ -135,7 +135,8 @@ def make_head(
         with_bias = kind.startswith("full_bias")
         head = FullHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, softcap=softcap, with_bias=with_bias)
     elif kind.startswith("chunked"):
-        head = ChunkedHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, chunk_rows=4)
+        with_bias = kind.startswith("chunked_bias")
+        head = ChunkedHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, chunk_rows=4, with_bias=with_bias)
     elif kind == "adaptive":
         cutoffs = adaptive_cutoffs(layout.vocabulary_size)
         head = AdaptiveHead(HIDDEN_SIZE, layout.vocabulary_size, cutoffs, 2.0, order, softcap)

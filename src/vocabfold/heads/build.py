@@ -154,6 +154,7 @@ def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
         weight,
         initial_std(settings, embedding.embedding_dim),
         settings.chunk_rows,
+        settings.count_biases,
     )
 
 
@@ -166,6 +167,7 @@ def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: nn.Emb
         initial_std(settings, embedding.embedding_dim),
         settings.softcap,
         settings.kernel,
+        settings.count_biases,
     )
 
 
