@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from vocabfold.heads import (
     Head,
     LoopedLinearScorer,
     LowRankScorer,
+    MixtureHead,
     Partition,
     ScaleShiftScorer,
     SortedLinearScorer,
@@ -56,25 +57,27 @@ VARIANTS = {
 }
 FOLDED_KINDS = (*SCORERS, "sorted_free_bias", "looped_free_bias", "scale_shift_bias", *READERS, *VARIANTS)
 FAST_KINDS = ("scale_shift_sorted", "low_rank_sorted", "sorted_free", "sorted_tied", "sorted_free_bias")
+MIXED = ("sorted_free_bias", "looped_free_bias")  # the parts of a mixture, the second in reversed order
 FULL_KINDS = ("full_tied", "full_free", "full_bias_tied", "chunked_tied", "chunked_free", "chunked_bias_tied")
-KINDS = (*FULL_KINDS, *FOLDED_KINDS, "adaptive")
+KINDS = (*FULL_KINDS, *FOLDED_KINDS, "adaptive", "mixture_free")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A vocabulary of V tokens, the wanted group size S (None: the default), whether its order is shuffled, and how
-    many of its first tokens have a group to themselves."""
+    """A vocabulary of V tokens, the wanted group size S (None: the default), whether its order is shuffled, how many of
+    its first tokens have a group to themselves, and whether that order is reversed, as in a mixture's second part."""
 
     vocabulary_size: int
     group_size: int | None
     shuffled: bool = False
     shortlist: int = 0
+    reversed: bool = False
 
     def order(self) -> Tensor:
         tokens = torch.arange(self.vocabulary_size)
-        return (
-            tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(5))] if self.shuffled else tokens
-        )
+        if self.shuffled:
+            tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(5))]
+        return tokens.flip(0) if self.reversed else tokens
 
 
 LAYOUTS = {
@@ -140,6 +143,10 @@ def make_head(
     elif kind == "adaptive":
         cutoffs = adaptive_cutoffs(layout.vocabulary_size)
         head = AdaptiveHead(HIDDEN_SIZE, layout.vocabulary_size, cutoffs, 2.0, order, softcap)
+    elif kind.startswith("mixture"):
+        kinds = zip(MIXED, (order, order.flip(0)), strict=True)
+        parts = [make_head(part, layout, weight_std, its, seed)[0] for part, its in kinds]
+        head = MixtureHead([part for part in parts if isinstance(part, FoldedHead)])
     else:
         partition = equal_partition(layout.vocabulary_size, layout.group_size, order, layout.shortlist)
         if kind in VARIANTS:
@@ -248,9 +255,22 @@ def _gelu(inner: Tensor) -> Tensor:
     return inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
 
 
+def naive_parts(kind: str, layout: Layout, head: Head) -> list[tuple[str, Layout, Head]]:
+    """Kind, layout and head of each part of a mixture; of any other head itself."""
+    if not isinstance(head, MixtureHead):
+        return [(kind, layout, head)]
+    return list(zip(MIXED, (layout, replace(layout, reversed=True)), head.heads, strict=True))
+
+
 def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Tensor:
     """log P [N, V] token by token: P(v) = softmax over groups [g] * softmax over the tokens of group g."""
-    return joined_log_prob(*naive_logits(kind, layout, head, hidden))
+    if not isinstance(head, MixtureHead):
+        return joined_log_prob(*naive_logits(kind, layout, head, hidden))
+    weights = _log_softmax(hidden @ head.mix.weight.t() + head.mix.bias).exp()
+    probability = torch.zeros(len(hidden), layout.vocabulary_size, dtype=hidden.dtype)
+    for index, part in enumerate(naive_parts(kind, layout, head)):
+        probability = probability + weights[:, index, None] * joined_log_prob(*naive_logits(*part, hidden)).exp()
+    return probability.log()
 
 
 def joined_log_prob(group_logits: Tensor, members: list[tuple[list[int], Tensor]]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from vocabfold.heads.fused import FusedHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
 from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
+from vocabfold.heads.mixture import MixtureHead
 from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, frequency_order, random_order
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
 from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
@@ -64,18 +66,25 @@ def wanted_order(settings: HeadSettings) -> str | None:
     """
     if settings.type == "adaptive":
         return "frequency"
+    if settings.type == "mixture" and settings.partition.clustered_from is not None:
+        raise UserError("the parts of a mixture are clustered by neighbours: leave head.partition.clustered_from out")
     if settings.type != "folded":
         return None
-    _check_order(settings.partition)
+    _check_order(settings.partition.order)
     return settings.partition.order
 
 
 def vocabulary_order(
     settings: HeadSettings, vocabulary_size: int, tokens: TokenStream, embedding: Tensor | None = None
 ) -> Tensor | None:
-    """The order [V] that ``settings`` ask for, counted on the training stream ``tokens`` where it depends on it; None
-    for a head without a partition. ``embedding`` [V, D'] is clustered in place of the tokens' neighbours in the stream.
-    Raises UserError for an order or sizes that no partition has."""
+    """The order [V] that ``settings`` ask for ([K, V] of a mixture of K parts), counted on the training stream
+    ``tokens`` where it depends on it; None for a head without a partition. ``embedding`` [V, D'] is clustered in place
+    of the tokens' neighbours in the stream. Raises UserError for an order or sizes that no partition has."""
+    if settings.type == "mixture":
+        wanted_order(settings)
+        parts = [_part_settings(settings, index) for index in range(len(settings.mixture))]
+        orders = [vocabulary_order(part, vocabulary_size, tokens, embedding) for part in parts]
+        return torch.stack([order for order in orders if order is not None]) if orders else None
     partition, order = settings.partition, wanted_order(settings)
     if order is None:
         return None
@@ -88,7 +97,8 @@ def vocabulary_order(
         return frequency_order(counts)
     boundaries = equal_boundaries(vocabulary_size, partition.group_size, partition.shortlist)
     if embedding is None:
-        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
+        side = order.removeprefix("clustered").removeprefix("_") or "both"
+        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts, side)
     return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
 
 
@@ -127,9 +137,16 @@ def folded_head(
     )
 
 
-def _check_order(partition: PartitionSettings) -> None:
-    if partition.order not in ORDERS:
-        raise UserError(f"head.partition.order is {partition.order!r}: choose one of {', '.join(ORDERS)}")
+def _check_order(order: str) -> None:
+    if order not in ORDERS:
+        raise UserError(f"head.partition.order is {order!r}: choose one of {', '.join(ORDERS)}")
+
+
+def _part_settings(settings: HeadSettings, index: int) -> HeadSettings:
+    """Those of one part of a mixture, a folded head. A random order has a seed of its own in each part."""
+    order = settings.mixture[index]
+    partition = replace(settings.partition, order=order, seed=settings.partition.seed + index)
+    return replace(settings, type="folded", partition=partition, mixture=[])
 
 
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
@@ -182,7 +199,7 @@ def _build_adaptive(
 
 
 def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
-    _check_order(settings.partition)
+    _check_order(settings.partition.order)
     partition = equal_partition(
         vocabulary_size, settings.partition.group_size, order, shortlist=settings.partition.shortlist
     )
@@ -198,6 +215,16 @@ def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Em
         settings.count_biases,
         _group_reader(settings, embedding.embedding_dim),
     )
+
+
+def _build_mixture(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
+    parts = []
+    for index in range(len(settings.mixture)):
+        part_order = None if order is None else order[index]
+        part = _build_folded(_part_settings(settings, index), vocabulary_size, embedding, part_order)
+        assert isinstance(part, FoldedHead)
+        parts.append(part)
+    return MixtureHead(parts)
 
 
 def _group_reader(settings: HeadSettings, hidden_size: int) -> GroupReader | None:
@@ -276,6 +303,7 @@ READERS: dict[str, type[GroupReader]] = {"residual": ResidualReader, "wide": Wid
 BUILDERS = {
     "full": _build_full,
     "folded": _build_folded,
+    "mixture": _build_mixture,
     "chunked": _build_chunked,
     "adaptive": _build_adaptive,
     "fused": _build_fused,

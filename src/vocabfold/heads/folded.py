@@ -155,6 +155,13 @@ class FoldedHead(Head):
         by_position = by_position + self.group_log_prob(hidden)[:, group_at]
         return by_position[:, self.partition.position_of]
 
+    def tokens_log_prob(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """``hidden`` [N, D], ``tokens`` [N, C] -> log P of C tokens of each row, [N, C] in nats."""
+        groups, slots = self.partition.group_of[tokens], self.partition.slot_of[tokens]
+        repeated = hidden.repeat_interleave(tokens.shape[1], dim=0)
+        within = self.scorer.target_log_prob(repeated, groups.flatten(), slots.flatten()).view(tokens.shape)
+        return self.group_log_prob(hidden).gather(-1, groups) + within
+
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See Head.topk. Exact without [N, V]: see visiting.topk_by_visits."""
         self.check_k(k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-ORDERS = ("bpe", "frequency", "random", "clustered")
+ORDERS = ("bpe", "frequency", "random", "clustered", "clustered_before", "clustered_after")
 GROUP_SCORERS = ("linear", "residual", "wide", "shared")
 EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
 
@@ -14,8 +14,9 @@ class PartitionSettings:
     """``order`` of the vocabulary and the sizes of its groups: ``shortlist`` K groups of one token, then equal groups
     with the wanted ``group_size`` S (None: the root of the number of tokens in them).
 
-    ``seed`` decides the random order. ``clustered_from``: the folder of a trained run whose input embedding is
-    clustered; None clusters tokens by their neighbours in the training stream.
+    ``clustered``: tokens with the same neighbours share a group; ``clustered_before`` looks at those before a token
+    alone, ``clustered_after`` at those after it. ``seed`` decides the random order. ``clustered_from``: the folder of a
+    trained run whose input embedding is clustered; None clusters tokens by their neighbours in the training stream.
     """
 
     order: str = "bpe"
@@ -36,6 +37,8 @@ class HeadSettings:
     linear_conditioned (None: see readers.default_width), whose other variants are the ``condition_`` settings: see
     ConditionOptions. ``group_scorer``, one of GROUP_SCORERS, is what a folded head's groups are scored from, and
     ``group_width`` its width.
+
+    ``mixture``, of a head of that type: the order of each part's partition, whose other settings are ``partition``'s.
 
     ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head, ``chunk_rows`` the
     chunked, ``cutoffs`` and ``div_value`` the adaptive and ``kernel`` the fused one; the others leave them unread.
@@ -63,3 +66,4 @@ class HeadSettings:
     condition_detached: bool = False
     group_scorer: str = "linear"
     group_width: int | None = None
+    mixture: list[str] = field(default_factory=list)
