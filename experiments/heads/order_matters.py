@@ -32,7 +32,12 @@ ORDERS = {
     "clustered": (COLORS["green"], "^", "-."),
 }
 SCORERS = {"scale_shift": ("scale and shift", "s", "--"), "linear": ("one linear layer a group", "o", "-")}
-LINEAR_HEADS = {"linear_bpe": "bpe", "linear_random": "random", "linear_frequency": "frequency", "folded": "clustered"}
+LINEAR_HEADS = {
+    "linear_bpe": "bpe",
+    "linear_random": "random",
+    "linear_frequency": "frequency",
+    "linear_clustered": "clustered",
+}
 FAILURE = 0.9  # below which reviews of the paper call the group scorer a failure
 QUANTITIES = {"validation_loss_nats": "Validation loss (nats per token)", "group_accuracy": "Group accuracy"}
 

@@ -26,7 +26,7 @@ from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, freq
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
 from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
-from vocabfold.heads.settings import GROUP_SCORERS, ORDERS, HeadSettings, PartitionSettings
+from vocabfold.heads.settings import BEST, GROUP_SCORERS, ORDERS, HeadSettings, PartitionSettings
 from vocabfold.tokens import TokenStream, token_counts
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
@@ -97,8 +97,8 @@ def vocabulary_order(
         return frequency_order(counts)
     boundaries = equal_boundaries(vocabulary_size, partition.group_size, partition.shortlist)
     if embedding is None:
-        side = order.removeprefix("clustered").removeprefix("_") or "both"
-        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts, side)
+        which = order.removeprefix("clustered").removeprefix("_") or "both"
+        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts, which)
     return clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
 
 
@@ -117,24 +117,28 @@ def folded_head(
     group_size: int | None = None,
     shortlist: int = 0,
 ) -> FoldedHead:
-    """A folded head for a model of your own, where it had ``nn.Linear(hidden_size, vocabulary_size, bias=False)``: one
-    linear layer for each group of tokens, initialised as torch's own.
+    """A folded head for a model of your own, where it had ``nn.Linear(hidden_size, vocabulary_size, bias=False)``: the
+    best so far, as ``head=folded`` trains it, with every size by rule.
 
-    ``tokens``, ids of the training text: tokens with the same neighbours share a group; without them, tokens that
-    follow each other, which costs quality. ``tied_weight`` [V, D] lends the tokens' rows. ``group_size`` (None: about
-    sqrt V) and ``shortlist``, how many of the most frequent tokens have a group to themselves: see ``equal_partition``.
-    Raises UserError for sizes that no partition has.
+    ``tokens``, ids of the training text: tokens with the same neighbours share a group, and biases start from their
+    counts; without them groups are of tokens that follow each other and biases start as 0, which costs quality.
+    ``tied_weight`` [V, D] lends the tokens' rows. ``group_size`` (None: about sqrt V) and ``shortlist``, how many of
+    the most frequent tokens have a group to themselves: see ``equal_partition``. Raises UserError for sizes that no
+    partition has.
     """
     if tokens is None and shortlist:
         raise UserError("a shortlist holds the most frequent tokens: give the tokens of the training text too")
     partition = PartitionSettings("bpe" if tokens is None else "clustered", group_size, shortlist)
-    settings = HeadSettings(type="folded", partition=partition, init_std=None)
-    order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
-    groups = equal_partition(vocabulary_size, group_size, order, shortlist)
-    std = initial_std(settings, hidden_size)
-    return FoldedHead(
-        hidden_size, groups, SortedLinearScorer(hidden_size, groups, cast(nn.Parameter | None, tied_weight), std), std
+    settings = HeadSettings(
+        type="folded", tied=tied_weight is not None, init_std=None, partition=partition, count_biases=True, **BEST
     )
+    order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
+    num_rows = vocabulary_size if tied_weight is None else len(tied_weight)
+    rows = nn.Embedding(num_rows, hidden_size, device="meta")  # none of its own, but for those lent
+    if tied_weight is not None:
+        rows.weight = cast(nn.Parameter, tied_weight)
+    counts = None if tokens is None else token_counts(tokens, vocabulary_size)
+    return cast(FoldedHead, build_head(settings, vocabulary_size, rows, order, counts))
 
 
 def _check_order(order: str) -> None:

@@ -63,9 +63,12 @@ class ConditionedLinearScorer(SortedLinearScorer):
         """``hidden`` [..., D] and ``groups`` [...] that broadcast against each other -> h_g [..., D]. A group of one
         token has nothing to score and takes any other's e_g."""
         if len(self.partition.multi_groups) == 0:
-            return hidden
-        index = self.partition.multi_index[groups].clamp(min=0)
-        inner = F.gelu(self._read(hidden) + F.embedding(index, self.group_embedding))
+            return hidden.expand(*groups.shape, -1)
+        return self._seen(hidden, self._read(hidden), self.partition.multi_index[groups].clamp(min=0))
+
+    def _seen(self, hidden: Tensor, read: Tensor, index: Tensor) -> Tensor:
+        """h_g from ``read``, what ``_read`` returns, and the ``index`` of the groups among those of several tokens."""
+        inner = F.gelu(read + F.embedding(index, self.group_embedding))
         if self.group_gate is not None:
             inner = inner * (1 + F.embedding(index, self.group_gate))
         return hidden + self._written(inner)
@@ -98,21 +101,22 @@ class ConditionedLinearScorer(SortedLinearScorer):
         return super().target_logit(self.condition(hidden, groups), groups, slots)
 
     def group_log_prob(self, hidden: Tensor, groups: Tensor) -> Tensor:
-        """See TokenScorer.group_log_prob. Each pair of a row and a group has a hidden state of its own."""
-        pairs = groups.reshape(-1, 1)
-        rows = torch.arange(len(hidden), device=hidden.device).repeat_interleave(groups.shape[1])
-        parts = [
-            super(ConditionedLinearScorer, self).group_log_prob(self.condition(hidden[some], group[:, 0]), group)
-            for some, group in zip(rows.split(PAIRS_A_TIME), pairs.split(PAIRS_A_TIME), strict=True)
-        ]
+        """See TokenScorer.group_log_prob. Each pair of a row and a group has a hidden state of its own; W_1 is applied
+        once a row."""
+        step = max(1, PAIRS_A_TIME // max(1, groups.shape[1]))
+        parts = []
+        for rows, asked in zip(hidden.split(step), groups.split(step), strict=True):
+            seen = self.condition(rows.unsqueeze(1), asked).flatten(0, 1)
+            parts.append(super().group_log_prob(seen, asked.reshape(-1, 1)))
         return torch.cat(parts).view(*groups.shape, self.partition.num_slots)
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
-        groups = self.partition.multi_groups.split(1)
+        read = self._read(hidden)
+        indices = torch.arange(len(self.partition.multi_groups), device=hidden.device).split(1)
         return torch.cat(
             [
-                self._log_softmax(F.linear(self.condition(hidden, group), *layer))
-                for group, layer in zip(groups, self._layers(), strict=True)
+                self._log_softmax(F.linear(self._seen(hidden, read, index), *layer))
+                for index, layer in zip(indices, self._layers(), strict=True)
             ],
             dim=-1,
         )
