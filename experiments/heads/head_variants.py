@@ -14,7 +14,6 @@ from argparse import Namespace
 
 import pandas as pd
 
-from experiments.study.figures import seeds_of
 from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import summarise
 from vocabfold.files import write_text
@@ -72,7 +71,7 @@ def markdown(table: pd.DataFrame) -> str:
     lines += [
         "",
         f"{first['model']}, hidden {first['hidden_size']}, {first['num_layers']} layers, {first['corpus']}; learning "
-        f"rate {table['learning_rate'].iloc[0]:g}; {seeds_of(table)}. Losses on the last hundredth of the training "
+        f"rate {table['learning_rate'].iloc[0]:g}. Losses on the last hundredth of the training "
         "documents, which no run has seen; the validation text decided nothing here. A mixture has no one group.",
         "",
     ]
