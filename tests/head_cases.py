@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from vocabfold.heads import (
     Head,
     LoopedLinearScorer,
     LowRankScorer,
+    MixtureHead,
     Partition,
     ScaleShiftScorer,
     SortedLinearScorer,
@@ -28,6 +29,8 @@ from vocabfold.heads import (
     equal_partition,
 )
 from vocabfold.heads.adaptive import ClusterScorer
+from vocabfold.heads.conditioned import ConditionOptions
+from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 
 HIDDEN_SIZE = 6
 SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
@@ -42,27 +45,39 @@ SCORERS: dict[str, Callable[[Partition, nn.Parameter | None], TokenScorer]] = {
     "looped_free": lambda partition, _: LoopedLinearScorer(HIDDEN_SIZE, partition),
     "looped_tied": lambda partition, weight: LoopedLinearScorer(HIDDEN_SIZE, partition, weight),
 }
-FOLDED_KINDS = (*SCORERS, "sorted_free_bias", "looped_free_bias", "scale_shift_bias")
+# With what the groups are scored from, or with a variant of the scorer that sees the group.
+READERS: dict[str, Callable[[], GroupReader | None]] = {
+    "sorted_free_residual": lambda: ResidualReader(HIDDEN_SIZE, 4),
+    "looped_free_wide": lambda: WideReader(HIDDEN_SIZE, 4),
+    "conditioned_free_wide": lambda: WideReader(HIDDEN_SIZE, 4),
+}
+VARIANTS = {
+    "conditioned_free_gated": ConditionOptions(scale=0.3, gated=True),
+    "conditioned_free_shared": ConditionOptions(scale=0.3, shared=True),
+}
+FOLDED_KINDS = (*SCORERS, "sorted_free_bias", "looped_free_bias", "scale_shift_bias", *READERS, *VARIANTS)
 FAST_KINDS = ("scale_shift_sorted", "low_rank_sorted", "sorted_free", "sorted_tied", "sorted_free_bias")
-FULL_KINDS = ("full_tied", "full_free", "full_bias_tied", "chunked_tied", "chunked_free")
-KINDS = (*FULL_KINDS, *FOLDED_KINDS, "adaptive")
+MIXED = ("sorted_free_bias", "looped_free_bias")  # the parts of a mixture, the second in reversed order
+FULL_KINDS = ("full_tied", "full_free", "full_bias_tied", "chunked_tied", "chunked_free", "chunked_bias_tied")
+KINDS = (*FULL_KINDS, *FOLDED_KINDS, "adaptive", "mixture_free")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A vocabulary of V tokens, the wanted group size S (None: the default), whether its order is shuffled, and how
-    many of its first tokens have a group to themselves."""
+    """A vocabulary of V tokens, the wanted group size S (None: the default), whether its order is shuffled, how many of
+    its first tokens have a group to themselves, and whether that order is reversed, as in a mixture's second part."""
 
     vocabulary_size: int
     group_size: int | None
     shuffled: bool = False
     shortlist: int = 0
+    reversed: bool = False
 
     def order(self) -> Tensor:
         tokens = torch.arange(self.vocabulary_size)
-        return (
-            tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(5))] if self.shuffled else tokens
-        )
+        if self.shuffled:
+            tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(5))]
+        return tokens.flip(0) if self.reversed else tokens
 
 
 LAYOUTS = {
@@ -123,14 +138,26 @@ def make_head(
         with_bias = kind.startswith("full_bias")
         head = FullHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, softcap=softcap, with_bias=with_bias)
     elif kind.startswith("chunked"):
-        head = ChunkedHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, chunk_rows=4)
+        with_bias = kind.startswith("chunked_bias")
+        head = ChunkedHead(HIDDEN_SIZE, layout.vocabulary_size, tied_weight, chunk_rows=4, with_bias=with_bias)
     elif kind == "adaptive":
         cutoffs = adaptive_cutoffs(layout.vocabulary_size)
         head = AdaptiveHead(HIDDEN_SIZE, layout.vocabulary_size, cutoffs, 2.0, order, softcap)
+    elif kind.startswith("mixture"):
+        kinds = zip(MIXED, (order, order.flip(0)), strict=True)
+        parts = [make_head(part, layout, weight_std, its, seed)[0] for part, its in kinds]
+        head = MixtureHead([part for part in parts if isinstance(part, FoldedHead)])
     else:
         partition = equal_partition(layout.vocabulary_size, layout.group_size, order, layout.shortlist)
-        scorer = SCORERS[kind.removesuffix("_bias")](partition, tied_weight)
-        head = FoldedHead(HIDDEN_SIZE, partition, scorer, softcap=softcap, with_bias=kind.endswith("_bias"))
+        if kind in VARIANTS:
+            scorer: TokenScorer = ConditionedLinearScorer(HIDDEN_SIZE, partition, 5, options=VARIANTS[kind])
+        else:
+            scorer = SCORERS[kind.removesuffix("_bias") if kind not in READERS else kind.rpartition("_")[0]](
+                partition, tied_weight
+            )
+        reader = READERS[kind]() if kind in READERS else None
+        with_bias = kind.endswith("_bias") or reader is not None
+        head = FoldedHead(HIDDEN_SIZE, partition, scorer, softcap=softcap, with_bias=with_bias, group_reader=reader)
     module = Model(embedding, head).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=weight_std)
@@ -180,10 +207,10 @@ def naive_logits(
         scores = []
         scorer, seen = head.scorer, hidden
         if isinstance(scorer, ConditionedLinearScorer):
-            centred = hidden - hidden.mean(dim=1, keepdim=True)
-            norm = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
-            inner = norm @ scorer.into.weight.t() + scorer.group_embedding[index]
-            hidden = hidden + (inner * 0.5 * (1 + torch.erf(inner / 2**0.5))) @ scorer.out.t()
+            inner = _gelu(_norm(hidden) @ scorer.into.weight.t() + scorer.group_embedding[index])
+            if scorer.group_gate is not None:
+                inner = inner * (1 + scorer.group_gate[index])
+            hidden = hidden + scorer.options.scale * (inner @ scorer.out.t())
         for slot, token in enumerate(tokens):
             if isinstance(scorer, ScaleShiftScorer):
                 score = scorer.scale[index, slot] * (hidden @ scorer.shared[slot]) + scorer.shift[index, slot]
@@ -201,15 +228,49 @@ def naive_logits(
         members.append((tokens, _capped(scores, head)))
         index += 1
         hidden = seen
-    group_scores = [hidden @ row for row in head.group_weight]
+    group_scores = [_features(head, hidden) @ row for row in head.group_weight]
     if head.group_bias is not None:
         group_scores = [score + bias for score, bias in zip(group_scores, head.group_bias, strict=True)]
     return _capped(group_scores, head), members
 
 
+def _features(head: FoldedHead, hidden: Tensor) -> Tensor:
+    """What the groups are scored from."""
+    reader, scorer = head.group_reader, head.scorer
+    if isinstance(scorer, ConditionedLinearScorer) and scorer.no_group is not None:
+        inner = _gelu(_norm(hidden) @ scorer.into.weight.t() + scorer.no_group)
+        return hidden + scorer.options.scale * (inner @ scorer.out.t())
+    if reader is None:
+        return hidden
+    inner = _gelu(_norm(hidden) @ reader.into.weight.t() + reader.into.bias)
+    return hidden + inner @ reader.out.t() if isinstance(reader, ResidualReader) else torch.cat([hidden, inner], dim=1)
+
+
+def _norm(hidden: Tensor) -> Tensor:
+    centred = hidden - hidden.mean(dim=1, keepdim=True)
+    return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+
+
+def _gelu(inner: Tensor) -> Tensor:
+    return inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+
+
+def naive_parts(kind: str, layout: Layout, head: Head) -> list[tuple[str, Layout, Head]]:
+    """Kind, layout and head of each part of a mixture; of any other head itself."""
+    if not isinstance(head, MixtureHead):
+        return [(kind, layout, head)]
+    return list(zip(MIXED, (layout, replace(layout, reversed=True)), head.heads, strict=True))
+
+
 def naive_log_prob(kind: str, layout: Layout, head: Head, hidden: Tensor) -> Tensor:
     """log P [N, V] token by token: P(v) = softmax over groups [g] * softmax over the tokens of group g."""
-    return joined_log_prob(*naive_logits(kind, layout, head, hidden))
+    if not isinstance(head, MixtureHead):
+        return joined_log_prob(*naive_logits(kind, layout, head, hidden))
+    weights = _log_softmax(hidden @ head.mix.weight.t() + head.mix.bias).exp()
+    probability = torch.zeros(len(hidden), layout.vocabulary_size, dtype=hidden.dtype)
+    for index, part in enumerate(naive_parts(kind, layout, head)):
+        probability = probability + weights[:, index, None] * joined_log_prob(*naive_logits(*part, hidden)).exp()
+    return probability.log()
 
 
 def joined_log_prob(group_logits: Tensor, members: list[tuple[list[int], Tensor]]) -> Tensor:

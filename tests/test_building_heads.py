@@ -5,15 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.nn import functional as F
 
 from head_cases import HIDDEN_SIZE
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadSettings, LoopedLinearScorer, ScaleShiftScorer, build_head, folded_head
+from vocabfold.heads.build import vocabulary_order
 from vocabfold.heads.describe import describe_head
 from vocabfold.heads.nested import NestedFoldedHead
 from vocabfold.heads.settings import PartitionSettings
+from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
+from vocabfold.tokens import token_counts
 
 
 @pytest.mark.parametrize("name", ["full", "folded"])
@@ -71,6 +75,22 @@ def test_build_folded_head(scorer: str) -> None:
         (HeadSettings(type="folded", tied=True), r"use head\.tied=false or head\.scorer=linear_sorted"),
         (HeadSettings(type="folded", tied=False, partition=PartitionSettings(group_size=0)), r"group_size is 0"),
         (HeadSettings(type="folded", partition=PartitionSettings(symbols=4)), r"symbols is 4: choose 2 or 3"),
+        (
+            HeadSettings(type="folded", tied=False, group_scorer="wide", partition=PartitionSettings(symbols=3)),
+            r"symbols=3 groups are scored as tokens are: use head\.group_scorer=linear",
+        ),
+        (
+            HeadSettings(type="folded", tied=False, group_scorer="x"),
+            r"group_scorer is 'x': choose one of linear",
+        ),
+        (
+            HeadSettings(type="folded", tied=False, group_scorer="shared"),
+            r"linear_conditioned: use residual",
+        ),
+        (
+            HeadSettings(type="folded", tied=False, group_scorer="wide", group_width=0),
+            r"head\.group_width is 0: choose at least 1, or head\.group_scorer=linear",
+        ),
     ],
 )
 def test_build_head_names_what_is_wrong(settings: HeadSettings, message: str) -> None:
@@ -125,8 +145,28 @@ def test_folded_head_groups_by_neighbours_by_ids_and_shares_rows() -> None:
     assert (by_neighbours.partition.sizes[:3] == 1).all() and by_neighbours.partition.num_slots <= 7
     assert by_ids.partition.order.tolist() == list(range(60))
     assert not torch.equal(by_neighbours.partition.order.sort().values, by_neighbours.partition.order)
+    with pytest.raises(UserError, match="61 rows for 60 tokens"):
+        folded_head(8, 60, tokens, tied_weight=nn.Embedding(61, 8).weight)
     embedding = nn.Embedding(60, 8)
     tied = folded_head(8, 60, tokens, tied_weight=embedding.weight)
     assert any(parameter is embedding.weight for parameter in tied.parameters())
     with pytest.raises(UserError, match="give the tokens of the training text"):
         folded_head(8, 60, shortlist=3)
+
+
+def test_folded_head_is_what_head_folded_trains() -> None:
+    tokens = np.random.default_rng(0).integers(0, 60, 3000)
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        settings = settings_from(compose("train", ["head=folded"])).head
+    heads = []
+    for make in (0, 1):
+        torch.manual_seed(0)
+        if make:
+            heads.append(folded_head(8, 60, tokens))
+        else:
+            order = vocabulary_order(settings, 60, tokens)
+            embedding = nn.Embedding(60, 8, device="meta")
+            heads.append(build_head(settings, 60, embedding, order, token_counts(tokens, 60)))
+    first, second = (head.state_dict() for head in heads)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

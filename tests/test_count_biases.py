@@ -17,7 +17,9 @@ from vocabfold.heads import (
     build_head,
     equal_partition,
 )
+from vocabfold.heads.conditioned import ConditionOptions
 from vocabfold.heads.fold import fold, group_logits
+from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 from vocabfold.heads.settings import PartitionSettings
 
 COUNTS = torch.tensor([5, 0, 17, 1, 1, 900, 3, 0, 40, 2, 2])
@@ -82,3 +84,48 @@ def test_a_teacher_with_biases_is_folded_with_them() -> None:
     expected = teacher.log_prob(hidden)[:, partition.order].split(partition.sizes.tolist(), dim=1)
     exact = torch.stack([part.logsumexp(dim=1) for part in expected], dim=1)
     torch.testing.assert_close(group_logits(teacher, partition, hidden).log_softmax(dim=1), exact)
+
+
+def test_a_detached_network_leaves_the_hidden_states_the_gradient_of_a_linear_scorer() -> None:
+    """Its own parameters learn as ever; h_g reaches h through the residual path alone."""
+    partition = equal_partition(30, 6)
+    torch.manual_seed(0)
+    heads = [
+        FoldedHead(HIDDEN_SIZE, partition, ConditionedLinearScorer(HIDDEN_SIZE, partition, options=options)).double()
+        for options in (ConditionOptions(), ConditionOptions(detached=True))
+    ]
+    for parameter in heads[0].parameters():
+        nn.init.normal_(parameter, std=0.5)
+    heads[1].load_state_dict(heads[0].state_dict())
+    hidden, targets = make_hidden(7).requires_grad_(), torch.arange(7) * 4
+    losses = [head.loss(hidden, targets).loss for head in heads]
+    torch.testing.assert_close(losses[0], losses[1])
+    scorers = [head.scorer for head in heads]
+    assert all(isinstance(scorer, ConditionedLinearScorer) for scorer in scorers)
+    whole, detached = (
+        torch.autograd.grad(loss, [hidden, *scorer.parameters()]) for loss, scorer in zip(losses, scorers, strict=True)
+    )
+    torch.testing.assert_close(whole[1:], detached[1:])
+    assert not torch.allclose(whole[0], detached[0])
+    scorer = heads[0].scorer
+    assert isinstance(scorer, ConditionedLinearScorer)
+    groups = partition.group_of[targets]
+    seen = scorer.condition(hidden.detach(), groups).requires_grad_()
+    token_loss = (
+        -super(ConditionedLinearScorer, scorer).target_log_prob(seen, groups, partition.slot_of[targets]).mean()
+    )
+    group_loss = -heads[0].group_log_prob(hidden).gather(1, groups[:, None]).mean()
+    expected = torch.autograd.grad(token_loss, seen)[0] + torch.autograd.grad(group_loss, hidden)[0]
+    torch.testing.assert_close(detached[0], expected)
+
+
+@pytest.mark.parametrize("reader", [ResidualReader, WideReader])
+def test_a_reader_changes_nothing_at_first(reader: type[GroupReader]) -> None:
+    partition, scorer_std = equal_partition(30, 6), 0.5
+    heads = []
+    for group_reader in (None, reader(HIDDEN_SIZE)):
+        torch.manual_seed(0)
+        scorer = SortedLinearScorer(HIDDEN_SIZE, partition, init_std=scorer_std)
+        heads.append(FoldedHead(HIDDEN_SIZE, partition, scorer, group_reader=group_reader).double())
+    hidden = make_hidden(5)
+    torch.testing.assert_close(heads[0].log_prob(hidden), heads[1].log_prob(hidden))

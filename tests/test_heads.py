@@ -25,7 +25,7 @@ from head_cases import (
     naive_groups,
     naive_log_prob,
 )
-from vocabfold.heads import FoldedHead, FullHead, loss_options, visiting
+from vocabfold.heads import FoldedHead, FullHead, MixtureHead, loss_options, visiting
 from vocabfold.tokens import IGNORE_INDEX
 
 TARGETS = ("mixed", "one_group", "some_ignored", "all_ignored", "empty", "one_row")
@@ -168,6 +168,11 @@ def test_parts(kind: str, layout: Layout) -> None:
     result = head.loss(hidden, targets, with_accuracy=True)
     if isinstance(head, FullHead):
         expected = {"accuracy": sum(int(best[row].argmax()) == token for row, token in counted)}
+    elif isinstance(head, MixtureHead):
+        expected = {}
+        assert result.parts == {}
+        hits = sum(int(best[row].argmax()) == token for row, token in counted)
+        assert float(head.accuracy(hidden, targets)) == pytest.approx(hits / len(counted))
     else:
         parts = head.loss(hidden, targets).parts
         assert parts.keys() == {"group_loss", "token_loss"}
@@ -236,7 +241,7 @@ def test_only_the_full_head_builds_n_times_v(kind: str, method: str, monkeypatch
     elif kind == "adaptive":  # at most all rows times the tokens of its largest cluster
         assert isinstance(head, FoldedHead)
         assert largest.num_elements <= num_rows * head.partition.num_slots
-    elif kind.startswith("conditioned") and method in SAMPLING:  # such weights make most of its rows flat
+    elif kind.startswith(("conditioned", "mixture")) and method in SAMPLING:  # such weights make most of its rows flat
         assert largest.num_elements <= visiting.WHOLE_ROWS_ELEMENTS
     else:
         assert largest.num_elements <= num_rows * layout.vocabulary_size // (2 if method in SAMPLING else 16)

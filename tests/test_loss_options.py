@@ -13,11 +13,11 @@ from head_cases import (
     KINDS,
     LAYOUTS,
     Layout,
-    joined_log_prob,
     make_head,
     make_hidden,
     naive_log_prob,
     naive_logits,
+    naive_parts,
 )
 from vocabfold.errors import UserError
 from vocabfold.heads import Head, HeadSettings, LossOptions, build_head, loss_options
@@ -52,18 +52,20 @@ def naive_losses(
     kind: str, layout: Layout, head: Head, hidden: Tensor, targets: Tensor, options: LossOptions
 ) -> list[Tensor]:
     """The loss of each row, as LossOptions writes it."""
-    group_logits, members = naive_logits(kind, layout, head, hidden)
-    log_prob = joined_log_prob(group_logits, members)
+    parts = [naive_logits(*part, hidden) for part in naive_parts(kind, layout, head)]
+    log_prob = naive_log_prob(kind, layout, head, hidden)
     losses = []
     for row, target in enumerate(targets.tolist()):
         if target == IGNORE_INDEX:
             losses.append(hidden.sum() * 0)
             continue
         mean = log_prob[row].mean()
-        penalty = group_logits[row].exp().sum().log() ** 2
-        logits = next(logits for tokens, logits in members if target in tokens)
-        if logits.shape[1] > 0:
-            penalty = penalty + logits[row].exp().sum().log() ** 2
+        penalty = hidden.sum() * 0
+        for group_logits, members in parts:
+            penalty = penalty + group_logits[row].exp().sum().log() ** 2
+            logits = next(logits for tokens, logits in members if target in tokens)
+            if logits.shape[1] > 0:
+                penalty = penalty + logits[row].exp().sum().log() ** 2
         likelihood = (1 - options.label_smoothing) * log_prob[row, target] + options.label_smoothing * mean
         losses.append(options.z_loss * penalty - likelihood)
     return losses

@@ -205,6 +205,8 @@ def stand_in(calls: list[dict[str, Any]]) -> Any:
     def function(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
         calls.append({"dtype": hidden.dtype, **options})
         logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+        if "bias" in options:
+            logits = logits + calls[-1].pop("bias")
         if options["softcap"] is not None:
             logits = options["softcap"] * torch.tanh(logits / options["softcap"])
         return F.cross_entropy(logits, targets, ignore_index=options["ignore_index"], reduction=options["reduction"])
@@ -256,6 +258,21 @@ def test_a_fused_head_calls_its_kernel_as_its_package_asks(
     else:
         common |= {"dtype": torch.float32, "accum_dtype": torch.float32}
     assert calls == [common | {"reduction": "sum"}, common | {"reduction": "none"}]
+
+
+def test_a_fused_head_has_biases_where_its_kernel_takes_them(kernel: tuple[str, list[dict[str, Any]]]) -> None:
+    settings = HeadSettings(type="fused", kernel=kernel[0], tied=False, count_biases=True)
+    counts = torch.arange(97)
+    if kernel[0] == "cce":
+        with pytest.raises(UserError, match=r"takes no biases .* use head\.kernel=liger or head\.count_biases=false"):
+            build_head(settings, 97, nn.Embedding(97, HIDDEN_SIZE), counts=counts)
+        return
+    fused = build_head(settings, 97, nn.Embedding(97, HIDDEN_SIZE), counts=counts)
+    assert isinstance(fused, FusedHead) and fused.bias is not None and fused.bias.std() > 0.5
+    full = FullHead(HIDDEN_SIZE, 97, fused.weight, with_bias=True)
+    full.bias = fused.bias
+    hidden = make_hidden(8).float()
+    torch.testing.assert_close(fused.loss(hidden, TARGETS).loss, full.loss(hidden, TARGETS).loss)
 
 
 def test_a_fused_head_without_targets_calls_no_kernel(kernel: tuple[str, list[dict[str, Any]]]) -> None:

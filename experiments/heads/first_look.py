@@ -18,7 +18,7 @@ from experiments.study.figures import COLORS, COLUMN_INCHES, save, trained_on
 from experiments.study.measuring import add_settings, collect_runs
 from vocabfold.runs.tables import RESULTS, read_table
 
-HEADS = {"full": ("full softmax", COLORS["orange"], "s"), "folded": ("folded head", COLORS["blue"], "o")}
+HEADS = {"full": ("full softmax", COLORS["orange"], "s"), "linear_clustered": ("folded head", COLORS["blue"], "o")}
 
 add_options = add_settings
 

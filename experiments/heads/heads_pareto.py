@@ -42,7 +42,7 @@ HEADS = {
     "linear_bpe": ("linear, bpe", COLORS["blue"], "v"),
     "linear_frequency": ("linear, frequency", COLORS["blue"], "o"),
     "linear_random": ("linear, random", COLORS["blue"], "1"),
-    "folded": ("folded: linear, clustered", COLORS["green"], "^"),
+    "linear_clustered": ("folded: linear, clustered", COLORS["green"], "^"),
     "shortlist_frequency": ("shortlist, frequency", COLORS["blue"], "*"),
     "shortlist_clustered": ("shortlist, clustered", COLORS["green"], "*"),
 }

@@ -34,7 +34,12 @@ ORDERS = {
 }
 SCORERS = {"scale_shift": ("scale and shift", "s", "--"), "linear": ("one linear layer a group", "o", "-")}
 SCALING_HEADS = ("linear_bpe", "linear_random", "linear_frequency", "linear_clustered")
-LINEAR_HEADS = {"linear_bpe": "bpe", "linear_random": "random", "linear_frequency": "frequency", "folded": "clustered"}
+LINEAR_HEADS = {
+    "linear_bpe": "bpe",
+    "linear_random": "random",
+    "linear_frequency": "frequency",
+    "linear_clustered": "clustered",
+}
 FAILURE = 0.9  # below which reviews of the paper call the group scorer a failure
 QUANTITIES = {"validation_loss_nats": "Validation loss (nats per token)", "group_accuracy": "Group accuracy"}
 

@@ -41,7 +41,7 @@ SHOWN = {
     "full": ("full, tied", COLORS["orange"], "s", "-"),
     "full_untied": ("full, untied", COLORS["red"], "D", "--"),
     "scale_shift_bpe": ("paper's head", GREY, "x", ":"),
-    "folded": ("folded: linear, clustered", COLORS["green"], "^", "-."),
+    "linear_clustered": ("folded: linear, clustered", COLORS["green"], "^", "-."),
     "shortlist_frequency": ("shortlist, frequency", COLORS["blue"], "o", "-"),
     "shortlist_clustered": ("shortlist, clustered", COLORS["purple"], "v", "--"),
     "full_untied_counts": ("full, untied, count biases", COLORS["orange"], "D", "-"),

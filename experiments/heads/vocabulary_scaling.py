@@ -32,7 +32,7 @@ HEADS = {
     "scale_shift_bpe": ("scale and shift, bpe", GREY, "x", ":"),
     "scale_shift_frequency": ("scale and shift, frequency", COLORS["blue"], "o", "--"),
     "scale_shift_clustered": ("scale and shift, clustered", COLORS["purple"], "s", "--"),
-    "folded": ("folded: linear, clustered", COLORS["green"], "^", "-."),
+    "linear_clustered": ("folded: linear, clustered", COLORS["green"], "^", "-."),
 }
 SIZES, TEXT = TABLES = ("vocabulary_scaling", "larger_vocabulary")
 OF_TEXT = {  # of one text cut by two tokenizers

@@ -60,7 +60,7 @@ FULL = "full"
 MODELS = {  # head -> its name in the table
     "full_untied": "full softmax, untied",
     "scale_shift_bpe": "scale and shift, bpe",
-    "folded": "linear, clustered",
+    "linear_clustered": "linear, clustered",
     "shortlist_frequency": "shortlist 2,048",
 }
 Coder = tuple[Callable[[], bytes], Callable[[bytes], bytes]]

@@ -83,7 +83,7 @@ def _refuse_changes(settings: Settings, inherited: dict[str, Any], overrides: Se
 def _folded_settings(settings: Settings, finished: Settings, row: dict[str, Any]) -> dict[str, Any]:
     head = settings.head
     if head.scorer != "linear_sorted":
-        raise UserError("start=fold keeps the run's rows for the tokens: use head=folded (head.scorer=linear_sorted)")
+        raise UserError("start=fold keeps the run's rows for the tokens: use head=linear_clustered")
     for name in EXTRAS:
         if getattr(head, name):
             raise UserError(f"start=fold learns from the run's own probabilities: leave head.{name} out")

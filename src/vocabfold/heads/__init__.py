@@ -11,6 +11,7 @@ from vocabfold.heads.fused import FusedHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
 from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
+from vocabfold.heads.mixture import MixtureHead
 from vocabfold.heads.partition import Partition, equal_partition
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
 from vocabfold.heads.settings import HeadSettings, PartitionSettings
@@ -28,6 +29,7 @@ __all__ = [
     "LoopedLinearScorer",
     "LossOptions",
     "LowRankScorer",
+    "MixtureHead",
     "Partition",
     "PartitionSettings",
     "ScaleShiftScorer",

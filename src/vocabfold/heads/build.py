@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from vocabfold.errors import UserError
 from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
 from vocabfold.heads.chunked import ChunkedHead
-from vocabfold.heads.conditioned import ConditionedLinearScorer
+from vocabfold.heads.conditioned import ConditionedLinearScorer, ConditionOptions
 from vocabfold.heads.exchange import exchanged_order
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
@@ -21,11 +22,13 @@ from vocabfold.heads.fused import FusedHead
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
 from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
+from vocabfold.heads.mixture import MixtureHead
 from vocabfold.heads.nested import NestedFoldedHead
 from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, frequency_order, random_order
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
+from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
-from vocabfold.heads.settings import ORDERS, HeadSettings, PartitionSettings
+from vocabfold.heads.settings import BEST, GROUP_SCORERS, ORDERS, HeadSettings, PartitionSettings
 from vocabfold.tokens import TokenStream, token_counts
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
@@ -65,18 +68,25 @@ def wanted_order(settings: HeadSettings) -> str | None:
     """
     if settings.type == "adaptive":
         return "frequency"
+    if settings.type == "mixture" and settings.partition.clustered_from is not None:
+        raise UserError("the parts of a mixture are clustered by neighbours: leave head.partition.clustered_from out")
     if settings.type != "folded":
         return None
-    _check_order(settings.partition)
+    _check_order(settings.partition.order)
     return settings.partition.order
 
 
 def vocabulary_order(
     settings: HeadSettings, vocabulary_size: int, tokens: TokenStream, embedding: Tensor | None = None
 ) -> Tensor | None:
-    """The order [V] that ``settings`` ask for, counted on the training stream ``tokens`` where it depends on it; None
-    for a head without a partition. ``embedding`` [V, D'] is clustered in place of the tokens' neighbours in the stream.
-    Raises UserError for an order or sizes that no partition has."""
+    """The order [V] that ``settings`` ask for ([K, V] of a mixture of K parts), counted on the training stream
+    ``tokens`` where it depends on it; None for a head without a partition. ``embedding`` [V, D'] is clustered in place
+    of the tokens' neighbours in the stream. Raises UserError for an order or sizes that no partition has."""
+    if settings.type == "mixture":
+        wanted_order(settings)
+        parts = [_part_settings(settings, index) for index in range(len(settings.mixture))]
+        orders = [vocabulary_order(part, vocabulary_size, tokens, embedding) for part in parts]
+        return torch.stack([order for order in orders if order is not None]) if orders else None
     partition, order = settings.partition, wanted_order(settings)
     if order is None:
         return None
@@ -89,11 +99,10 @@ def vocabulary_order(
         return frequency_order(counts)
     boundaries = equal_boundaries(vocabulary_size, wanted_group_size(partition, vocabulary_size), partition.shortlist)
     if embedding is None:
-        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts)
+        which = order.removeprefix("clustered").removeprefix("_") if order.startswith("clustered") else ""
+        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts, which or "both")
     clustered = clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
-    if order == "clustered":
-        return clustered
-    return exchanged_order(tokens, clustered, boundaries, partition.shortlist)
+    return exchanged_order(tokens, clustered, boundaries, partition.shortlist) if order == "exchanged" else clustered
 
 
 def wanted_group_size(partition: PartitionSettings, vocabulary_size: int) -> int | None:
@@ -121,29 +130,40 @@ def folded_head(
     group_size: int | None = None,
     shortlist: int = 0,
 ) -> FoldedHead:
-    """A folded head for a model of your own, where it had ``nn.Linear(hidden_size, vocabulary_size, bias=False)``: one
-    linear layer for each group of tokens, initialised as torch's own.
+    """A folded head for a model of your own, where it had ``nn.Linear(hidden_size, vocabulary_size, bias=False)``: the
+    best so far, as ``head=folded`` trains it, with every size by rule.
 
-    ``tokens``, ids of the training text: tokens with the same neighbours share a group; without them, tokens that
-    follow each other, which costs quality. ``tied_weight`` [V, D] lends the tokens' rows. ``group_size`` (None: about
-    sqrt V) and ``shortlist``, how many of the most frequent tokens have a group to themselves: see ``equal_partition``.
-    Raises UserError for sizes that no partition has.
+    ``tokens``, ids of the training text: tokens with the same neighbours share a group, and biases start from their
+    counts; without them groups are of tokens that follow each other and biases start as 0, which costs quality.
+    ``tied_weight`` [V, D] lends the tokens' rows. ``group_size`` (None: about sqrt V) and ``shortlist``, how many of
+    the most frequent tokens have a group to themselves: see ``equal_partition``. Raises UserError for sizes that no
+    partition has.
     """
     if tokens is None and shortlist:
         raise UserError("a shortlist holds the most frequent tokens: give the tokens of the training text too")
     partition = PartitionSettings("bpe" if tokens is None else "clustered", group_size, shortlist)
-    settings = HeadSettings(type="folded", partition=partition, init_std=None)
-    order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
-    groups = equal_partition(vocabulary_size, group_size, order, shortlist)
-    std = initial_std(settings, hidden_size)
-    return FoldedHead(
-        hidden_size, groups, SortedLinearScorer(hidden_size, groups, cast(nn.Parameter | None, tied_weight), std), std
+    settings = HeadSettings(
+        type="folded", tied=tied_weight is not None, init_std=None, partition=partition, count_biases=True, **BEST
     )
+    order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
+    num_rows = vocabulary_size if tied_weight is None else len(tied_weight)
+    rows = nn.Embedding(num_rows, hidden_size, device="meta")  # none of its own, but for those lent
+    if tied_weight is not None:
+        rows.weight = cast(nn.Parameter, tied_weight)
+    counts = None if tokens is None else token_counts(tokens, vocabulary_size)
+    return cast(FoldedHead, build_head(settings, vocabulary_size, rows, order, counts))
 
 
-def _check_order(partition: PartitionSettings) -> None:
-    if partition.order not in ORDERS:
-        raise UserError(f"head.partition.order is {partition.order!r}: choose one of {', '.join(ORDERS)}")
+def _check_order(order: str) -> None:
+    if order not in ORDERS:
+        raise UserError(f"head.partition.order is {order!r}: choose one of {', '.join(ORDERS)}")
+
+
+def _part_settings(settings: HeadSettings, index: int) -> HeadSettings:
+    """Those of one part of a mixture, a folded head. A random order has a seed of its own in each part."""
+    order = settings.mixture[index]
+    partition = replace(settings.partition, order=order, seed=settings.partition.seed + index)
+    return replace(settings, type="folded", partition=partition, mixture=[])
 
 
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
@@ -168,6 +188,7 @@ def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
         weight,
         initial_std(settings, embedding.embedding_dim),
         settings.chunk_rows,
+        settings.count_biases,
     )
 
 
@@ -180,6 +201,7 @@ def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: nn.Emb
         initial_std(settings, embedding.embedding_dim),
         settings.softcap,
         settings.kernel,
+        settings.count_biases,
     )
 
 
@@ -207,7 +229,29 @@ def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Em
         initial_std(settings, embedding.embedding_dim),
         settings.softcap,
         settings.count_biases,
+        _group_reader(settings, embedding.embedding_dim),
     )
+
+
+def _build_mixture(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
+    parts = []
+    for index in range(len(settings.mixture)):
+        part_order = None if order is None else order[index]
+        part = _build_folded(_part_settings(settings, index), vocabulary_size, embedding, part_order)
+        assert isinstance(part, FoldedHead)
+        parts.append(part)
+    return MixtureHead(parts)
+
+
+def _group_reader(settings: HeadSettings, hidden_size: int) -> GroupReader | None:
+    kind = settings.group_scorer
+    if kind not in GROUP_SCORERS:
+        raise UserError(f"head.group_scorer is {kind!r}: choose one of {', '.join(GROUP_SCORERS)}")
+    if kind == "shared" and settings.scorer != "linear_conditioned":
+        raise UserError("head.group_scorer=shared shares the network of head.scorer=linear_conditioned: use residual")
+    if kind != "linear" and settings.partition.symbols == 3:
+        raise UserError("with head.partition.symbols=3 groups are scored as tokens are: use head.group_scorer=linear")
+    return READERS[kind](hidden_size, settings.group_width) if kind in READERS else None
 
 
 def _tied_weight(settings: HeadSettings, embedding: nn.Embedding) -> nn.Parameter | None:
@@ -256,6 +300,13 @@ def _conditioned(settings: HeadSettings, partition: Partition, embedding: nn.Emb
         settings.condition_width,
         weight,
         initial_std(settings, embedding.embedding_dim),
+        ConditionOptions(
+            scale=settings.condition_scale,
+            std=settings.condition_std,
+            gated=settings.condition_gated,
+            detached=settings.condition_detached,
+            shared=settings.group_scorer == "shared",
+        ),
     )
 
 
@@ -266,9 +317,11 @@ def _refuse_tied(settings: HeadSettings) -> None:
         )
 
 
+READERS: dict[str, type[GroupReader]] = {"residual": ResidualReader, "wide": WideReader}
 BUILDERS = {
     "full": _build_full,
     "folded": _build_folded,
+    "mixture": _build_mixture,
     "chunked": _build_chunked,
     "adaptive": _build_adaptive,
     "fused": _build_fused,

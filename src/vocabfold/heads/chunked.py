@@ -31,6 +31,7 @@ class ChunkedHead(LeanFullHead):
         tied_weight: nn.Parameter | None = None,
         init_std: float = 0.02,
         chunk_rows: int = 512,
+        with_bias: bool = False,
     ) -> None:
         if chunk_rows < 1:
             raise UserError(f"head.chunk_rows is {chunk_rows}: choose at least 1")
@@ -38,7 +39,7 @@ class ChunkedHead(LeanFullHead):
             raise UserError(
                 f"head=chunked needs torch 2.13 or newer, and this is {torch.__version__}: use head=full or head=fused"
             )
-        super().__init__(hidden_size, vocabulary_size, tied_weight, init_std)
+        super().__init__(hidden_size, vocabulary_size, tied_weight, init_std, with_bias=with_bias)
         self.options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows, chunking_method=None)
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -48,6 +49,7 @@ class ChunkedHead(LeanFullHead):
                 hidden.to(dtype),
                 self.weight.to(dtype),
                 targets,
+                linear_bias=None if self.bias is None else self.bias.to(dtype),
                 reduction=reduction,
                 ignore_index=IGNORE_INDEX,
                 options=self.options,

@@ -6,24 +6,38 @@ says is read again in the light of the group, which a full softmax cannot do.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vocabfold.errors import UserError
 from vocabfold.heads.linear import SortedLinearScorer
 from vocabfold.heads.partition import Partition
+from vocabfold.heads.readers import checked_width, normed
 
 PAIRS_A_TIME = 1 << 14  # of a hidden state and a group, when a row asks for many groups
 
 
-def default_width(hidden_size: int) -> int:
-    """The width of W_1: a few times the hidden size where that is small, and never more than 1,024."""
-    return min(4 * hidden_size, 1024)
+@dataclass(frozen=True)
+class ConditionOptions:
+    """Variants of h_g = h + scale W_2 gelu(W_1 norm(h) + e_g), each off by default.
+
+    ``scale``: a constant factor, which is also what the branch's learning rate is multiplied by under Adam. ``std``: of
+    the e_g at first. ``gated``: the inner numbers are multiplied by 1 + a_g, a second vector of each group, 0 at first.
+    ``detached``: the branch reads h, but has no say in what the backbone learns. ``shared``: the same branch, with a
+    vector e of its own for "no group yet", stands before the groups' scores too.
+    """
+
+    scale: float = 1.0
+    std: float = 0.02
+    gated: bool = False
+    detached: bool = False
+    shared: bool = False
 
 
 class ConditionedLinearScorer(SortedLinearScorer):
-    """SortedLinearScorer on h_g. W_1 [width, D] starts as torch's own layers do, the e_g [M, width] as normal(0, 0.02)
+    """SortedLinearScorer on h_g. W_1 [width, D] starts as torch's own layers do, the e_g [M, width] as normal(0, std)
     and W_2 [D, width] as 0: at first the scorer is SortedLinearScorer. Raises UserError for a width below 1."""
 
     def __init__(
@@ -33,24 +47,44 @@ class ConditionedLinearScorer(SortedLinearScorer):
         width: int | None = None,
         tied_weight: nn.Parameter | None = None,
         init_std: float = 0.02,
+        options: ConditionOptions = ConditionOptions(),
     ) -> None:
         super().__init__(hidden_size, partition, tied_weight, init_std)
-        width = default_width(hidden_size) if width is None else width
-        if width < 1:
-            raise UserError(f"head.condition_width is {width}: choose at least 1, or head.scorer=linear_sorted")
+        width = checked_width(hidden_size, width, "head.condition_width", "head.scorer=linear_sorted")
+        self.options = options
         self.into = nn.Linear(hidden_size, width, bias=False)
         self.group_embedding = nn.Parameter(torch.empty(len(partition.multi_groups), width))
-        nn.init.normal_(self.group_embedding, std=0.02)
+        nn.init.normal_(self.group_embedding, std=options.std)
         self.out = nn.Parameter(torch.zeros(hidden_size, width))
+        self.group_gate = nn.Parameter(torch.zeros_like(self.group_embedding)) if options.gated else None
+        self.no_group = nn.Parameter(torch.zeros(width)) if options.shared else None
 
     def condition(self, hidden: Tensor, groups: Tensor) -> Tensor:
         """``hidden`` [..., D] and ``groups`` [...] that broadcast against each other -> h_g [..., D]. A group of one
         token has nothing to score and takes any other's e_g."""
         if len(self.partition.multi_groups) == 0:
+            return hidden.expand(*groups.shape, -1)
+        return self._seen(hidden, self._read(hidden), self.partition.multi_index[groups].clamp(min=0))
+
+    def _seen(self, hidden: Tensor, read: Tensor, index: Tensor) -> Tensor:
+        """h_g from ``read``, what ``_read`` returns, and the ``index`` of the groups among those of several tokens."""
+        inner = F.gelu(read + F.embedding(index, self.group_embedding))
+        if self.group_gate is not None:
+            inner = inner * (1 + F.embedding(index, self.group_gate))
+        return hidden + self._written(inner)
+
+    def before_group(self, hidden: Tensor) -> Tensor:
+        """See TokenScorer.before_group."""
+        if self.no_group is None:
             return hidden
-        index = self.partition.multi_index[groups].clamp(min=0)
-        inner = self.into(F.layer_norm(hidden, hidden.shape[-1:])) + F.embedding(index, self.group_embedding)
-        return hidden + F.linear(F.gelu(inner), self.out)
+        return hidden + self._written(F.gelu(self._read(hidden) + self.no_group))
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        return self.into(normed(hidden.detach() if self.options.detached else hidden))
+
+    def _written(self, inner: Tensor) -> Tensor:
+        written = F.linear(inner, self.out)
+        return written if self.options.scale == 1 else self.options.scale * written
 
     def total_log_prob(
         self, hidden: Tensor, groups: Tensor, slots: Tensor, counted: Tensor, with_hits: bool = False
@@ -67,21 +101,22 @@ class ConditionedLinearScorer(SortedLinearScorer):
         return super().target_logit(self.condition(hidden, groups), groups, slots)
 
     def group_log_prob(self, hidden: Tensor, groups: Tensor) -> Tensor:
-        """See TokenScorer.group_log_prob. Each pair of a row and a group has a hidden state of its own."""
-        pairs = groups.reshape(-1, 1)
-        rows = torch.arange(len(hidden), device=hidden.device).repeat_interleave(groups.shape[1])
-        parts = [
-            super(ConditionedLinearScorer, self).group_log_prob(self.condition(hidden[some], group[:, 0]), group)
-            for some, group in zip(rows.split(PAIRS_A_TIME), pairs.split(PAIRS_A_TIME), strict=True)
-        ]
+        """See TokenScorer.group_log_prob. Each pair of a row and a group has a hidden state of its own; W_1 is applied
+        once a row."""
+        step = max(1, PAIRS_A_TIME // max(1, groups.shape[1]))
+        parts = []
+        for rows, asked in zip(hidden.split(step), groups.split(step), strict=True):
+            seen = self.condition(rows.unsqueeze(1), asked).flatten(0, 1)
+            parts.append(super().group_log_prob(seen, asked.reshape(-1, 1)))
         return torch.cat(parts).view(*groups.shape, self.partition.num_slots)
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
-        groups = self.partition.multi_groups.split(1)
+        read = self._read(hidden)
+        indices = torch.arange(len(self.partition.multi_groups), device=hidden.device).split(1)
         return torch.cat(
             [
-                self._log_softmax(F.linear(self.condition(hidden, group), *layer))
-                for group, layer in zip(groups, self._layers(), strict=True)
+                self._log_softmax(F.linear(self._seen(hidden, read, index), *layer))
+                for index, layer in zip(indices, self._layers(), strict=True)
             ],
             dim=-1,
         )

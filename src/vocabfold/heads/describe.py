@@ -10,6 +10,7 @@ from vocabfold.heads.base import Head
 from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.fused import FusedHead
+from vocabfold.heads.mixture import MixtureHead
 from vocabfold.heads.settings import EXTRAS, HeadSettings
 
 
@@ -55,6 +56,11 @@ def _(head: AdaptiveHead, settings: HeadSettings) -> dict[str, Any]:
         "num_groups": head.partition.num_groups,
         "shortlist": len(head.partition.single_groups),
     }
+
+
+@columns.register
+def _(head: MixtureHead, settings: HeadSettings) -> dict[str, Any]:
+    return {**columns(head.heads[0], settings), "partition_order": "+".join(settings.mixture)}
 
 
 @columns.register

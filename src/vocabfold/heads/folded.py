@@ -21,6 +21,7 @@ from vocabfold.heads.base import (
 from vocabfold.heads.kernels import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
 from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
+from vocabfold.heads.readers import GroupReader
 from vocabfold.heads.scorers import TokenScorer
 from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus, topk_by_visits
 
@@ -29,8 +30,10 @@ class FoldedHead(Head):
     """A group scorer W_group [G, D] and a token scorer on a partition of the vocabulary.
 
     W_group starts as normal(0, ``init_std``). ``with_bias`` adds a bias [G] to the groups' logits, 0 at first: see
-    ``start_from_counts``. A ``softcap`` bounds the logits of both: cap * tanh(logit / cap). Raises
-    UserError for one that is not positive, or with a scorer that computes its gradients in the forward pass.
+    ``start_from_counts``. A ``softcap`` bounds the logits of both: cap * tanh(logit / cap). With a ``group_reader``
+    the groups' logits are linear in its features [N, F], W_group is [G, F], and its columns beyond D start as 0.
+    Raises UserError for a softcap that is not positive, or with a scorer that computes its gradients in the forward
+    pass.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class FoldedHead(Head):
         init_std: float = 0.02,
         softcap: float | None = None,
         with_bias: bool = False,
+        group_reader: GroupReader | None = None,
     ) -> None:
         check_softcap(softcap)
         if softcap is not None and scorer.gradients_in_forward:
@@ -53,11 +57,13 @@ class FoldedHead(Head):
         self.partition = partition
         self.scorer = scorer
         self.with_bias = with_bias
+        self.group_reader = group_reader
         self._make_group_step(init_std, with_bias)
 
     def _make_group_step(self, init_std: float, with_bias: bool) -> None:
-        self.group_weight = nn.Parameter(torch.empty(self.partition.num_groups, self.hidden_size))
-        nn.init.normal_(self.group_weight, std=init_std)
+        num_features = self.hidden_size if self.group_reader is None else self.group_reader.num_features
+        self.group_weight = nn.Parameter(torch.zeros(self.partition.num_groups, num_features))
+        nn.init.normal_(self.group_weight.data[:, : self.hidden_size], std=init_std)
         self.group_bias = nn.Parameter(torch.zeros(self.partition.num_groups)) if with_bias else None
 
     @property
@@ -82,8 +88,13 @@ class FoldedHead(Head):
         assert self.group_bias is not None
         self.group_bias.copy_(log_frequency)
 
+    def _group_features(self, hidden: Tensor) -> Tensor:
+        """What the groups' logits are linear in: ``hidden`` [N, D] -> [N, F]."""
+        return self.scorer.before_group(hidden) if self.group_reader is None else self.group_reader(hidden)
+
     def _group_logits(self, hidden: Tensor) -> Tensor:
-        return soft_cap(F.linear(hidden, self.group_weight, self.group_bias), self.softcap)
+        features = self._group_features(hidden)
+        return soft_cap(F.linear(features, self.group_weight, self.group_bias), self.softcap)
 
     def group_log_prob(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> log P(g | h) [N, G] in nats."""
@@ -115,7 +126,7 @@ class FoldedHead(Head):
         """(sum of log P(group) over the rows ``counted``, how many are the likeliest group, where asked for)."""
         if self.scorer.gradients_in_forward:
             kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
-            return total_log_prob(kernel, (hidden, *self._group_parameters), with_hits)
+            return total_log_prob(kernel, (self._group_features(hidden), *self._group_parameters), with_hits)
         logits = self._group_logits(hidden)
         log_prob = -F.cross_entropy(logits, groups, reduction="none")
         hits = ((logits.detach().argmax(dim=-1) == groups) & counted).sum() if with_hits else None
@@ -132,7 +143,7 @@ class FoldedHead(Head):
         if self.softcap is not None:
             return self.group_log_prob(hidden).gather(-1, groups.unsqueeze(-1)).squeeze(-1)
         kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
-        return each_log_prob(kernel, (hidden, *self._group_parameters))
+        return each_log_prob(kernel, (self._group_features(hidden), *self._group_parameters))
 
     def _log_prob_and_normalisers(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
         counted, _ = counted_targets(targets)
@@ -147,7 +158,7 @@ class FoldedHead(Head):
     ) -> tuple[Tensor, list[Tensor]]:
         log_prob = self._each_group_log_prob(hidden, groups, counted)
         # log P = logit - log normaliser: one more logit a row tells each normaliser.
-        logit = rowwise_product(hidden, F.embedding(groups, self.group_weight))
+        logit = rowwise_product(self._group_features(hidden), F.embedding(groups, self.group_weight))
         if self.group_bias is not None:
             logit = logit + self.group_bias[groups]
         return log_prob, [soft_cap(logit, self.softcap) - log_prob]
@@ -158,6 +169,13 @@ class FoldedHead(Head):
         group_at = self.partition.group_of[self.partition.order]
         by_position = by_position + self.group_log_prob(hidden)[:, group_at]
         return by_position[:, self.partition.position_of]
+
+    def tokens_log_prob(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """``hidden`` [N, D], ``tokens`` [N, C] -> log P of C tokens of each row, [N, C] in nats."""
+        groups, slots = self.partition.group_of[tokens], self.partition.slot_of[tokens]
+        repeated = hidden.repeat_interleave(tokens.shape[1], dim=0)
+        within = self.scorer.target_log_prob(repeated, groups.flatten(), slots.flatten()).view(tokens.shape)
+        return self.group_log_prob(hidden).gather(-1, groups) + within
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See Head.topk. Exact without [N, V]: see visiting.topk_by_visits."""

@@ -28,7 +28,7 @@ class FusedHead(LeanFullHead):
 
     cut-cross-entropy is called without its gradient filter, which would drop small gradients; it computes in bfloat16
     or float16 only, so under autocast or in a model of that dtype. Raises UserError without CUDA, triton or the
-    package, and where cut-cross-entropy is given float32.
+    package, and where cut-cross-entropy is given float32 or is to have a bias.
     """
 
     def __init__(
@@ -39,9 +39,15 @@ class FusedHead(LeanFullHead):
         init_std: float = 0.02,
         softcap: float | None = None,
         kernel: str = "cce",
+        with_bias: bool = False,
     ) -> None:
         self.function = load_kernel(kernel)
-        super().__init__(hidden_size, vocabulary_size, tied_weight, init_std, softcap)
+        if with_bias and kernel == "cce":
+            raise UserError(
+                "head.kernel=cce takes no biases in the versions that pip installs: use head.kernel=liger or "
+                "head.count_biases=false"
+            )
+        super().__init__(hidden_size, vocabulary_size, tied_weight, init_std, softcap, with_bias)
         self.kernel = kernel
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -55,6 +61,8 @@ class FusedHead(LeanFullHead):
         if some_outside:  # no kernel looks: reading beyond the last row would give any number
             raise IndexError(f"a target is outside the vocabulary of {self.vocabulary_size} tokens")
         common = {"ignore_index": IGNORE_INDEX, "reduction": reduction, "softcap": self.softcap}
+        if self.bias is not None:
+            common["bias"] = self.bias
         if self.kernel == "liger":
             return self.function(hidden, self.weight, targets, accum_dtype=torch.float32, **common)
         dtype = product_dtype(hidden)

@@ -28,11 +28,12 @@ def random_order(vocabulary_size: int, seed: int) -> Tensor:
     return torch.randperm(vocabulary_size, generator=torch.Generator().manual_seed(seed))
 
 
-def cooccurrence_embedding(tokens: TokenStream, vocabulary_size: int, counts: Tensor) -> Tensor:
-    """What stands beside each token of a stream, as a vector: [V, min(64, twice the contexts)] float32.
+def cooccurrence_embedding(tokens: TokenStream, vocabulary_size: int, counts: Tensor, which: str = "both") -> Tensor:
+    """What stands beside each token of a stream, as a vector: [V, at most 64] float32.
 
-    Counted are the neighbours before and after, among the most frequent tokens (256 of them, fewer where V is beyond
-    65,536); the positive part of log(observed / expected by chance) is reduced to its leading principal directions.
+    Counted are the neighbours before and after (``which`` "before" or "after": only those), among the most frequent
+    tokens (256 of them, fewer where V is beyond 65,536); the positive part of log(observed / expected by chance) is
+    reduced to its leading principal directions.
     """
     contexts = frequency_order(counts)[: max(16, min(MOST_CONTEXTS, MOST_COUNTS // (2 * vocabulary_size)))]
     num_contexts = len(contexts)
@@ -49,7 +50,8 @@ def cooccurrence_embedding(tokens: TokenStream, vocabulary_size: int, counts: Te
     for side in sides:
         expected = side.sum(1, keepdim=True) * side.sum(0, keepdim=True) / side.sum().clamp(min=1)
         side.copy_((side / expected.clamp(min=1e-9)).clamp(min=1).log())
-    rows = sides.transpose(0, 1).reshape(vocabulary_size, 2 * num_contexts)
+    sides = {"both": sides, "before": sides[:1], "after": sides[1:]}[which]
+    rows = sides.transpose(0, 1).reshape(vocabulary_size, len(sides) * num_contexts)
     # The directions come from a small square matrix: a decomposition of all V rows would take minutes.
     products = rows.T @ rows
     try:

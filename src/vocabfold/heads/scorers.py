@@ -56,6 +56,11 @@ class TokenScorer(nn.Module, ABC):
         """Make the biases of the slots ``log_frequency`` [V] of their tokens. Raises UserError without such biases."""
         raise UserError("this token scorer has no biases to start from counts: use head.count_biases=false")
 
+    def before_group(self, hidden: Tensor) -> Tensor:
+        """What the groups' scores read [N, D] where the head has no reader of its own: ``hidden`` [N, D] itself, but
+        for a scorer that shares its network with them."""
+        return hidden
+
     def target_logit(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
         """``hidden`` [N, D], ``groups`` [N], ``slots`` [N] -> the logit [N], which minus its log-probability is the log
         normaliser of the group; 0 where the group has one token."""

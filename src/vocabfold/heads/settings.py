@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-ORDERS = ("bpe", "frequency", "random", "clustered", "exchanged")
+ORDERS = ("bpe", "frequency", "random", "clustered", "clustered_before", "clustered_after", "exchanged")
+GROUP_SCORERS = ("linear", "residual", "wide", "shared")
+# How the best folded head so far scores its groups and tokens: that of conf/head/folded.yaml and of folded_head.
+BEST = {"scorer": "linear_conditioned", "group_scorer": "linear"}
 EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
 
 
@@ -13,9 +16,11 @@ class PartitionSettings:
     """``order`` of the vocabulary and the sizes of its groups: ``shortlist`` K groups of one token, then equal groups
     with the wanted ``group_size`` S (None: the root of the number of tokens in them, or the cube root for 3 symbols).
 
-    ``seed`` decides the random order. ``clustered_from``: the folder of a trained run whose input embedding is
-    clustered; None clusters tokens by their neighbours in the training stream. The exchanged order begins with the
-    clustered one. ``symbols`` a token: 2, group and token, or 3, whose groups are in groups too (nested.py).
+    ``clustered``: tokens with the same neighbours share a group; ``clustered_before`` looks at those before a token
+    alone, ``clustered_after`` at those after it; ``exchanged`` begins with the clustered groups (exchange.py). ``seed``
+    decides the random order. ``clustered_from``: the folder of a trained run whose input embedding is clustered; None
+    clusters tokens by their neighbours in the training stream. ``symbols`` a token: 2, group and token, or 3, whose
+    groups are in groups too (nested.py).
     """
 
     order: str = "bpe"
@@ -34,7 +39,11 @@ class HeadSettings:
     ``label_smoothing`` and ``z_loss`` are LossOptions of training, ``softcap`` bounds the logits; each is for every
     head that does not refuse it, and 0 or None is off. ``count_biases`` gives full and
     folded heads biases that start from the tokens' counts in the training stream. ``condition_width`` is that of
-    linear_conditioned (None: see conditioned.default_width).
+    linear_conditioned (None: see readers.default_width), whose other variants are the ``condition_`` settings: see
+    ConditionOptions. ``group_scorer``, one of GROUP_SCORERS, is what a folded head's groups are scored from, and
+    ``group_width`` its width.
+
+    ``mixture``, of a head of that type: the order of each part's partition, whose other settings are ``partition``'s.
 
     ``partition``, ``scorer`` and ``rank`` (of low_rank's correction) describe a folded head, ``chunk_rows`` the
     chunked, ``cutoffs`` and ``div_value`` the adaptive and ``kernel`` the fused one; the others leave them unread.
@@ -56,3 +65,10 @@ class HeadSettings:
     softcap: float | None = None
     count_biases: bool = False
     condition_width: int | None = None
+    condition_scale: float = 1.0
+    condition_std: float = 0.02
+    condition_gated: bool = False
+    condition_detached: bool = False
+    group_scorer: str = "linear"
+    group_width: int | None = None
+    mixture: list[str] = field(default_factory=list)

@@ -1,0 +1,73 @@
+"""What a folded head's group scorer reads in place of h itself: a small network's view of it.
+
+A folded head asks h two questions, which group and which token of it. Scored linearly, both read the same D numbers;
+with a network of its own before one of them, the other one's needs no longer decide alone what h says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vocabfold.errors import UserError
+
+
+def default_width(hidden_size: int) -> int:
+    """The width of a network between h and a scorer: a few times D where that is small, and never more than 1,024."""
+    return min(4 * hidden_size, 1024)
+
+
+def checked_width(hidden_size: int, width: int | None, key: str, instead: str) -> int:
+    """``width``, None for the default. Raises UserError, naming its ``key`` and what to do ``instead``, below 1."""
+    width = default_width(hidden_size) if width is None else width
+    if width < 1:
+        raise UserError(f"{key} is {width}: choose at least 1, or {instead}")
+    return width
+
+
+def normed(hidden: Tensor) -> Tensor:
+    """``hidden`` [..., D] with mean 0 and variance 1 in each row, without parameters."""
+    return F.layer_norm(hidden, hidden.shape[-1:])
+
+
+class GroupReader(nn.Module):
+    """Hidden states [N, D] -> features [N, ``num_features``] that the groups' logits are linear in.
+
+    W_1 [width, D] starts as torch's own layers do, the bias as 0. Raises UserError for a width below 1.
+    """
+
+    def __init__(self, hidden_size: int, width: int | None = None) -> None:
+        super().__init__()
+        width = checked_width(hidden_size, width, "head.group_width", "head.group_scorer=linear")
+        self.into = nn.Linear(hidden_size, width)
+        nn.init.zeros_(self.into.bias)
+        self.num_features = hidden_size
+
+    def inner(self, hidden: Tensor) -> Tensor:
+        """gelu(W_1 norm(h) + b) [N, width]."""
+        return F.gelu(self.into(normed(hidden)))
+
+
+class ResidualReader(GroupReader):
+    """h + W_2 gelu(W_1 norm(h) + b), with W_2 [D, width] 0 at first: D features, h itself to begin with."""
+
+    def __init__(self, hidden_size: int, width: int | None = None) -> None:
+        super().__init__(hidden_size, width)
+        self.out = nn.Parameter(torch.zeros(hidden_size, self.into.out_features))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See GroupReader."""
+        return hidden + F.linear(self.inner(hidden), self.out)
+
+
+class WideReader(GroupReader):
+    """h and gelu(W_1 norm(h) + b) beside it: D + width features, so that the groups' logits have that rank."""
+
+    def __init__(self, hidden_size: int, width: int | None = None) -> None:
+        super().__init__(hidden_size, width)
+        self.num_features = hidden_size + self.into.out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See GroupReader."""
+        return torch.cat([hidden, self.inner(hidden)], dim=-1)
