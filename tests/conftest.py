@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from run_cases import write_corpus
 from vocabfold.machine import usable_cores
 
 torch.set_num_threads(1)
@@ -33,3 +34,12 @@ def pytest_collection_finish() -> None:
     """Nothing imported so far is garbage: collections, which the tests of memory ask for, look at what comes later."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the tiny corpus and a token cache of its own, as the current one."""
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+    return tmp_path

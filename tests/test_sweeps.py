@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
-from run_cases import PICTURES, TINY, call, start, write_corpus
+from run_cases import PICTURES, TINY, call, start
 from vocabfold import train
+from vocabfold.runs import compose
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
 GROUPS = ("size", "budget", "data", "model", "head", "embedding", "start")
@@ -32,22 +31,12 @@ def options(group: str) -> list[str]:
 
 
 def composed(*overrides: str) -> DictConfig:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return compose("train", list(overrides), return_hydra_config=True)
+    return compose.composed(overrides, with_hydra=True)
 
 
 def rows_of(folder: Path) -> dict[Path, tuple[str, int]]:
     rows = {path: json.loads(path.read_text()) for path in folder.glob("results/runs/text/single/*/row.json")}
     return {path: (row["head"], row["seed"]) for path, row in rows.items()}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_corpus(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
-    return tmp_path
 
 
 @pytest.mark.parametrize(

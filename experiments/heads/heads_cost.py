@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from experiments.study.measuring import (
@@ -31,8 +30,9 @@ from vocabfold.heads import HeadLoss
 from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
+from vocabfold.runs.compose import composed, composed_settings
 from vocabfold.runs.distributed import Ranks
-from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import RESULTS
 from vocabfold.tokens import IGNORE_INDEX
 from vocabfold.train import Trainer
@@ -51,13 +51,9 @@ class NoHead(nn.Module):
 
 def heads_of(overrides: Sequence[str]) -> dict[str, Settings]:
     """The settings of each head of experiment=heads_pareto on the text that ``overrides`` choose."""
-    settings = {}
     words = ["experiment=heads_pareto", f"optimizer.learning_rate={LEARNING_RATE}", *overrides]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        names = str(compose("train", words, return_hydra_config=True).hydra.sweeper.params.head).split(",")
-        for name in names:
-            settings[name] = settings_from(compose("train", [*words, f"head={name}", f"run_dir=none/{name}"]))
-    return settings
+    names = str(composed(words, with_hydra=True).hydra.sweeper.params.head).split(",")
+    return {name: composed_settings([*words, f"head={name}", f"run_dir=none/{name}"]) for name in names}
 
 
 def measure_steps(heads: dict[str, Settings], corpus: Corpus, rounds: int, device: torch.device) -> pd.DataFrame:

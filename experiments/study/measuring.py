@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
 from vocabfold.data.corpora import content_sha256
@@ -20,10 +19,11 @@ from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.models.build import ModelSettings
+from vocabfold.runs.compose import composed_settings
 from vocabfold.runs.distributed import choose_device
 from vocabfold.runs.identity import OUTSIDE_DATA, RUN_DIGITS
 from vocabfold.runs.record import collect, finished_runs
-from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import RESULTS
 
 COST = RESULTS / "cost"  # tables of what depends on no text
@@ -70,8 +70,7 @@ def at_least_one(arguments: Namespace, *names: str) -> None:
 
 def composed(settings: Sequence[str]) -> Settings:
     """The settings of a training run. Raises UserError for what train.py would refuse."""
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return settings_from(compose("train", list(settings)))
+    return composed_settings(settings)
 
 
 def corpus_of(settings: Sequence[str]) -> str:
