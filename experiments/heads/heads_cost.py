@@ -94,7 +94,7 @@ def measure(arguments: Namespace) -> None:
     measurement = identity(
         "heads_cost", arguments, {name: dataclasses.asdict(settings) for name, settings in heads.items()}
     )
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     table = measure_steps(heads, corpus, arguments.rounds, measuring_device()).assign(**origin())
     seconds = {str(name): rows["seconds"].tolist() for name, rows in table.groupby("method", sort=False)}
