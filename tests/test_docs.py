@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from experiments.__main__ import experiments, parser_of
+from experiments.study.parts import PARTS, REPRODUCE
 
 from run_cases import call
 from vocabfold.runs.compose import composed, composed_settings
@@ -83,7 +84,9 @@ def test_commands_on_a_run_get_as_far_as_its_folder(
 @pytest.mark.parametrize("command", of("python -m experiments"))
 def test_experiments_take_their_command(command: str) -> None:
     name, *words = shlex.split(command)[3:] or [""]
-    if name:  # without one they are listed
+    if words[:1] == [REPRODUCE]:
+        assert all(step.command(words[1:], ()) for step in PARTS[name] if step.begun_from is None)
+    elif name:  # without one they are listed
         room, _ = experiments()[name]
         parser_of(name, import_module(f"experiments.{room}.{name}")).parse_args(words)
 
