@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from run_cases import write_corpus
 from vocabfold.machine import usable_cores
 
 torch.set_num_threads(1)
@@ -39,6 +38,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the tiny corpus and a token cache of its own, as the current one."""
+    from run_cases import write_corpus  # with all of Hydra, which most tests do not need
+
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from experiments.claims.dashboard import SECTIONS
 
+from figure_cases import tables
 from run_cases import experiment, settings_of
-from test_figures import tables
 from vocabfold.runs.record import SUMMARIES, RunRecord, tags_of
 from vocabfold.runs.tables import RUN_COLUMNS
 

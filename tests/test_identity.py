@@ -10,7 +10,7 @@ import yaml
 
 from run_cases import REPOSITORY, TINY, call, settings_of
 from vocabfold import train
-from vocabfold.data.corpora import content_sha256
+from vocabfold.data.content import content_sha256
 from vocabfold.errors import UserError
 from vocabfold.runs.compose import composed_settings
 from vocabfold.runs.identity import run_of

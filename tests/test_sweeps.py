@@ -109,13 +109,13 @@ def test_every_experiment_takes_two_steps(
 def test_a_sweep_gives_each_job_a_folder_and_skips_what_has_finished(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = ("-m", "vocabfold.train", "--multirun", *TINY, "head=full,paper", "seed=0,1")
-    first = start(folder, *sweep)
-    assert first.returncode == 0, first.stderr
+    sweep = ("--multirun", *TINY, "head=full,paper", "seed=0,1")
+    assert call(train.main, monkeypatch, *sweep) == 0, capfd.readouterr().err
     rows = rows_of(folder)
     assert set(rows.values()) == HEADS and len(rows) == len(HEADS)
     times = {path: path.stat().st_mtime_ns for path in rows}
-    assert call(train.main, monkeypatch, *sweep[2:]) == 0
+    capfd.readouterr()
+    assert call(train.main, monkeypatch, *sweep) == 0
     assert capfd.readouterr().err.count("finished before") == len(HEADS)
     assert {path: path.stat().st_mtime_ns for path in rows_of(folder)} == times
 

@@ -262,9 +262,8 @@ def test_a_long_validation_shows_how_far_it_is(
     assert trainer.valid.num_evaluation_batches == len(batches) > 1
 
     def slowly() -> Any:
-        for batch in batches:
-            time.sleep(1.1)
-            yield batch
+        time.sleep(1.1)
+        yield from batches
 
     monkeypatch.setattr(trainer.valid, "evaluation_batches", slowly)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a log file is spared
