@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from run_cases import REPOSITORY, experiment
 from vocabfold.errors import UserError
 
+FOUND = experiments()
 SECOND = ["data=text", "data.train=other.txt", "data.valid=valid.txt", "data.label=second_text"]
 LOCAL = ["data=text", "data.train=train.txt", "data.valid=valid.txt"]
 WAIT = "import signal, sys, time; print('ready', flush=True); time.sleep(60)"
@@ -35,14 +36,13 @@ def commands(part: str, first: list[str], second: list[str]) -> list[list[str]]:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_step_is_there_and_comes_after_what_it_needs(part: str) -> None:
-    found = experiments()
     done: set[tuple[str, str]] = set()
     for step in PARTS[part]:
         if step.action == "train":
             assert (REPOSITORY / "conf" / "experiment" / f"{step.name}.yaml").is_file()
             assert step.begun_from is None or ("train", step.begun_from[0]) in done
         else:
-            room, _ = found[step.name]
+            room, _ = FOUND[step.name]
             text = (REPOSITORY / "experiments" / room / f"{step.name}.py").read_text(encoding="utf-8")
             assert f"\ndef {step.action}(" in text
             if step.action == "measure" and f'collect_runs("{step.name}"' in text:

@@ -39,19 +39,34 @@ def rows_of(folder: Path) -> dict[Path, tuple[str, int]]:
     return {path: (row["head"], row["seed"]) for path, row in rows.items()}
 
 
-@pytest.mark.parametrize(
-    ("group", "option"),
-    [(group, option) for group in GROUPS for option in options(group)],
-)
-def test_every_option_composes_to_checked_settings(group: str, option: str) -> None:
-    pictures = ["model=cnn", "data=shapes"] if option == "cnn" or option.startswith(("shapes", "pictures")) else []
-    begun = [] if option == "none" else ["start.run=FOLDER"] if group == "start" else []
-    config = composed(*pictures, *begun, f"{group}={option}")
+def choices() -> list[dict[str, str]]:
+    """As few choices of one option a group as hold every option: those of pictures and of a run to begin from apart."""
+    apart = ("cnn", "shapes", "pictures")
+    plain = {group: [each for each in options(group) if not each.startswith(apart)] for group in GROUPS}
+    plain["start"] = ["none"]
+    longest = max(map(len, plain.values()))
+    found = [{group: names[number % len(names)] for group, names in plain.items()} for number in range(longest)]
+    pictures = [each for each in options("data") if each.startswith("shapes")]
+    sizes = [each for each in options("size") if each.startswith("pictures")]
+    found += [{"model": "cnn", "data": each, "size": sizes[0]} for each in pictures]
+    return found + [{"start": each} for each in options("start") if each != "none"]
+
+
+def test_every_option_is_chosen() -> None:
+    chosen = {pair for choice in choices() for pair in choice.items()}
+    assert chosen == {(group, option) for group in GROUPS for option in options(group)}
+
+
+@pytest.mark.parametrize("choice", choices(), ids=lambda choice: "-".join(choice.values()))
+def test_every_option_composes_to_checked_settings(choice: dict[str, str]) -> None:
+    begun = ["start.run=FOLDER"] if choice.get("start", "none") != "none" else []
+    config = composed(*begun, *(f"{group}={option}" for group, option in choice.items()))
     del config.hydra
     settings = settings_from(config)
     named = {"model": settings.model.name, "head": settings.head.name, "start": settings.start.type}
-    named |= {"embedding": settings.embedding.name, "data": option if pictures else settings.data["name"]}
-    assert named.get(group, option) == option
+    named |= {"embedding": settings.embedding.name, "data": settings.data["name"]}
+    for group, option in choice.items():
+        assert named.get(group, option) == option or (group == "data" and option.startswith(named["data"]))
 
 
 def test_a_text_brings_its_size_and_budget_and_the_command_line_has_the_last_word() -> None:
