@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from vocabfold.command_line import ArgumentParser
@@ -190,8 +191,13 @@ def status_of(command: Sequence[str]) -> int:
     """Run a program to its end and return its exit status, 128 and more for a signal's. An interrupt is left to the
     program, which the terminal has told too: it may have a checkpoint to write. SIGTERM is handed on to it."""
     running: list[subprocess.Popen[bytes]] = []
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: [each.terminate() for each in running]}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            for program in running:
+                program.terminate()
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with subprocess.Popen(command) as process:
             running.append(process)
