@@ -1,4 +1,5 @@
 """The only command line of the study: ``python -m experiments NAME measure|draw``; without a name it lists them.
+``python -m experiments PART reproduce`` takes all steps of a part of it, see study/parts.py.
 
 An experiment is a module of one of the rooms with a function ``measure(arguments)`` or ``draw(corpus)`` or both, and
 perhaps ``add_options(parser)`` for options of ``measure``. Without a corpus ``draw`` draws for the module's
@@ -11,14 +12,16 @@ import ast
 import difflib
 import importlib
 import os
+import re
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its profiler remarks on memory that is older than itself
 
+from experiments.study.parts import PARTS, REPRODUCE, reproduce
 from vocabfold.command_line import ArgumentParser, one_line_errors
 from vocabfold.errors import UserError
 
@@ -32,6 +35,9 @@ ROOMS = {
     "claims": "What the papers claim, beside what the tables say",
 }
 ALL = "all"
+CONFIGURATIONS = Path(__file__).resolve().parents[1] / "conf" / "experiment"
+# In the configuration of an experiment that only trains: whose table its runs are in.
+ELSEWHERE = re.compile(r"^# Its runs are measured and drawn by (\w+)\.$", re.MULTILINE)
 ACTIONS = ("measure", "draw")
 USAGE = "python -m experiments NAME measure|draw [options]        (python -m experiments NAME --help: its options)"
 
@@ -52,12 +58,23 @@ def experiments() -> dict[str, tuple[str, str]]:
     return found
 
 
+def trained_only(found: Iterable[str]) -> dict[str, str | None]:
+    """The experiments that only train, by name, each with the one that measures and draws its runs where it says so."""
+    paths = [path for path in sorted(CONFIGURATIONS.glob("*.yaml")) if path.stem not in set(found)]
+    said = {path.stem: ELSEWHERE.search(path.read_text(encoding="utf-8")) for path in paths}
+    return {name: match[1] if match else None for name, match in said.items()}
+
+
 def listing(found: dict[str, tuple[str, str]]) -> str:
-    """Every experiment with its one line, by room."""
+    """Every experiment with its one line, by room, those that only train, and the parts."""
     lines = [USAGE, f"python -m experiments {ALL} draw        draws all that has its table"]
+    lines.append(f"python -m experiments PART {REPRODUCE} [KEY=VALUE ...]        all of a part: {', '.join(PARTS)}")
     for room, title in ROOMS.items():
         lines += ["", title]
         lines += [f"  {name:24} {line}" for name, (its_room, line) in found.items() if its_room == room]
+    lines += ["", "Trained only: python -m vocabfold.train --multirun experiment=NAME"]
+    for name, elsewhere in trained_only(found).items():
+        lines.append(f"  {name:24} {f'Measured and drawn by {elsewhere}.' if elsewhere else ''}".rstrip())
     return "\n".join(lines)
 
 
@@ -112,6 +129,11 @@ def main() -> None:
         return
     if words == [ALL, "draw"]:
         draw_all(found)
+        return
+    if words[1:2] == [REPRODUCE]:
+        if words[0] not in PARTS:
+            raise UserError(f"there is no part {words[0]}: choose one of {', '.join(PARTS)}")
+        reproduce(words[0], words[2:])
         return
     if words[0] not in found:
         near = difflib.get_close_matches(words[0], found, n=1)

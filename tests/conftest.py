@@ -33,3 +33,14 @@ def pytest_collection_finish() -> None:
     """Nothing imported so far is garbage: collections, which the tests of memory ask for, look at what comes later."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the tiny corpus and a token cache of its own, as the current one."""
+    from run_cases import write_corpus  # with all of Hydra, which most tests do not need
+
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+    return tmp_path

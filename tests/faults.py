@@ -34,6 +34,7 @@ def place_of(fault: Fault, sources: dict[Path, str]) -> Path | None:
     return None
 
 
+EVERY_CODER = "test_coder_edges.py test_coding_damage.py test_coding.py"
 FAULTS = [
     # groups of the vocabulary
     Fault("heads/partition.py", "math.ceil(math.sqrt(rest))", "math.floor(math.sqrt(rest))", "test_partition.py"),
@@ -135,21 +136,36 @@ FAULTS = [
     Fault("heads/visiting.py", "device=device) < chance", "device=device) < 2 * chance", "test_visiting.py"),
     # coding
     Fault("coding/huffman.py", "taken = 2 * (taken - num_leaves)", "taken = 2 * taken - num_leaves", "test_coding.py"),
-    Fault("coding/huffman.py", "if ((ends - at) >> 5).any()", "if False", "test_coder_edges.py test_coding.py"),
+    Fault(
+        "coding/huffman.py",
+        "if ((ends - at) >> 5).any()",
+        "if False",
+        EVERY_CODER,
+    ),
     Fault("coding/huffman.py", "num_words = -(-ends[:, -1] // 32)", "num_words = ends[:, -1] // 32", "test_coding.py"),
     Fault("coding/rans.py", "place += rows << self.bits", "place += rows", "test_coding.py"),
     Fault("coding/rans.py", "quantised(row[exists], ", "quantised(np.ones(int(exists.sum())), ", "test_coding.py"),
-    Fault("coding/lanes.py", " or (self._next != self._end).any()", "", "test_coder_edges.py test_coding.py"),
+    Fault(
+        "coding/lanes.py",
+        " or (self._next != self._end).any()",
+        "",
+        EVERY_CODER,
+    ),
     Fault("coding/lanes.py", "self._next[rows] = places + 1", "self._next[rows] = places", "test_coding.py"),
     Fault(
         "coding/adaptive.py",
         "probability * ((1 << BITS) - 2)",
         "probability * (1 << BITS)",
-        "test_coder_edges.py test_coding.py",
+        EVERY_CODER,
     ),
-    Fault("coding/adaptive.py", "prior * probability) / (", "probability) / (", "test_coder_edges.py test_coding.py"),
+    Fault(
+        "coding/adaptive.py",
+        "prior * probability) / (",
+        "probability) / (",
+        EVERY_CODER,
+    ),
     Fault("coding/frequencies.py", "np.maximum(1, np.rint", "np.maximum(0, np.rint", "test_coding.py"),
-    Fault("coding/container.py", "!= self._checks[block]", "== -1", "test_coding.py test_token_store.py"),
+    Fault("coding/container.py", "!= self._checks[block]", "== -1", "test_coding_damage.py test_token_store.py"),
     Fault("coding/container.py", "wanted[-1] == self.num_segments - 1", "False", "test_coding.py test_token_store.py"),
     # spread over processes
     Fault("heads/sharded.py", "largest + total.log()", "largest", "test_sharded.py"),

@@ -9,6 +9,17 @@ from typing import Any
 
 import pandas as pd
 
+from vocabfold.runs.tables import write_table
+
+ORDERS = ("bpe", "frequency", "random", "clustered")
+# Models and heads of two seeds and more, and one of a single seed: an interval that does not exist stops no figure.
+MODELS = [
+    ("gpt2", "full", None, 3),
+    ("gpt2", "paper", 225, 2),
+    ("gpt_neo", "full", None, 2),
+    ("gpt_neo", "paper", 225, 1),
+]
+
 
 def run_row(model: str, head: str, group_size: int | None, seed: int, **changes: Any) -> dict[str, Any]:
     return {
@@ -107,3 +118,187 @@ def write_documents(results: Path, shift: float = 0.0) -> None:
     rows = table.drop(columns="tokens").merge(parts, how="cross")
     rows["loss_nats"] = (rows["validation_loss_nats"] + shift) * rows["tokens"] * rows["of_mean"]
     rows.drop(columns="of_mean").to_csv(results / "tiny" / "document_losses.csv", index=False)
+
+
+def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(experiment, its rows): what the programs read."""
+    yield (
+        "main_comparison",
+        [run_row(model, head, size, seed) for model, head, size, seeds in MODELS for seed in range(seeds)],
+    )
+    yield (
+        "figure3_group_size",
+        [run_row("gpt2", "paper", group_size, seed) for group_size in (14, 225, 3864) for seed in range(3)],
+    )
+    foldings = [("bpe", 0, 3), ("clustered", 0, 1), ("frequency", 2048, 2)]
+    yield (
+        "fold",
+        [
+            run_row(
+                "gpt2",
+                "paper",
+                225,
+                seed,
+                partition_order=order,
+                shortlist=shortlist,
+                distillation_tokens=tokens,
+                start_tokens=4096,
+                teacher_loss_nats=3.9 + 0.1 * seed,
+                teacher_perplexity=55.0 + seed,
+                at_once_loss_nats=4.5 + 0.1 * seed,
+                at_once_perplexity=90.0 + seed,
+            )
+            for order, shortlist, seeds in foldings
+            for seed in range(seeds)
+            for tokens in (1000, 2000)
+        ],
+    )
+
+    folded = [
+        run_row("gpt2", "paper", 225, seed, tokens=tokens, **embedding_columns(name, tokens))
+        for name in ("dense", "int4", "tensor_train")
+        for seed in range(2)
+        for tokens in (200_000, 0, 20_000)
+    ]
+    yield "embedding_compression", folded
+    yield "both_ends", [row for row in folded if row["tokens"] == 200_000]
+    heads = ["full", "full_untied", "linear_clustered", "shortlist_frequency"]
+    heads += [f"scale_shift_{order}" for order in ORDERS]
+    pareto = [head_row(name, 225, seed) for name in heads for seed in range(2)]
+    yield "heads_pareto", pareto
+    yield (
+        "shapes",
+        [
+            run_row("cnn", head, None, seed, learning_rate=rate, vocabulary_size=256)
+            for head in ("full", "paper")
+            for seed in (0, 1)
+            for rate in (1e-3, 3e-3)
+        ],
+    )
+    yield "first_look", [run_row("gpt2", head, 225, 0) for head in ("full", "linear_clustered")]
+    yield (
+        "order_matters",
+        [head_row(f"scale_shift_{order}", size, seed) for order in ORDERS for size in (56, 897) for seed in (0, 1)],
+    )
+    yield (
+        "vocabulary_scaling",
+        [
+            head_row(name, 225, seed) | {"vocabulary_size": size, "excess_loss_nats": size / 1e5 + seed}
+            for name in ("full_untied", "linear_clustered")
+            for size in (10_000, 50_257)
+            for seed in (0, 1)
+        ],
+    )
+    yield (
+        "larger_vocabulary",
+        [
+            head_row(name, 225, seed) | {"vocabulary_size": size, "validation_bits_per_byte": 1.5 + 0.1 * seed}
+            for name in ("full_untied", "linear_clustered")
+            for size in (50_257, 100_277)
+            for seed in (0, 1)
+        ],
+    )
+    yield "table1_story_quality", judged_rows()
+    classes = {"rank": 6, "decile": 10}
+    yield (
+        "rare_tokens",
+        [
+            row | {"sorted_by": sorting, "class": number, "targets": 100}
+            for row in pareto
+            for sorting, count in classes.items()
+            for number in range(count)
+        ],
+    )
+
+
+def judged_rows() -> list[dict[str, Any]]:
+    """Two judges' rows of table1_story_quality: runs, half-trained runs and references, which are of no run."""
+    judges = {
+        "grammar": ("words_told_share", "new_sentences_share", "consistency_share", "plot_words_share"),
+        "language model m": ("grammar_of_10", "creativity_of_10", "consistency_of_10", "plot_of_10", "age_years"),
+    }
+    writers = [
+        (run_row(model, head, size, seed), "trained") for model, head, size, seeds in MODELS for seed in range(seeds)
+    ]
+    writers += [(run_row("gpt2", "full", None, 0), "half-trained")]
+    reference = {"run": None, "corpus": "stories", "seed": 0, "hardware": "test machine", "torch": "2"}
+    writers += [(reference, name) for name in ("the stories' own endings", "words mixed between stories")]
+    return [
+        row
+        | {"writer": writer, "judge": judge, "stories": 40}
+        | {name: 0.1 * index + 0.05 * row["seed"] for index, name in enumerate(names)}
+        | {f"{name}_half_width": 0.02 for name in names}
+        for row, writer in writers
+        for judge, names in judges.items()
+    ]
+
+
+def head_row(head: str, size: int, seed: int) -> dict[str, Any]:
+    return run_row(
+        "gpt2", head, size, seed, scorer=head, partition_order=head.rpartition("_")[2], group_accuracy=0.4 + 0.1 * seed
+    )
+
+
+def write_side_tables(folder: Path) -> None:
+    """What heads_pareto reads besides its own table: curves of its runs, and the seconds of a training step."""
+    curves = []
+    for head in ("full", "full_untied", "linear_clustered", "scale_shift_bpe"):
+        for step, loss in ((50, 6.0), (100, 4.0)):
+            line = {
+                "experiment": "heads_pareto",
+                "head": head,
+                "seed": 0,
+                "step": step,
+                "tokens": 2000 * step,
+                "train_loss": loss,
+            }
+            curves.append(line | {"validation_loss_nats": loss, "validation_group_accuracy": 0.01 * step})
+    pd.DataFrame(curves).to_csv(folder / "heads_pareto_curves.csv", index=False)
+    steps = [
+        {
+            "method": method,
+            "round": number,
+            "seconds": seconds,
+            "tokens": 4096,
+            "peak_memory_gib": seconds,
+            "flops_per_token": 9,
+        }
+        for method, seconds in (("no_head", 0.1), ("full", 0.9), ("full_untied", 0.9), ("linear_clustered", 0.2))
+        for number in range(2)
+    ]
+    pd.DataFrame(steps).to_csv(folder / "heads_cost.csv", index=False)
+    pictures = [
+        {
+            "experiment": "shapes",
+            "run": run_row("cnn", head, None, seed, learning_rate=rate, vocabulary_size=256)["run"],
+            "head": head,
+            "learning_rate": rate,
+            "seed": seed,
+            "step": step,
+            "train_loss": 5.0 - step / 50,
+        }
+        | {"validation_accuracy": step / 100, "validation_group_accuracy": 0.5, "validation_loss_nats": 3.0 + seed}
+        for head in ("full", "paper")
+        for rate in (1e-3, 3e-3)
+        for seed in (0, 1)
+        for step in (10, 20)
+    ]
+    pd.DataFrame(pictures).to_csv(folder / "shapes_curves.csv", index=False)
+    looks = [
+        {"experiment": "first_look", "run": head, "head": head, "seed": 0, "step": step, "tokens": 2000 * step}
+        | {"train_loss": 1.0, "tokens_per_second": 100.0 if step else None, "validation_loss_nats": 6.0 - step / 20}
+        for head in ("full", "linear_clustered")
+        for step in (10, 20)
+    ]
+    pd.DataFrame(looks).to_csv(folder / "first_look_curves.csv", index=False)
+    ceilings = [{"quantity": f"best {kind}", "value": 0.9, "classes": 256} for kind in ("accuracy", "group accuracy")]
+    pd.DataFrame(ceilings).to_csv(folder / "figure1_shapes.csv", index=False)
+
+
+def write_tables(folder: Path) -> None:
+    """Those of ``tables``; a row is a run of its own, but for the image study, whose curves name theirs."""
+    for name, rows in tables():
+        table = pd.DataFrame([{**row, "experiment": name} for row in rows])
+        if name != "shapes":
+            table["run"] = [f"{name}{index}" for index in range(len(table))]
+        write_table(table, folder / f"{name}.csv")

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 from experiments.__main__ import main
+from hydra._internal.hydra import Hydra
+
+from vocabfold.runs.compose import composed_settings
+from vocabfold.runs.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = ("the cat", "a dog", "the bird", "saw", "ran", "found", "sang", "red", "blue", "home", "and then", "under")
@@ -39,8 +43,6 @@ PICTURES = [
     "wandb.mode=disabled",
     "device=cpu",
 ]
-
-
 # The same text for an experiment that measures.
 TEXT = ["data=text", "data.train=train.txt", "data.valid=valid.txt", "data.workers=1"]
 
@@ -67,9 +69,16 @@ def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def settings_of(*words: str) -> Settings:
+    """The settings of the tiny run with these words behind its own."""
+    return composed_settings([*TINY, *words])
+
+
 def call(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """``main`` in this process with ``arguments`` as its command line; its exit status."""
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    # Hydra composes a configuration twice, first only to look for hydra.mode, which nothing here sets.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
     try:
         main()
     except SystemExit as ended:

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from run_cases import TINY, call, write_corpus
 from vocabfold import train
 from vocabfold.data.token_file import TokenFile
 from vocabfold.errors import UserError
+from vocabfold.runs.compose import composed
 from vocabfold.runs.record import collect
-from vocabfold.runs.settings import CONFIG_FOLDER, chosen_learning_rate
+from vocabfold.runs.settings import chosen_learning_rate
 from vocabfold.runs.tables import IDENTITY_COLUMNS, ORIGIN_COLUMNS, RUN_COLUMNS, write_table
 
 
@@ -107,9 +106,7 @@ def test_the_rate_with_the_least_mean_loss_is_chosen(tmp_path: Path, monkeypatch
     rows += [rates_row("a", 4e-3, 0, 1.9), rates_row("a", 4e-3, 1, 3.0), rates_row("b", 8e-3, 0, 1.0)]
     write_table(pd.DataFrame(rows), Path("results/text/learning_rates.csv"))
     assert chosen_learning_rate("text", "a") == 2e-3 and chosen_learning_rate("text", "b") == 8e-3
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        config = compose("train", ["experiment=heads_pareto", "data=text", "head=full_untied"])
+    config = composed(["experiment=heads_pareto", "data=text", "head=full_untied"])
     with pytest.raises(Exception, match="has no full_untied"):
         _ = config.optimizer.learning_rate
 

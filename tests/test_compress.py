@@ -34,6 +34,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def coder(run: Path) -> text_file.TextModel:
+    """The model of the run, as the program loads it."""
+    return compressing.load_text_model(run / "run")
+
+
 def program(run: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.chdir(run)
     return call(compressing.main, monkeypatch, *arguments, "--model", "run")
@@ -70,7 +76,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("deflate", [True, False])
 def test_files_come_back_and_do_not_grow(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, deflate: bool
+    coder: text_file.TextModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, deflate: bool
 ) -> None:
     data, kinds = FILES[name]
     monkeypatch.setattr(text_file, "SEGMENT_BYTES", 501)
@@ -79,8 +85,8 @@ def test_files_come_back_and_do_not_grow(
         monkeypatch.setattr(text_file, "_deflated", lambda text: text + b"longer")
     path, coded, back = tmp_path / "f", tmp_path / "f.vftm", tmp_path / "back"
     path.write_bytes(data)
-    assert program(run, monkeypatch, str(path)) == 0
-    assert program(run, monkeypatch, str(coded), "--decompress", "--output", str(back)) == 0
+    text_file.compress(path, coded, coder, lambda *_: None)
+    text_file.decompress(coded, back, coder, lambda *_: None)
     assert back.read_bytes() == data
     assert not deflate or segments(coded.read_bytes()) == kinds
     assert len(coded.read_bytes()) <= len(data) + 44 + 24 * len(kinds)

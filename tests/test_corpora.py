@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from vocabfold.data import corpora
-from vocabfold.data.corpora import Corpus, load_corpus, load_for_generation, wikitext_articles
+from vocabfold.data.corpora import Corpus, load_corpus, load_for_generation
+from vocabfold.data.sources import wikitext_articles
 from vocabfold.data.token_file import TokenFile
 from vocabfold.data.tokenizer import load_tokenizer
+from vocabfold.data.zipf import entropy_rate_nats, zipf_law, zipf_tokens
 from vocabfold.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
@@ -177,9 +178,9 @@ def test_zipf(cache: Path) -> None:
     assert corpus.train.tokens.dtype == np.uint32 and corpus.train.document_starts.tolist() == [0, 1_500_000]
     assert corpus.tokenizer is None and corpus.end_token is None and corpus.vocabulary_size == 100_000
     assert corpus.valid_bytes_per_token is None
-    law = corpora.zipf_law(100_000)
-    assert corpus.entropy_rate_nats == corpora.entropy_rate_nats(law)
-    np.testing.assert_array_equal(corpus.train.tokens, np.concatenate(list(corpora.zipf_tokens(law, 1_500_000))))
+    law = zipf_law(100_000)
+    assert corpus.entropy_rate_nats == entropy_rate_nats(law)
+    np.testing.assert_array_equal(corpus.train.tokens, np.concatenate(list(zipf_tokens(law, 1_500_000))))
     assert not np.array_equal(corpus.train.tokens[:3000], corpus.valid.tokens)
     with pytest.raises(UserError, match="num_valid_tokens"):
         load_corpus({**data, "num_valid_tokens": 0})

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from experiments.claims.dashboard import SECTIONS
 
-from run_cases import experiment
-from test_figures import tables
-from test_records import settings_of
+from figure_cases import tables
+from run_cases import experiment, settings_of
 from vocabfold.runs.record import SUMMARIES, RunRecord, tags_of
 from vocabfold.runs.tables import RUN_COLUMNS
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 from experiments.__main__ import experiments, parser_of
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from experiments.study.parts import PARTS, REPRODUCE
 
 from run_cases import call
-from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
+from vocabfold.runs.compose import composed, composed_settings
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -58,12 +57,10 @@ def of(*beginnings: str) -> list[str]:
 def check_training(overrides: list[str]) -> None:
     """The command line composes to settings that a run can have; of a sweep, its first run."""
     firsts = [override.partition(",")[0] for override in overrides if not override.startswith("--")]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        if any(override.startswith(("experiment=", "hydra/")) for override in firsts):
-            swept = compose("train", firsts, return_hydra_config=True).hydra.sweeper.params or {}
-            firsts += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
-        settings_from(compose("train", firsts))
+    if any(override.startswith(("experiment=", "hydra/")) for override in firsts):
+        swept = composed(firsts, with_hydra=True).hydra.sweeper.params or {}
+        firsts += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
+    composed_settings(firsts)
 
 
 @pytest.mark.parametrize("command", of("python -m vocabfold.train", "torchrun"))
@@ -87,7 +84,9 @@ def test_commands_on_a_run_get_as_far_as_its_folder(
 @pytest.mark.parametrize("command", of("python -m experiments"))
 def test_experiments_take_their_command(command: str) -> None:
     name, *words = shlex.split(command)[3:] or [""]
-    if name:  # without one they are listed
+    if words[:1] == [REPRODUCE]:
+        assert all(step.command(words[1:], ()) for step in PARTS[name] if step.begun_from is None)
+    elif name:  # without one they are listed
         room, _ = experiments()[name]
         parser_of(name, import_module(f"experiments.{room}.{name}")).parse_args(words)
 

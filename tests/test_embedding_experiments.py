@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from experiments.embeddings import embedding_published, embedding_tables
-from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 
 from run_cases import experiment
 from test_published_weights import write_architecture
 from vocabfold.embeddings import build_embedding
-from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
+from vocabfold.runs.compose import composed, composed_settings
 
 
 @pytest.fixture(autouse=True)
@@ -66,14 +65,14 @@ def test_tables_are_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: p
     assert "name the folder of a finished run" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("data", ["stories", "tinystories"])
-def test_every_compression_of_the_sweep_can_be_built(data: str) -> None:
-    options = ["experiment=embedding_compressed", f"data={data}", "start.run=run"]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        swept = compose("train", options, return_hydra_config=True).hydra.sweeper.params["embedding"]
-        forms = re.findall(r"\{.*?\}", swept)
-        assert len(forms) > 5
-        for form in forms:
-            settings = settings_from(compose("train", [*options, f"embedding={form}"]))
-            assert (settings.start.type, settings.experiment) == ("compress", "embedding_compression")
-            build_embedding(settings.embedding, 50_257, 64)
+def test_every_compression_of_the_sweep_can_be_built() -> None:
+    options = ["experiment=embedding_compressed", "start.run=run"]
+    forms: set[str] = set()
+    for data in ("stories", "tinystories"):
+        swept = composed([*options, f"data={data}"], with_hydra=True).hydra.sweeper.params["embedding"]
+        forms |= set(found := re.findall(r"\{.*?\}", swept))
+        assert len(found) > 5
+    for form in sorted(forms):
+        settings = composed_settings([*options, f"embedding={form}"])
+        assert (settings.start.type, settings.experiment) == ("compress", "embedding_compression")
+        build_embedding(settings.embedding, 50_257, 64)

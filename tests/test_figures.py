@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,16 @@ import pandas as pd
 import pytest
 from experiments.study.figures import STYLE
 from experiments.study.statistics import mean_and_interval, summarise
+from matplotlib.collections import Collection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
 from scipy import stats
 
-from figure_cases import caching_tables, embedding_columns, run_row, write_documents
+from figure_cases import caching_tables, write_documents, write_side_tables, write_tables
 from run_cases import experiment
-from vocabfold.runs.tables import write_table
 
-ORDERS = ("bpe", "frequency", "random", "clustered")
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Every experiment that draws a picture from tables that the fixture makes, with the pictures that it draws.
 PICTURES = {
@@ -41,210 +43,67 @@ PICTURES |= {
     "vocabulary_scaling": ["vocabulary_scaling", "larger_vocabulary"],
     "shapes": ["shapes_figure2", "shapes_figure6", "shapes_figure7"],
 }
-# Models and heads of two seeds and more, and one of a single seed: an interval that does not exist stops no figure.
-MODELS = [
-    ("gpt2", "full", None, 3),
-    ("gpt2", "paper", 225, 2),
-    ("gpt_neo", "full", None, 2),
-    ("gpt_neo", "paper", 225, 1),
-]
 
 
-def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(experiment, its rows): what the programs read."""
-    yield (
-        "main_comparison",
-        [run_row(model, head, size, seed) for model, head, size, seeds in MODELS for seed in range(seeds)],
-    )
-    yield (
-        "figure3_group_size",
-        [run_row("gpt2", "paper", group_size, seed) for group_size in (14, 225, 3864) for seed in range(3)],
-    )
-    foldings = [("bpe", 0, 3), ("clustered", 0, 1), ("frequency", 2048, 2)]
-    yield (
-        "fold",
-        [
-            run_row(
-                "gpt2",
-                "paper",
-                225,
-                seed,
-                partition_order=order,
-                shortlist=shortlist,
-                distillation_tokens=tokens,
-                start_tokens=4096,
-                teacher_loss_nats=3.9 + 0.1 * seed,
-                teacher_perplexity=55.0 + seed,
-                at_once_loss_nats=4.5 + 0.1 * seed,
-                at_once_perplexity=90.0 + seed,
-            )
-            for order, shortlist, seeds in foldings
-            for seed in range(seeds)
-            for tokens in (1000, 2000)
-        ],
-    )
-
-    folded = [
-        run_row("gpt2", "paper", 225, seed, tokens=tokens, **embedding_columns(name, tokens))
-        for name in ("dense", "int4", "tensor_train")
-        for seed in range(2)
-        for tokens in (200_000, 0, 20_000)
-    ]
-    yield "embedding_compression", folded
-    yield "both_ends", [row for row in folded if row["tokens"] == 200_000]
-    heads = ["full", "full_untied", "linear_clustered", "shortlist_frequency"]
-    heads += [f"scale_shift_{order}" for order in ORDERS]
-    pareto = [head_row(name, 225, seed) for name in heads for seed in range(2)]
-    yield "heads_pareto", pareto
-    yield (
-        "shapes",
-        [
-            run_row("cnn", head, None, seed, learning_rate=rate, vocabulary_size=256)
-            for head in ("full", "paper")
-            for seed in (0, 1)
-            for rate in (1e-3, 3e-3)
-        ],
-    )
-    yield "first_look", [run_row("gpt2", head, 225, 0) for head in ("full", "linear_clustered")]
-    yield (
-        "order_matters",
-        [head_row(f"scale_shift_{order}", size, seed) for order in ORDERS for size in (56, 897) for seed in (0, 1)],
-    )
-    yield (
-        "vocabulary_scaling",
-        [
-            head_row(name, 225, seed) | {"vocabulary_size": size, "excess_loss_nats": size / 1e5 + seed}
-            for name in ("full_untied", "linear_clustered")
-            for size in (10_000, 50_257)
-            for seed in (0, 1)
-        ],
-    )
-    yield (
-        "larger_vocabulary",
-        [
-            head_row(name, 225, seed) | {"vocabulary_size": size, "validation_bits_per_byte": 1.5 + 0.1 * seed}
-            for name in ("full_untied", "linear_clustered")
-            for size in (50_257, 100_277)
-            for seed in (0, 1)
-        ],
-    )
-    yield "table1_story_quality", judged_rows()
-    classes = {"rank": 6, "decile": 10}
-    yield (
-        "rare_tokens",
-        [
-            row | {"sorted_by": sorting, "class": number, "targets": 100}
-            for row in pareto
-            for sorting, count in classes.items()
-            for number in range(count)
-        ],
-    )
-
-
-def judged_rows() -> list[dict[str, Any]]:
-    """Two judges' rows of table1_story_quality: runs, half-trained runs and references, which are of no run."""
-    judges = {
-        "grammar": ("words_told_share", "new_sentences_share", "consistency_share", "plot_words_share"),
-        "language model m": ("grammar_of_10", "creativity_of_10", "consistency_of_10", "plot_of_10", "age_years"),
-    }
-    writers = [
-        (run_row(model, head, size, seed), "trained") for model, head, size, seeds in MODELS for seed in range(seeds)
-    ]
-    writers += [(run_row("gpt2", "full", None, 0), "half-trained")]
-    reference = {"run": None, "corpus": "stories", "seed": 0, "hardware": "test machine", "torch": "2"}
-    writers += [(reference, name) for name in ("the stories' own endings", "words mixed between stories")]
-    return [
-        row
-        | {"writer": writer, "judge": judge, "stories": 40}
-        | {name: 0.1 * index + 0.05 * row["seed"] for index, name in enumerate(names)}
-        | {f"{name}_half_width": 0.02 for name in names}
-        for row, writer in writers
-        for judge, names in judges.items()
-    ]
-
-
-def head_row(head: str, size: int, seed: int) -> dict[str, Any]:
-    return run_row(
-        "gpt2", head, size, seed, scorer=head, partition_order=head.rpartition("_")[2], group_accuracy=0.4 + 0.1 * seed
-    )
-
-
-def write_side_tables(folder: Path) -> None:
-    """What heads_pareto reads besides its own table: curves of its runs, and the seconds of a training step."""
-    curves = []
-    for head in ("full", "full_untied", "linear_clustered", "scale_shift_bpe"):
-        for step, loss in ((50, 6.0), (100, 4.0)):
-            line = {
-                "experiment": "heads_pareto",
-                "head": head,
-                "seed": 0,
-                "step": step,
-                "tokens": 2000 * step,
-                "train_loss": loss,
-            }
-            curves.append(line | {"validation_loss_nats": loss, "validation_group_accuracy": 0.01 * step})
-    pd.DataFrame(curves).to_csv(folder / "heads_pareto_curves.csv", index=False)
-    steps = [
-        {
-            "method": method,
-            "round": number,
-            "seconds": seconds,
-            "tokens": 4096,
-            "peak_memory_gib": seconds,
-            "flops_per_token": 9,
-        }
-        for method, seconds in (("no_head", 0.1), ("full", 0.9), ("full_untied", 0.9), ("linear_clustered", 0.2))
-        for number in range(2)
-    ]
-    pd.DataFrame(steps).to_csv(folder / "heads_cost.csv", index=False)
-    pictures = [
-        {
-            "experiment": "shapes",
-            "run": run_row("cnn", head, None, seed, learning_rate=rate, vocabulary_size=256)["run"],
-            "head": head,
-            "learning_rate": rate,
-            "seed": seed,
-            "step": step,
-            "train_loss": 5.0 - step / 50,
-        }
-        | {"validation_accuracy": step / 100, "validation_group_accuracy": 0.5, "validation_loss_nats": 3.0 + seed}
-        for head in ("full", "paper")
-        for rate in (1e-3, 3e-3)
-        for seed in (0, 1)
-        for step in (10, 20)
-    ]
-    pd.DataFrame(pictures).to_csv(folder / "shapes_curves.csv", index=False)
-    looks = [
-        {"experiment": "first_look", "run": head, "head": head, "seed": 0, "step": step, "tokens": 2000 * step}
-        | {"train_loss": 1.0, "tokens_per_second": 100.0 if step else None, "validation_loss_nats": 6.0 - step / 20}
-        for head in ("full", "linear_clustered")
-        for step in (10, 20)
-    ]
-    pd.DataFrame(looks).to_csv(folder / "first_look_curves.csv", index=False)
-    ceilings = [{"quantity": f"best {kind}", "value": 0.9, "classes": 256} for kind in ("accuracy", "group accuracy")]
-    pd.DataFrame(ceilings).to_csv(folder / "figure1_shapes.csv", index=False)
-
-
-def write_tables(folder: Path) -> None:
-    """Those of ``tables``; a row is a run of its own, but for the image study, whose curves name theirs."""
-    for name, rows in tables():
-        table = pd.DataFrame([{**row, "experiment": name} for row in rows])
-        if name != "shapes":
-            table["run"] = [f"{name}{index}" for index in range(len(table))]
-        write_table(table, folder / f"{name}.csv")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """results/ with the tables of a text and the reference values."""
+    folder = tmp_path_factory.mktemp("figures") / "results"
+    for reference in ("paper", "cost"):
+        shutil.copytree(REPOSITORY / "results" / reference, folder / reference)
+    write_tables(folder / "tiny")
+    write_side_tables(folder / "tiny")
+    for name, rows in caching_tables():
+        pd.DataFrame(rows).assign(experiment=name).to_csv(folder / "tiny" / f"{name}.csv", index=False)
+    return folder
 
 
 @pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """results/ with the tables of a text and the reference values; its parent is the current folder."""
+def results(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of them; its parent is the current folder."""
     monkeypatch.chdir(tmp_path)
-    for reference in ("paper", "cost"):
-        shutil.copytree(REPOSITORY / "results" / reference, tmp_path / "results" / reference)
-    write_tables(tmp_path / "results" / "tiny")
-    write_side_tables(tmp_path / "results" / "tiny")
-    for name, rows in caching_tables():
-        pd.DataFrame(rows).assign(experiment=name).to_csv(tmp_path / "results" / "tiny" / f"{name}.csv", index=False)
-    return tmp_path / "results"
+    return shutil.copytree(written, tmp_path / "results")
+
+
+class Shown(list[str]):
+    """What each figure that was saved shows, as words and numbers; the files are empty unless it ``paints`` them."""
+
+    paints = False
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """Filled by every figure that is saved."""
+    figures, savefig = Shown(), Figure.savefig
+
+    def save(figure: Figure, path: Path, **options: Any) -> None:
+        figures.append(content(figure))
+        if figures.paints:
+            savefig(figure, path, **options)
+        else:
+            Path(path).touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setitem(STYLE, "figure.dpi", 80)  # quicker than what is committed
+    return figures
+
+
+def content(figure: Figure) -> str:
+    """Words, places and colours of all that a figure shows."""
+    found: list[object] = [figure.get_size_inches().tolist()]
+    for artist in figure.findobj():
+        match artist:
+            case Text():
+                found.append((artist.get_text(), artist.get_position(), artist.get_color()))
+            case Line2D():
+                look = (artist.get_color(), artist.get_linestyle(), artist.get_marker())
+                found.append((artist.get_label(), artist.get_xydata().tolist(), look))
+            case Patch():
+                found.append((artist.get_path().vertices.tolist(), artist.get_facecolor()))
+            case Collection():
+                paths = [path.vertices.tolist() for path in artist.get_paths()]
+                found.append((artist.get_label(), artist.get_offsets().tolist(), paths))
+    return repr(found)
 
 
 def draw(name: str, monkeypatch: pytest.MonkeyPatch, *corpora: str) -> int:
@@ -277,9 +136,9 @@ def test_summarise_gives_one_row_a_group() -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_figure_is_drawn_the_same_each_time(
-    results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+    results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], shown: Shown, name: str
 ) -> None:
-    monkeypatch.setitem(STYLE, "figure.dpi", 80)  # quicker than what is committed
+    shown.paints = True
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     assert draw(name, monkeypatch, "tiny") == 0, capfd.readouterr().err
     for stem in PICTURES[name]:
@@ -292,10 +151,19 @@ def test_a_figure_is_drawn_the_same_each_time(
     assert {path: drawn[path] for path in before} == before
     for path in drawn.keys() - before.keys():
         path.unlink()
-    assert draw(name, monkeypatch) == 0  # without a name: every text that has the table
-    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == drawn
+    first = shown.copy()
+    shown.clear()
+    # Without a name: every text that has the table. What shows the same is painted the same, as one of them proves.
+    shown.paints = name == "first_look"
+    assert draw(name, monkeypatch) == 0
+    assert shown == first and len(first) == len(PICTURES[name])
+    again = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert again.keys() == drawn.keys()
+    same = [path for path in drawn if shown.paints or path.suffix != ".png"]
+    assert [again[path] for path in same] == [drawn[path] for path in same]
 
 
+@pytest.mark.usefixtures("shown")
 def test_the_table_beside_the_figure_holds_means_and_intervals(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert draw("main_comparison", monkeypatch, "tiny") == 0
     lines = (results / "tiny" / "main_comparison.md").read_text().splitlines()
@@ -304,6 +172,7 @@ def test_the_table_beside_the_figure_holds_means_and_intervals(results: Path, mo
     assert f"| {mean:.3f} ± {half_width:.3f} |" in full and full.endswith("| 3 |")
 
 
+@pytest.mark.usefixtures("shown")
 def test_the_papers_head_minus_full_over_seeds_and_documents(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_documents(results)
     assert draw("main_comparison", monkeypatch, "tiny") == 0
@@ -328,6 +197,7 @@ def test_document_losses_of_other_runs_are_refused(
     assert not (results / "tiny" / "main_comparison.png").exists()
 
 
+@pytest.mark.usefixtures("shown")
 def test_at_equal_time_the_first_evaluation_after_it_is_compared(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +219,7 @@ def test_at_equal_time_the_first_evaluation_after_it_is_compared(
     assert "(10 s)" in told and "(22 s, 2.2 times" in told and "-1.000 ± 0.000 nats over 2 seeds" in told
 
 
+@pytest.mark.usefixtures("shown")
 def test_a_text_without_the_main_comparison_has_a_baseline_of_its_own(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +241,7 @@ def test_a_text_without_the_main_comparison_has_a_baseline_of_its_own(
     assert "7.250" not in (results / "tiny" / "figure3_group_size.md").read_text()
 
 
+@pytest.mark.usefixtures("shown")
 def test_foldings_are_counted_from_their_own_teacher(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert draw("fold", monkeypatch, "tiny") == 0
     lines = (results / "tiny" / "fold.md").read_text().splitlines()

@@ -7,33 +7,23 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from run_cases import REPOSITORY, TINY, call, write_corpus
-from test_records import settings_of
+from run_cases import REPOSITORY, TINY, call, settings_of
 from vocabfold import train
-from vocabfold.data.corpora import content_sha256
+from vocabfold.data.content import content_sha256
 from vocabfold.errors import UserError
+from vocabfold.runs.compose import composed_settings
 from vocabfold.runs.identity import run_of
 from vocabfold.runs.record import collect
-from vocabfold.runs.settings import CONFIG_FOLDER, Settings, load_settings, settings_from
+from vocabfold.runs.settings import load_settings
 
 CONTENT = {"train": "a" * 64, "valid": "b" * 64}
 
 
-def composed(*words: str) -> Settings:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return settings_from(compose("train", list(words)))
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_corpus(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
-    return tmp_path
+@pytest.fixture(scope="module")
+def tiny_run() -> str:
+    """The run that the tiny settings are, as they stand."""
+    return run_of(settings_of(), CONTENT)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "training_tokens=100",
     ],
 )
-def test_what_changes_a_result_makes_another_run(override: str) -> None:
-    assert run_of(settings_of(override), CONTENT) != run_of(settings_of(), CONTENT)
+def test_what_changes_a_result_makes_another_run(override: str, tiny_run: str) -> None:
+    assert run_of(settings_of(override), CONTENT) != tiny_run
 
 
 @pytest.mark.parametrize(
@@ -72,8 +62,8 @@ def test_what_changes_a_result_makes_another_run(override: str) -> None:
         "data.cache_dir=X",
     ],
 )
-def test_how_a_run_is_recorded_does_not(override: str) -> None:
-    assert run_of(settings_of(override), CONTENT) == run_of(settings_of(), CONTENT)
+def test_how_a_run_is_recorded_does_not(override: str, tiny_run: str) -> None:
+    assert run_of(settings_of(override), CONTENT) == tiny_run
 
 
 def test_the_content_of_the_text_decides_not_its_place(folder: Path) -> None:
@@ -90,11 +80,11 @@ def test_the_content_of_the_text_decides_not_its_place(folder: Path) -> None:
 
 def test_stories_and_other_data_have_a_content_that_is_kept(folder: Path) -> None:
     for words in (["data=stories", "data.num_train_documents=3"], ["data=zipf"], ["data=shapes", "model=cnn"]):
-        data = composed(*words).data
+        data = composed_settings(words).data
         assert content_sha256(data) == content_sha256(data)
     assert (
-        content_sha256(composed("data=stories", "data.num_train_documents=3").data)["train"]
-        != (content_sha256(composed("data=stories", "data.num_train_documents=4").data)["train"])
+        content_sha256(composed_settings(["data=stories", "data.num_train_documents=3"]).data)["train"]
+        != (content_sha256(composed_settings(["data=stories", "data.num_train_documents=4"]).data)["train"])
     )
     assert list((folder / "cache").glob("content-*.sha256"))
 
@@ -161,7 +151,7 @@ def test_a_committed_run_has_the_identity_that_its_command_has_today(folder: Pat
     row = table[(table["head"] == "full_untied") & (table["vocabulary_size"] == 10_000)].iloc[0]
     words = ["experiment=vocabulary_scaling", "head=full_untied", "data.vocabulary_size=10000"]
     words += [f"seed={row['seed']}", f"optimizer.learning_rate={row['learning_rate']}"]
-    settings = composed(*words)
+    settings = composed_settings(words)
     content = content_sha256(settings.data)
     assert content["train"] == row["corpus_sha256"]
     assert run_of(settings, content) == row["run"]

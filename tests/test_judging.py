@@ -1,13 +1,11 @@
 """Judges of stories: the generator's grammar accepts its own stories and notices what is spoilt; texts written on in
-batches are those of one at a time; the whole program on tiny runs."""
+batches are those of one at a time."""
 
 from __future__ import annotations
 
 import math
 import random
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,13 +23,10 @@ from experiments.judging import (
     references,
 )
 from experiments.judging.base import sentence_spans
-from experiments.judging.language_model import RANGES
 from experiments.judging.story_grammar import StoryGrammar, words_of_one_plot
 from experiments.judging.text_judge import is_well_formed
 
-from run_cases import REPOSITORY, TEXT, TINY, call, experiment, write_corpus
 from test_generate import MAX_POSITIONS, VOCABULARY_SIZE, small_model
-from vocabfold import train
 from vocabfold.data.stories import ALL_PLOTS, fields, stories
 from vocabfold.errors import UserError
 from vocabfold.generate import generate
@@ -259,104 +254,3 @@ def test_batches_of_draws_obey_their_seed_and_of_nothing_are_nothing() -> None:
     assert continue_texts(model, [], 5) == []
     with pytest.raises(UserError, match="empty"):
         continue_texts(model, [[1], []], 5)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of main_comparison with each head, and the published table."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("VOCABFOLD_CACHE", str(folder / "cache"))
-        write_corpus(folder)
-        for head in ("full", "paper"):
-            assert call(train.main, monkeypatch, *TINY, f"head={head}", "experiment=main_comparison") == 0
-    shutil.copytree(REPOSITORY / "results" / "paper", folder / "results" / "paper")
-    return folder
-
-
-@pytest.fixture
-def runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of them as the current folder."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def measure(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    small = ("--beginnings", "3", "--max-tokens", "5")
-    return experiment(monkeypatch, "table1_story_quality", "measure", *TEXT, *small, *arguments)
-
-
-def test_the_program_writes_judges_and_draws(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert measure(monkeypatch) == 0, capfd.readouterr().err
-    folder = runs / "results" / "text"
-    table = pd.read_csv(folder / "table1_story_quality.csv")
-    assert sorted(table["writer"]) == sorted(["trained"] * 2 + [OWN_ENDINGS, MIXED_SENTENCES, SHUFFLED_WORDS])
-    assert set(table["judge"]) == {"text"} and "grammar_share" not in table  # nobody knows this text's grammar
-    assert table["known_trigrams_share"].notna().all() and (table["stories"] == 3).all()
-    first = (folder / "table1_story_quality.csv").read_bytes()
-    assert measure(monkeypatch) == 0 and "measured before" in capfd.readouterr().err
-    assert (folder / "table1_story_quality.csv").read_bytes() == first
-    assert experiment(monkeypatch, "table1_story_quality", "draw", "text") == 0
-    lines = (folder / "table1_story_quality.md").read_text()
-    assert "| GPT-2 128 | published: language model, of 10 | 3.80 | 4.22 |" in lines and "| GPT-2 16, full |" in lines
-    assert (folder / "table1_story_quality_stories.md").read_text().count("## …") == 3
-
-
-def test_a_language_model_judges_beside_what_was_judged_before(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("experiments.judging.LanguageModelJudge.answer", lambda *_: dict.fromkeys(RANGES, 5.0))
-    judge = ("--judge", "language-model", "--judge-model", "m", "--base-url", "http://127.0.0.1:9/v1")
-    price = ("--dollars-per-million", "2", "10")
-    path = runs / "results" / "text" / "table1_story_quality.csv"
-    assert measure(monkeypatch) == 0
-    capfd.readouterr()
-    assert measure(monkeypatch, *judge, *price) == 2  # nobody is there to agree
-    said = capfd.readouterr()
-    assert " requests, about " in said.out and "about $" in said.out and "add --yes" in said.err
-    assert set(pd.read_csv(path)["judge"]) == {"text"}
-    assert measure(monkeypatch, *judge, "--yes") == 0
-    table = pd.read_csv(path)
-    assert table["judge"].value_counts().to_dict() == {"text": 5, "language model m": 5}
-    assert table["known_trigrams_share"].notna().sum() == 5 and (table["plot_of_10"].dropna() == 5).all()
-    assert experiment(monkeypatch, "table1_story_quality", "draw", "text") == 0
-    assert "| GPT-2 16, full | language model m, of 10 | 5.000" in path.with_suffix(".md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--beginnings", "99"), "99 beginnings are wanted"),
-        (("--max-tokens", "0"), "--max-tokens is 0"),
-        (("--judge", "language-model"), "needs --judge-model"),
-        (("--judge", "language-model", "--judge-model", "m"), "OPENAI_API_KEY"),
-        (("--nonsense",), "unrecognized"),
-    ],
-)
-def test_complaints_are_one_line(
-    runs: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
-    words: str,
-) -> None:
-    for variable in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(variable, raising=False)
-    capfd.readouterr()
-    assert measure(monkeypatch, *arguments) == 2
-    last = capfd.readouterr().err.replace("\r", "\n").rstrip("\n").splitlines()[-1]
-    assert words in last and not list((runs / "results").glob("text/table1*"))
-
-
-def test_without_runs_it_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_corpus(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert measure(monkeypatch) == 2
-    assert "`make paper` first" in capfd.readouterr().err

@@ -8,7 +8,7 @@ import matplotlib.image
 import pandas as pd
 import pytest
 
-from run_cases import TEXT, experiment, write_corpus
+from run_cases import TEXT, experiment
 
 QUICK = ["measure", *TEXT, "--rounds", "2", "--tokens", "2", "8", "--group-sizes", "225", "3864", "--hidden-size", "4"]
 
@@ -17,19 +17,11 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return experiment(monkeypatch, "figure45_loop_or_shared", *arguments)
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_corpus(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def test_every_side_is_measured_at_every_size_and_drawn_again(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert benchmark(monkeypatch, *QUICK) == 0, capfd.readouterr().err
-    results = here / "results" / "cost"
+    results = folder / "results" / "cost"
     table = pd.read_csv(results / "figure45_loop_or_shared.csv")
     # each N at S = 225, the larger N at S = 3864 too: 3 points, 4 heads, 2 passes, 2 rounds
     assert len(table) == 3 * 4 * 2 * 2
@@ -57,9 +49,9 @@ def test_every_side_is_measured_at_every_size_and_drawn_again(
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], words: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     assert benchmark(monkeypatch, *arguments) == 2
     written = [line for line in capfd.readouterr().err.splitlines() if "|" not in line]  # but for the progress bar
     assert len(written) == 1 and words in written[0]
-    assert not list((here / "results").rglob("*.csv"))
+    assert not list((folder / "results").rglob("*.csv"))

@@ -81,12 +81,12 @@ def test_the_two_symbols_are_the_heads_distribution(model: ModelWithHead) -> Non
             assert (weights[row, slot] == 0) == (missing == VOCABULARY_SIZE)
 
 
-@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 130, 2000])
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 130, 1000])
 def test_tokens_come_back_near_the_cross_entropy(model: ModelWithHead, count: int) -> None:
     tokens = text_of(count)
     code = encode_tokens(model, tokens, 0)
     assert np.array_equal(decode_tokens(model, code, count, 0), tokens)
-    if count == 2000:
+    if count == 1000:
         bits = cross_entropy_bits(model, tokens)
         assert bits < 8 * len(code) < 1.005 * bits + 8 * 8 * 12  # eight lanes, 12 bytes each
 
@@ -165,7 +165,7 @@ def test_changed_code_is_refused_or_decodes_to_something_else(model: ModelWithHe
     assert refused > 15
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode)))
 def test_any_bytes_are_tokens_and_back(data: bytes) -> None:
     for name in ("gpt2", "cl100k"):

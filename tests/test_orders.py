@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from vocabfold import train as training
@@ -26,7 +25,8 @@ from vocabfold.heads.partition import equal_boundaries
 from vocabfold.heads.settings import PartitionSettings
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
-from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.compose import composed_settings
+from vocabfold.runs.settings import Settings
 from vocabfold.runs.token_order import saved_embedding, token_order
 from vocabfold.tokens import token_counts
 
@@ -190,8 +190,7 @@ def settings_of(*overrides: str) -> Settings:
     tiny = ["data=zipf", "data.vocabulary_size=101", "data.num_train_tokens=3000", "data.num_valid_tokens=200"]
     tiny += ["sequence_length=16", "batch_size=4", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2"]
     tiny += ["budget.tokens=null", "budget.steps=3", "wandb.mode=disabled", "device=cpu", "optimizer.name=adamw"]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return settings_from(compose("train", [*tiny, *overrides]))
+    return composed_settings([*tiny, *overrides])
 
 
 def test_a_run_by_frequency_is_loaded_without_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

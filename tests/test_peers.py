@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,8 +28,8 @@ from vocabfold.heads import (
 from vocabfold.heads.describe import describe_head
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
+from vocabfold.runs.compose import composed_settings
 from vocabfold.runs.record import read_metrics
-from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 from vocabfold.runs.token_order import token_order
 from vocabfold.tokens import IGNORE_INDEX
 
@@ -179,9 +178,8 @@ def test_a_peer_trains_with_extras_and_its_weights_load_without_the_corpus(
     tiny = ["data=zipf", "data.vocabulary_size=211", "data.num_train_tokens=4000", "data.num_valid_tokens=300"]
     tiny += ["sequence_length=16", "batch_size=4", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2"]
     tiny += ["budget.tokens=null", "budget.steps=12", "log_every=1", "wandb.mode=disabled", f"run_dir={tmp_path}/run"]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        extras = ["head.label_smoothing=0.1", "head.z_loss=0.01"]
-        settings = settings_from(compose("train", [*tiny, *overrides, *extras]))
+    extras = ["head.label_smoothing=0.1", "head.z_loss=0.01"]
+    settings = composed_settings([*tiny, *overrides, *extras])
     row = training.train(settings, "")
     first, *_, last = read_metrics(tmp_path / "run")
     parts = [last[f"train_{name}"] for name in ("negative_log_likelihood", "smoothing_loss", "z_loss")]

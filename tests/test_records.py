@@ -11,11 +11,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
-from run_cases import REPOSITORY, TINY
+from run_cases import REPOSITORY, settings_of
 from vocabfold.errors import UserError
 from vocabfold.files import replacing, write_text
 from vocabfold.runs.checkpoint import CHECKPOINT_NAME, load_checkpoint, load_weights, save_checkpoint, save_weights
@@ -26,7 +24,7 @@ from vocabfold.runs.record import (
     finished_runs,
     read_metrics,
 )
-from vocabfold.runs.settings import CONFIG_FOLDER, Settings, load_settings, settings_from
+from vocabfold.runs.settings import CONFIG_FOLDER, load_settings
 from vocabfold.runs.tables import ORIGIN_COLUMNS, RUN_COLUMNS, read_table, write_table
 
 CPU = torch.device("cpu")
@@ -36,12 +34,6 @@ KEYS = {"rare_tokens": ("run", "sorted_by", "class"), "table1_story_quality": ("
 EXPERIMENTS = [path.stem for path in (CONFIG_FOLDER / "experiment").glob("*.yaml")]
 TIMED = ("caching", "decode")  # experiments whose table is of another kind
 COMMITTED = sorted(path for path in RESULTS.glob("*/*.csv") if path.stem in {*EXPERIMENTS, *KEYS} - {*TIMED})
-
-
-def settings_of(*overrides: str) -> Settings:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return settings_from(compose("train", [*TINY, *overrides]))
 
 
 def row_of(**changes: Any) -> dict[str, Any]:

@@ -13,10 +13,9 @@ import pandas as pd
 import pytest
 from experiments.study.statistics import difference_over_seeds
 
-from figure_cases import write_documents
-from run_cases import experiment
+from figure_cases import caching_tables, run_row, tables, write_documents, write_side_tables
+from run_cases import REPOSITORY, experiment
 from scaling_cases import scaling_row
-from test_figures import REPOSITORY, caching_tables, run_row, tables, write_side_tables
 from vocabfold.runs.tables import write_table
 
 CORPORA = sorted(path.parent.name for path in (REPOSITORY / "results").glob("*/report.md"))

@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
-from run_cases import PICTURES, TINY, call, start, write_corpus
+from run_cases import PICTURES, TINY, call, start
 from vocabfold import train
+from vocabfold.runs import compose
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 
 GROUPS = ("size", "budget", "data", "model", "head", "embedding", "start")
@@ -32,9 +31,7 @@ def options(group: str) -> list[str]:
 
 
 def composed(*overrides: str) -> DictConfig:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return compose("train", list(overrides), return_hydra_config=True)
+    return compose.composed(overrides, with_hydra=True)
 
 
 def rows_of(folder: Path) -> dict[Path, tuple[str, int]]:
@@ -42,27 +39,34 @@ def rows_of(folder: Path) -> dict[Path, tuple[str, int]]:
     return {path: (row["head"], row["seed"]) for path, row in rows.items()}
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_corpus(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
-    return tmp_path
+def choices() -> list[dict[str, str]]:
+    """As few choices of one option a group as hold every option: those of pictures and of a run to begin from apart."""
+    apart = ("cnn", "shapes", "pictures")
+    plain = {group: [each for each in options(group) if not each.startswith(apart)] for group in GROUPS}
+    plain["start"] = ["none"]
+    longest = max(map(len, plain.values()))
+    found = [{group: names[number % len(names)] for group, names in plain.items()} for number in range(longest)]
+    pictures = [each for each in options("data") if each.startswith("shapes")]
+    sizes = [each for each in options("size") if each.startswith("pictures")]
+    found += [{"model": "cnn", "data": each, "size": sizes[0]} for each in pictures]
+    return found + [{"start": each} for each in options("start") if each != "none"]
 
 
-@pytest.mark.parametrize(
-    ("group", "option"),
-    [(group, option) for group in GROUPS for option in options(group)],
-)
-def test_every_option_composes_to_checked_settings(group: str, option: str) -> None:
-    pictures = ["model=cnn", "data=shapes"] if option == "cnn" or option.startswith(("shapes", "pictures")) else []
-    begun = [] if option == "none" else ["start.run=FOLDER"] if group == "start" else []
-    config = composed(*pictures, *begun, f"{group}={option}")
+def test_every_option_is_chosen() -> None:
+    chosen = {pair for choice in choices() for pair in choice.items()}
+    assert chosen == {(group, option) for group in GROUPS for option in options(group)}
+
+
+@pytest.mark.parametrize("choice", choices(), ids=lambda choice: "-".join(choice.values()))
+def test_every_option_composes_to_checked_settings(choice: dict[str, str]) -> None:
+    begun = ["start.run=FOLDER"] if choice.get("start", "none") != "none" else []
+    config = composed(*begun, *(f"{group}={option}" for group, option in choice.items()))
     del config.hydra
     settings = settings_from(config)
     named = {"model": settings.model.name, "head": settings.head.name, "start": settings.start.type}
-    named |= {"embedding": settings.embedding.name, "data": option if pictures else settings.data["name"]}
-    assert named.get(group, option) == option
+    named |= {"embedding": settings.embedding.name, "data": settings.data["name"]}
+    for group, option in choice.items():
+        assert named.get(group, option) == option or (group == "data" and option.startswith(named["data"]))
 
 
 def test_a_text_brings_its_size_and_budget_and_the_command_line_has_the_last_word() -> None:
@@ -120,13 +124,13 @@ def test_every_experiment_takes_two_steps(
 def test_a_sweep_gives_each_job_a_folder_and_skips_what_has_finished(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = ("-m", "vocabfold.train", "--multirun", *TINY, "head=full,paper", "seed=0,1")
-    first = start(folder, *sweep)
-    assert first.returncode == 0, first.stderr
+    sweep = ("--multirun", *TINY, "head=full,paper", "seed=0,1")
+    assert call(train.main, monkeypatch, *sweep) == 0, capfd.readouterr().err
     rows = rows_of(folder)
     assert set(rows.values()) == HEADS and len(rows) == len(HEADS)
     times = {path: path.stat().st_mtime_ns for path in rows}
-    assert call(train.main, monkeypatch, *sweep[2:]) == 0
+    capfd.readouterr()
+    assert call(train.main, monkeypatch, *sweep) == 0
     assert capfd.readouterr().err.count("finished before") == len(HEADS)
     assert {path: path.stat().st_mtime_ns for path in rows_of(folder)} == times
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from vocabfold import train as training
@@ -20,9 +19,10 @@ from vocabfold.data.zipf import unigram_entropy_nats, zipf_law
 from vocabfold.errors import UserError
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
+from vocabfold.runs.compose import composed_settings
 from vocabfold.runs.optimizer import learning_rate_at
 from vocabfold.runs.record import read_metrics
-from vocabfold.runs.settings import CONFIG_FOLDER, OptimizerSettings, Settings, settings_from
+from vocabfold.runs.settings import OptimizerSettings, Settings
 from vocabfold.runs.tables import RUN_COLUMNS
 
 TINY = [
@@ -52,8 +52,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_of(*overrides: str) -> Settings:
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return settings_from(compose("train", [*TINY, *overrides]))
+    return composed_settings([*TINY, *overrides])
 
 
 def without_clocks(folder: Path) -> list[dict[str, Any]]:
@@ -147,9 +146,7 @@ def test_the_same_command_twice_trains_once() -> None:
 
 
 def assert_two_processes_equal_one(*overrides: str, base: list[str]) -> None:
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        one = settings_from(compose("train", [*base, *overrides, "budget.steps=5", "run_dir=one"]))
-    training.train(one, "")
+    training.train(composed_settings([*base, *overrides, "budget.steps=5", "run_dir=one"]), "")
     command = [*TORCHRUN, "vocabfold.train", *base, *overrides, "budget.steps=5", "run_dir=two"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -265,9 +262,8 @@ def test_a_long_validation_shows_how_far_it_is(
     assert trainer.valid.num_evaluation_batches == len(batches) > 1
 
     def slowly() -> Any:
-        for batch in batches:
-            time.sleep(1.1)
-            yield batch
+        time.sleep(1.1)
+        yield from batches
 
     monkeypatch.setattr(trainer.valid, "evaluation_batches", slowly)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a log file is spared
@@ -295,8 +291,7 @@ def test_learning_rate_schedules() -> None:
 def test_the_parameter_counts_of_the_paper() -> None:
     """8.1 M, 19.3 M and 152 M (152.76, cut): the tied GPT-2 of the paper at hidden 128, 256 and 1024."""
     for hidden_size, millions in ((128, 8.1), (256, 19.3), (1024, 152.8)):
-        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            settings = settings_from(compose("train", [f"size=hidden{hidden_size}", "budget=paper"]))
+        settings = composed_settings([f"size=hidden{hidden_size}", "budget=paper"])
         with torch.device("meta"):
             model = build_model(settings.model, settings.head, 50_257)
         count = sum(parameter.numel() for parameter in model.parameters())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from experiments.claims.base import Check, Claim, Finding, at_least, at_most, fixed, with_columns
-from experiments.tokens.caching import (
+from experiments.tokens.caching import read
+from experiments.tokens.caching_words import (
     FASTER_CLAIM,
     LEANER_CLAIM,
     LIBRARIES,
     LONG,
     SHORT,
     memory_shares,
-    read,
     speed_ups,
     unseen,
 )

@@ -18,8 +18,8 @@ from experiments.claims.base import (
     reference,
     rows_where,
 )
-from experiments.heads.training_step import FULL as FULL_STEP
-from experiments.heads.training_step import SCALE_SHIFT
+from experiments.heads.training_sides import FULL as FULL_STEP
+from experiments.heads.training_sides import SCALE_SHIFT
 from experiments.heads.vocabulary_cost import growth, medians
 from experiments.paper.figure3_group_size import VOCABULARY_SIZE, compare_memory
 from experiments.paper.paper_tables import MODELS

@@ -113,7 +113,7 @@ def add_options(parser: ArgumentParser) -> None:
 def measure(arguments: Namespace) -> None:
     """Time every part and write the table."""
     path, measurement = COST / "embedding_speed.csv", identity("embedding_speed", arguments)
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     keep_freed_memory()
     torch.manual_seed(0)

@@ -176,7 +176,7 @@ def measure(arguments: Namespace) -> None:
     """Compress every table with every method and write what came of it."""
     path = RESULTS / corpus_of(arguments.settings) / "embedding_tables.csv"
     measurement = identity("embedding_tables", arguments)
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     named = tables(arguments.run, arguments.published, arguments.rows)
     rows = [row for name, table in named for row in measure_table(name, table)]

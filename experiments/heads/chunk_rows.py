@@ -33,7 +33,7 @@ def add_options(parser: ArgumentParser) -> None:
 def measure(arguments: Namespace) -> None:
     """Time every number of rows and write the table."""
     path, measurement = COST / "chunk_rows.csv", identity("chunk_rows", arguments)
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     device, hidden_size = measuring_device(), arguments.hidden_size
     torch.manual_seed(0)

@@ -288,7 +288,7 @@ def measure(arguments: Namespace) -> None:
     path = RESULTS / corpus / "decode.csv"
     folders = arguments.run or run_folders("decode", corpus)
     measurement = identity("decode", arguments, [folder.name for folder in folders])
-    if is_measured(path, measurement, "measurement"):
+    if is_measured(path, measurement, "measurement", timed=True):
         return
     device = measuring_device()
     runs = load_runs(folders, device)

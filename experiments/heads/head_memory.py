@@ -16,17 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.heads.training_step import (
-    FAST,
-    FULL,
-    FULL_SETTINGS,
-    HEADS,
-    MEMORY_OF_NO_HEAD,
-    MEMORY_UNDER_FULL,
-    NO_HEAD,
-    Case,
-    loss_of,
-)
+from experiments.heads.training_sides import FAST, FULL, FULL_SETTINGS, HEADS, NO_HEAD, Case, loss_of
+from experiments.heads.training_step_words import MEMORY_OF_NO_HEAD, MEMORY_UNDER_FULL
 from experiments.study.figures import read_measured
 from experiments.study.measuring import COST, identity, is_measured, write_measured
 from vocabfold.files import write_text

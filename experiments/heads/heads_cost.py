@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from experiments.study.measuring import (
@@ -31,8 +30,9 @@ from vocabfold.heads import HeadLoss
 from vocabfold.machine import BYTES_PER_GIB, origin
 from vocabfold.measure.memory import live_tensors, peak_memory_of
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
+from vocabfold.runs.compose import composed, composed_settings
 from vocabfold.runs.distributed import Ranks
-from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import RESULTS
 from vocabfold.tokens import IGNORE_INDEX
 from vocabfold.train import Trainer
@@ -57,14 +57,13 @@ def heads_of(
 ) -> dict[str, Settings]:
     """The settings of each of the ``heads`` (none named: those of the experiment's own sweep) on the text that
     ``overrides`` choose; ``variants``: further methods by name, each by its overrides."""
-    settings = {}
     words = [f"experiment={experiment}", f"optimizer.learning_rate={LEARNING_RATE}", *overrides]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        swept = str(compose("train", words, return_hydra_config=True).hydra.sweeper.params.head).split(",")
-        chosen = {name: [f"head={name}"] for name in heads or swept} | dict(variants or {})
-        for name, own in chosen.items():
-            settings[name] = settings_from(compose("train", [*words, *own, f"run_dir=none/{own[0].partition('=')[2]}"]))
-    return settings
+    swept = str(composed(words, with_hydra=True).hydra.sweeper.params.head).split(",")
+    chosen = {name: [f"head={name}"] for name in heads or swept} | dict(variants or {})
+    return {
+        name: composed_settings([*words, *own, f"run_dir=none/{own[0].partition('=')[2]}"])
+        for name, own in chosen.items()
+    }
 
 
 def measure_steps(heads: dict[str, Settings], corpus: Corpus, rounds: int, device: torch.device) -> pd.DataFrame:
@@ -106,7 +105,7 @@ def measure(arguments: Namespace) -> None:
     measurement = identity(
         "heads_cost", arguments, {name: dataclasses.asdict(settings) for name, settings in heads.items()}
     )
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     table = measure_steps(heads, corpus, arguments.rounds, measuring_device()).assign(**origin())
     seconds = {str(name): rows["seconds"].tolist() for name, rows in table.groupby("method", sort=False)}

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from experiments.heads.training_step import (
+from experiments.heads.training_sides import (
     CHUNKED,
     FULL,
     FULL_SETTINGS,
@@ -31,8 +31,8 @@ from experiments.heads.training_step import (
     Case,
     Side,
     loss_of,
-    optional,
 )
+from experiments.heads.training_step_words import optional
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
 from experiments.study.measuring import (
     COST,
@@ -198,7 +198,7 @@ def measure(arguments: Namespace) -> None:
     if len(set(arguments.sizes)) < 2 or min(arguments.sizes) < 2:
         raise UserError("--sizes needs at least two different vocabulary sizes, each of at least two tokens")
     path, measurement = COST / "vocabulary_cost.csv", identity("vocabulary_cost", arguments)
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     device = measuring_device()
     rows: list[dict[str, object]] = []

@@ -264,7 +264,7 @@ def measure(arguments: Namespace) -> None:
     at_least_one(arguments, "tokens", "group_sizes", "hidden_size")
     settings = composed(arguments.settings)
     path, measurement = COST / f"{NAME}.csv", identity(NAME, arguments, text_of(settings))
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     sizes = (arguments.tokens, arguments.group_sizes, arguments.hidden_size, arguments.rounds)
     write_measured(

@@ -228,7 +228,7 @@ def measure(arguments: Namespace) -> None:
     if arguments.on_cuda and not torch.cuda.is_available():
         raise UserError("--on-cuda, but there is no CUDA here: leave it out to simulate only")
     path, measurement = COST / "table2_memory.csv", identity("table2_memory", arguments)
-    if not is_measured(path, measurement):
+    if not is_measured(path, measurement, timed=arguments.on_cuda):
         write_measured(table_of(arguments.on_cuda), path, measurement)
 
 

@@ -158,7 +158,7 @@ def add_options(parser: ArgumentParser) -> None:
 def measure(arguments: Namespace) -> None:
     """Time and count every model and write both tables."""
     path, measurement = COST / "table3_speed.csv", identity("table3_speed", arguments)
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     device = measuring_device()
     sizes = [(model, hidden_size) for hidden_size in PUBLISHED_HIDDEN_SIZES for model in MODELS]

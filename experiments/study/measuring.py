@@ -12,18 +12,19 @@ from typing import Any
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
-from vocabfold.data.corpora import content_sha256
+from vocabfold.data.content import content_sha256
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
+from vocabfold.machine import hardware
 from vocabfold.measure.allocator import keep_freed_memory
 from vocabfold.models.build import ModelSettings
+from vocabfold.runs.compose import composed_settings
 from vocabfold.runs.distributed import choose_device
 from vocabfold.runs.identity import OUTSIDE_DATA, RUN_DIGITS
-from vocabfold.runs.record import collect, finished_runs
-from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
+from vocabfold.runs.record import beside_others, collect, finished_runs
+from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import RESULTS
 
 COST = RESULTS / "cost"  # tables of what depends on no text
@@ -70,8 +71,7 @@ def at_least_one(arguments: Namespace, *names: str) -> None:
 
 def composed(settings: Sequence[str]) -> Settings:
     """The settings of a training run. Raises UserError for what train.py would refuse."""
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return settings_from(compose("train", list(settings)))
+    return composed_settings(settings)
 
 
 def corpus_of(settings: Sequence[str]) -> str:
@@ -102,15 +102,21 @@ def identity(experiment: str, arguments: Namespace, *inputs: Any) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:RUN_DIGITS]
 
 
-def is_measured(path: Path, measurement: str, column: str = "run") -> bool:
+def is_measured(path: Path, measurement: str, column: str = "run", *, timed: bool = False) -> bool:
     """Whether the table at ``path`` holds this ``measurement``, so that nothing needs to be done but drawing.
 
-    ``column``: ``run``, or ``measurement`` in tables whose ``run`` is the training run that a row is about.
+    ``column``: ``run``, or ``measurement`` in tables whose ``run`` is the training run that a row is about. ``timed``:
+    what was measured is the machine's too, such as seconds, so that rows of another machine do not count.
     """
     if not path.is_file():
         return False
-    table = pd.read_csv(path, usecols=lambda name: name == column, dtype=str)
+    table = pd.read_csv(path, usecols=lambda name: name in (column, "hardware"), dtype=str)
     if column not in table or measurement not in set(table[column]):
+        return False
+    machines = set(table.loc[table[column] == measurement].get("hardware", ()))
+    if timed and machines != {hardware()}:
+        others = ", ".join(sorted(map(str, machines - {hardware()}))) or "a machine that it does not name"
+        tqdm.write(f"{path}: measured before on {others}, now measured on this machine", file=sys.stderr)
         return False
     tqdm.write(f"{path}: measured before with these settings on this text, skipped", file=sys.stderr)
     return True
@@ -123,9 +129,8 @@ def write_measured(
     another value in the column ``beside``."""
     table = table.assign(**{column: measurement})
     table = table[[column, *table.columns.drop(column)]]
-    if beside is not None and path.is_file():
-        before = pd.read_csv(path)
-        table = pd.concat([before[~before[beside].isin(table[beside])], table])
+    if beside is not None:
+        table = beside_others(table, path, beside)
     write_text(path, table.to_csv(index=False))
     print(f"wrote {path}")
 

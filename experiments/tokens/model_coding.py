@@ -278,7 +278,7 @@ def measure(arguments: Namespace) -> None:
     runs = named_paths(arguments.run) or trained_runs(settings.corpus)
     path = RESULTS / settings.corpus / f"{NAME}.csv"
     measurement = identity(NAME, arguments, text_of(settings), [folder.name for folder in runs.values()])
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     rows = measure_coders(unseen_text(settings), runs, arguments.excerpt_bytes, arguments.rounds)
     lead = {"experiment": NAME, "corpus": settings.corpus}

@@ -313,7 +313,7 @@ def measure(arguments: Namespace) -> None:
     """Code the text with every coder and write the table."""
     settings = composed(arguments.settings)
     path, measurement = RESULTS / settings.corpus / f"{NAME}.csv", identity(NAME, arguments, text_of(settings))
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     corpus = load_corpus(settings.data)
     tokenizer = written_in(corpus)

@@ -106,7 +106,7 @@ def measure(arguments: Namespace) -> None:
     settings = composed(arguments.settings)
     path = RESULTS / settings.corpus / f"{NAME}.csv"
     measurement = identity(NAME, arguments, text_of(settings))
-    if is_measured(path, measurement):
+    if is_measured(path, measurement, timed=True):
         return
     rows = []
     with tempfile.TemporaryDirectory() as cache_dir:

@@ -1,21 +1,12 @@
-"""From a data configuration (conf/data/*.yaml) to token files: stories, local text, Hugging Face data sets, Zipf
-sequences.
-"""
+"""From a data configuration (conf/data/*.yaml) to token files: of a text (sources.py), or of a Zipf sequence."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gzip
-import hashlib
-import json
 import os
-import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +14,15 @@ import numpy as np
 
 from vocabfold.coding.store import StoredTokens
 from vocabfold.data.batches import Batches, BatchPlan
+from vocabfold.data.content import content_sha256, zipf_identities
 from vocabfold.data.shapes import Shapes, load_shapes
+from vocabfold.data.sources import sources_of
 from vocabfold.data.token_file import STORES, TokenFile, cached_token_file, write_token_file
 from vocabfold.data.tokenise import build_token_file
-from vocabfold.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
-from vocabfold.data.zipf import ZipfLaw, entropy_rate_nats, zipf_law, zipf_tokens
-from vocabfold.errors import UserError, needed
-from vocabfold.files import write_text
-
-Source = tuple[dict[str, Any], Callable[[], Iterable[str]]]
-SPLITS = ("train", "valid")
-_HASH_BLOCK_BYTES = 1 << 22
-_ARTICLE_HEADING = re.compile(r"^ = (?!= ).*(?<! =) = $")
+from vocabfold.data.tokenizer import Tokenizer, load_tokenizer
+from vocabfold.data.values import count, required
+from vocabfold.data.zipf import entropy_rate_nats, zipf_tokens
+from vocabfold.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -102,14 +90,14 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
 
     Raises UserError, in one line that says what to do, for a missing setting, file or data set, and for pictures.
     """
-    name = _required(data, "name")
+    name = required(data, "name")
     if name == "shapes":
         raise UserError("data.name=shapes is a set of pictures: choose a corpus of text with data=NAME")
     if name == "zipf":
         return _zipf_corpus(data)
     # both are looked at before either is tokenised: a missing validation file must not cost an hour first
-    described = _sources(data)
-    tokenizer = load_tokenizer(_required(data, "tokenizer"))
+    described = sources_of(data)
+    tokenizer = load_tokenizer(required(data, "tokenizer"))
     workers = _workers(data)
     _warn_of_shared_files(*(identity.get("files", ()) for identity, _ in described.values()))
     files = {}
@@ -121,7 +109,7 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
             return build_token_file(folder, documents(), tokenizer, workers, f"tokenising {name} {split}", key)
 
         key = {"source": identity, "tokenizer": tokenizer.name} | _store(data)
-        files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"{name}-{split}", key, build)
+        files[split] = cached_token_file(Path(required(data, "cache_dir")), f"{name}-{split}", key, build)
     return Corpus(
         name=data.get("label") or name,
         train=files["train"],
@@ -130,49 +118,23 @@ def load_corpus(data: Mapping[str, Any]) -> Corpus:
         vocabulary_size=tokenizer.vocabulary_size,
         end_token=tokenizer.end_token,
         entropy_rate_nats=None,
-        layout=_required(data, "layout"),
+        layout=required(data, "layout"),
         described=_text_columns(data, files["train"]),
     )
 
 
-def content_sha256(data: Mapping[str, Any]) -> dict[str, str]:
-    """{train: .., valid: ..}: the SHA-256 of what a resolved conf/data node holds, wherever it lies.
-
-    Of a local file it is that of its bytes, of several that of theirs, one a line; of documents from elsewhere that of
-    the file of text that would hold them; of what is drawn at random that of what decides it. Raises UserError for data
-    that cannot be read.
-    """
-    name = _required(data, "name")
-    if name == "shapes":
-        return dict.fromkeys(SPLITS, load_shapes(data).sha256)
-    if name == "zipf":
-        _, identities = _zipf_identities(data)
-        return {split: _json_sha256(identity) for split, identity in identities.items()}
-    if name == "text":
-        return {split: _files_sha256(identity["files"]) for split, (identity, _) in _sources(data).items()}
-    return {
-        split: _documents_sha256(Path(_required(data, "cache_dir")), identity, documents)
-        for split, (identity, documents) in _sources(data).items()
-    }
-
-
 def load_for_generation(data: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer alone, without touching the corpus; None where there is no text (zipf, shapes)."""
-    return None if _required(data, "name") in ("zipf", "shapes") else load_tokenizer(_required(data, "tokenizer"))
+    return None if required(data, "name") in ("zipf", "shapes") else load_tokenizer(required(data, "tokenizer"))
 
 
-def _sources(data: Mapping[str, Any]) -> dict[str, Source]:
-    """{split: (what its documents are made from, as a key of caches, and the documents)} of a corpus of text."""
-    name = _required(data, "name")
-    sources: dict[str, Callable[[Mapping[str, Any], str], Source]] = {
-        "stories": _stories,
-        "text": _text,
-        "tinystories": _data_set,
-        "wikitext": _data_set,
-    }
-    if name not in sources:
-        raise UserError(f"unknown data.name {name!r}: choose one of {', '.join([*sources, 'zipf', 'shapes'])}")
-    return {split: sources[name](data, split) for split in SPLITS}
+def _warn_of_shared_files(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, Any]]) -> None:
+    """Say in one line on stderr where both splits read the same file, or files of the same content."""
+    if {file["sha256"] for file in train} & {file["sha256"] for file in valid}:
+        print(
+            "vocabfold: data.train and data.valid hold the same file: the validation loss is one of text trained on",
+            file=sys.stderr,
+        )
 
 
 def _text_columns(data: Mapping[str, Any], train: TokenFile) -> dict[str, Any]:
@@ -185,57 +147,6 @@ def _text_columns(data: Mapping[str, Any], train: TokenFile) -> dict[str, Any]:
     }
 
 
-def _files_sha256(files: Sequence[Mapping[str, Any]]) -> str:
-    sums = [file["sha256"] for file in files]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
-
-
-def _json_sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _documents_sha256(cache_dir: Path, identity: dict[str, Any], documents: Callable[[], Iterable[str]]) -> str:
-    """The SHA-256 of documents, each with a line <|endoftext|> behind it; kept under ``cache_dir`` by ``identity``."""
-    path = cache_dir.expanduser() / f"content-{_json_sha256(identity)[:16]}.sha256"
-    with contextlib.suppress(OSError):
-        if re.fullmatch("[0-9a-f]{64}", kept := path.read_text(encoding="ascii", errors="replace").strip()):
-            return kept
-    digest = hashlib.sha256()
-    for document in documents():
-        digest.update(f"{document}\n{END_OF_TEXT}\n".encode())
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no result
-        write_text(path, digest.hexdigest() + "\n")
-    return digest.hexdigest()
-
-
-def _required(data: Mapping[str, Any], key: str) -> Any:
-    value = data.get(key)
-    if value is None:
-        raise UserError(f"data.{key} is not set; choose a corpus with data=NAME or set data.{key}=VALUE")
-    return value
-
-
-def _count(data: Mapping[str, Any], key: str) -> int:
-    value = _whole(data, key)
-    if value < 1:
-        raise UserError(f"data.{key} must be 1 or more, not {value}")
-    return value
-
-
-def _whole(data: Mapping[str, Any], key: str) -> int:
-    value = _required(data, key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"data.{key} must be a whole number, not {value!r}")
-    return value
-
-
-def _number(data: Mapping[str, Any], key: str) -> float:
-    value = _required(data, key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"data.{key} must be a number, not {value!r}")
-    return value
-
-
 def _store(data: Mapping[str, Any]) -> dict[str, str]:
     """How the tokens lie in the cache, where that is not as they are: a part of the cache's key."""
     store = data.get("store") or "raw"
@@ -246,201 +157,12 @@ def _store(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _workers(data: Mapping[str, Any]) -> int:
     if data.get("workers") is not None:
-        return _count(data, "workers")
+        return count(data, "workers")
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _stories(data: Mapping[str, Any], split: str) -> Source:
-    from vocabfold.data import stories
-
-    num_train, num_valid = _count(data, "num_train_documents"), _count(data, "num_valid_documents")
-    start, stop = (0, num_train) if split == "train" else (num_train, num_train + num_valid)
-    seed = _whole(data, "seed")
-    code = hashlib.sha256()  # another generator tells other stories under the same seed
-    for path in sorted(Path(stories.__file__).parent.glob("stor*.py")):
-        code.update(path.read_bytes())
-    identity = {"kind": "stories", "code_sha256": code.hexdigest(), "seed": seed, "start": start, "stop": stop}
-    return identity, lambda: stories.stories(seed, start, stop)
-
-
-def _text(data: Mapping[str, Any], split: str) -> Source:
-    for key in SPLITS:
-        if not data.get(key):
-            raise UserError(f"data=text needs data.train=FILE and data.valid=FILE; data.{key} is missing")
-    paths = _local_files(data[split], f"data.{split}")
-
-    def documents() -> Iterator[str]:
-        empty = True
-        for path in paths:
-            for document in _documents_of_file(path):
-                empty = False
-                yield document
-        if empty:
-            raise UserError(f"data.{split}={data[split]} holds no text; give a file with text in it")
-
-    return {"kind": "text", "files": _content_identity(paths)}, documents
-
-
-def _local_files(wanted: str | Sequence[str], key: str) -> list[Path]:
-    """Existing files for a path, a glob or a list of them, in the order given, a glob's in the order of names."""
-    paths: list[Path] = []
-    patterns = [wanted] if isinstance(wanted, str | Path) else wanted
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str | Path) for pattern in patterns):
-        raise UserError(f"{key} is {wanted!r}: give the path of a UTF-8 text file, or a list of paths")
-    for pattern in patterns:
-        expanded = Path(pattern).expanduser()
-        anchor = Path(expanded.anchor)
-        found = [expanded] if expanded.exists() else sorted(anchor.glob(str(expanded.relative_to(anchor))))
-        if not found:
-            raise UserError(f"{key}: there is no file {pattern}; give the path of a UTF-8 text file")
-        for path in found:
-            if path.is_dir():
-                raise UserError(f"{key}: {path} is a folder; name its files, for example {key}='{path}/*.txt'")
-        paths += found
-    return paths
-
-
-def _content_identity(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Size and sha256 of each file: a copied, moved or touched file keeps its cache, a changed one does not."""
-    identity = []
-    for path in paths:
-        status = path.stat()
-        digest = _file_sha256(path, status.st_size, status.st_mtime_ns)
-        # the name decides only whether the content is unpacked
-        identity.append({"size_bytes": status.st_size, "sha256": digest, "gzip": path.suffix == ".gz"})
-    return identity
-
-
-@functools.lru_cache(maxsize=1024)
-def _file_sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
-    """Of the bytes of a file; asked again for the same size and time of change it is not read again."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_HASH_BLOCK_BYTES):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from error
-    return digest.hexdigest()
-
-
-def _warn_of_shared_files(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, Any]]) -> None:
-    """Say in one line on stderr where both splits read the same file, or files of the same content."""
-    if {file["sha256"] for file in train} & {file["sha256"] for file in valid}:
-        print(
-            "vocabfold: data.train and data.valid hold the same file: the validation loss is one of text trained on",
-            file=sys.stderr,
-        )
-
-
-def _documents_of_file(path: Path) -> Iterator[str]:
-    """The parts between ``<|endoftext|>`` lines, without the blank lines around them; empty parts are left out."""
-    lines: list[str] = []
-    for line in _lines(path):
-        if line.strip() != END_OF_TEXT:
-            lines.append(line)
-            continue
-        if (document := "".join(lines).strip("\r\n")).strip():
-            yield document
-        lines = []
-    if (document := "".join(lines).strip("\r\n")).strip():
-        yield document
-
-
-def _lines(path: Path) -> Iterator[str]:
-    offset = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for line in file:
-                text = line.decode("utf-8")
-                yield text.removeprefix("\N{BYTE ORDER MARK}") if offset == 0 else text
-                offset += len(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {offset + error.start}; convert it: iconv -t UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path} to its end ({error}); fetch or unpack it again") from error
-
-
-def _data_set(data: Mapping[str, Any], split: str) -> Source:
-    source, column = str(_required(data, "source")), _required(data, "text_column")
-    settings = {key: data.get(key) for key in ("config_name", "revision", f"{split}_split", f"max_{split}_documents")}
-    split_name = _required(data, f"{split}_split")
-    limit = None if data.get(f"max_{split}_documents") is None else _count(data, f"max_{split}_documents")
-    local = Path(source).expanduser()
-    identity = {"kind": data["name"], "text_column": column, **settings}
-    if local.exists():
-        files = [local] if local.is_file() else sorted(path for path in local.rglob("*") if path.is_file())
-        identity |= {"names": [str(path.relative_to(local)) for path in files], "files": _content_identity(files)}
-    else:
-        identity |= {"source": source}
-
-    def documents() -> Iterator[str]:
-        texts = _column(_load_data_set(data, local if local.exists() else source, split_name), column, source)
-        return islice(wikitext_articles(texts) if data["name"] == "wikitext" else texts, limit)
-
-    return identity, documents
-
-
-def _load_data_set(data: Mapping[str, Any], source: str | Path, split_name: str) -> Any:
-    """A data set that lies on disk as Arrow files and is read from there by batches."""
-    datasets = needed("datasets", "a text from Hugging Face")
-    path, options = str(source), {"name": data.get("config_name"), "revision": data.get("revision")}
-    if isinstance(source, Path):
-        options = {"cache_dir": str(Path(_required(data, "cache_dir")).expanduser() / "datasets")}
-        if source.is_file():
-            kind = {".txt": "text", ".jsonl": "json"}.get(source.suffix, source.suffix.removeprefix("."))
-            path, options["data_files"] = kind, str(source)
-    try:
-        return datasets.load_dataset(path, split=split_name, **options)
-    # the library raises its own, the hub client's, the network's and Arrow's exceptions, with no common base
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot load the data set {source}, split {split_name} ({type(error).__name__}: {reason}); "
-            "download it on a machine with a network and set data.source=FOLDER, "
-            "or train on local files with data=text data.train=FILE data.valid=FILE"
-        ) from error
-
-
-def _column(data_set: Any, column: str, source: str) -> Iterator[str]:
-    if column not in data_set.column_names:
-        raise UserError(
-            f"{source} has no column {column}; set data.text_column to one of {', '.join(data_set.column_names)}"
-        )
-    for batch in data_set.select_columns([column]).iter(batch_size=1000):
-        yield from (text for text in batch[column] if text is not None)
-
-
-def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
-    """WikiText's lines joined to articles: one begins at a line `` = Title = `` (one equals sign a side) after a
-    blank line.
-    """
-    article: list[str] = []
-    after_blank = True
-    for line in lines:
-        line = line.rstrip("\n")
-        if after_blank and _ARTICLE_HEADING.match(line):
-            if (text := "\n".join(article).strip("\n")).strip():
-                yield text
-            article = []
-        after_blank = not line.strip()
-        article.append(line)
-    if (text := "\n".join(article).strip("\n")).strip():
-        yield text
-
-
-def _zipf_identities(data: Mapping[str, Any]) -> tuple[ZipfLaw, dict[str, dict[str, Any]]]:
-    """The law of a zipf corpus, and for each split what decides its tokens."""
-    settings: dict[str, Any] = {key: _number(data, key) for key in ("exponent", "offset", "stay")}
-    settings |= {"num_topics": _whole(data, "num_topics"), "seed": _whole(data, "seed")}
-    settings |= {"id_order": _required(data, "id_order")}
-    law = zipf_law(_whole(data, "vocabulary_size"), **settings)
-    fixed = {"kind": "zipf", "law_sha256": _law_digest(law), **settings}
-    return law, {split: {**fixed, "num_tokens": _whole(data, f"num_{split}_tokens")} for split in SPLITS}
-
-
 def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
-    law, identities = _zipf_identities(data)
+    law, identities = zipf_identities(data)
     files = {}
     for split, identity in identities.items():
         num_tokens = identity["num_tokens"]
@@ -455,7 +177,7 @@ def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
             return write_token_file(folder, chunks(), law.vocabulary_size, key)
 
         key = identity | _store(data)
-        files[split] = cached_token_file(Path(_required(data, "cache_dir")), f"zipf-{split}", key, build)
+        files[split] = cached_token_file(Path(required(data, "cache_dir")), f"zipf-{split}", key, build)
     return Corpus(
         name="zipf",
         train=files["train"],
@@ -464,10 +186,6 @@ def _zipf_corpus(data: Mapping[str, Any]) -> Corpus:
         vocabulary_size=law.vocabulary_size,
         end_token=None,
         entropy_rate_nats=entropy_rate_nats(law),
-        layout=_required(data, "layout"),
+        layout=required(data, "layout"),
         described=_text_columns(data, files["train"]),
     )
-
-
-def _law_digest(law: ZipfLaw) -> str:
-    return hashlib.sha256(law.weight.tobytes() + law.topic.tobytes()).hexdigest()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vocabfold.data.corpora import content_sha256
+from vocabfold.data.content import content_sha256
 from vocabfold.errors import UserError
 from vocabfold.files import read_yaml_mapping
 from vocabfold.runs.settings import Settings

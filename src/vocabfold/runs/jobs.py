@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vocabfold.command_line import exit_with, is_out_of_memory, one_line, user_errors
 from vocabfold.errors import UserError
+from vocabfold.runs.compose import check_groups
 
 SWEEP_FLAGS = ("-m", "--multirun")
 OUT_OF_MEMORY = "out of memory: lower batch_size, sequence_length or the model's size, or choose another head"
@@ -28,7 +29,7 @@ def in_order(arguments: Sequence[str]) -> list[str]:
 
 
 def check_options(arguments: Sequence[str]) -> None:
-    """Raise UserError for options that Hydra would answer with a page of usage or a traceback."""
+    """Raise UserError for options and choices that Hydra would answer with a page of usage or a traceback."""
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
@@ -40,6 +41,7 @@ def check_options(arguments: Sequence[str]) -> None:
     given = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(options, name)]
     if len(given) > 1:
         raise UserError(f"{given[0]} and {given[1]} exclude each other: leave one out")
+    check_groups(options.overrides)
 
 
 def check_row(folder: Path, row: dict[str, Any]) -> None:

@@ -207,16 +207,17 @@ def collect(experiment: str, corpus: str, results: Path = RESULTS) -> Path:
     return write_table(beside_others(pd.DataFrame(rows), path), path)
 
 
-def beside_others(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """``rows`` and those of other runs that stand in the table at ``path``. Raises UserError for one without runs."""
+def beside_others(rows: pd.DataFrame, path: Path, column: str = "run") -> pd.DataFrame:
+    """``rows`` behind those in the table at ``path`` that have another value in ``column``. Raises UserError for a
+    table without that column."""
     import pandas as pd
 
     if not path.is_file():
         return rows
     table = pd.read_csv(path)
-    if "run" not in table.columns:
-        raise UserError(f"{path} has no column run: another version wrote it; move it away")
-    others = table[~table["run"].isin(rows["run"])]
+    if column not in table.columns:
+        raise UserError(f"{path} has no column {column}: another version wrote it; move it away")
+    others = table[~table[column].isin(rows[column])]
     return pd.concat([others, rows], ignore_index=True) if len(others) else rows
 
 
