@@ -15,6 +15,7 @@ from vocabfold.errors import UserError
 from vocabfold.heads.sampling import draw_from_sorted
 from vocabfold.hugging_face.draws import NOT_FINITE, draw
 from vocabfold.hugging_face.quantised_rows import QuantisedRows, States
+from vocabfold.hugging_face.screened_batch import LEFT, likeliest
 from vocabfold.hugging_face.screened_state import Counts, DenseRows, ScreenedState
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,7 +54,18 @@ class ScreenedHead(nn.Module):
     @torch.no_grad()
     def greedy(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> the token [N] that dense picks; of equal logits the smallest id."""
-        return self.topk(hidden, 1)[1].squeeze(-1)
+        self._check(hidden)
+        tokens = [torch.empty(0, dtype=torch.long)]
+        for some in hidden.split(STATES_AT_A_TIME) if len(hidden) else []:
+            states, upper = self.bounds(some)
+            self.counts.states += len(some)
+            best = likeliest(self, states, upper, some)
+            dense = DenseRows(some, self.weight)
+            for index in (best == LEFT).nonzero().squeeze(-1).tolist():
+                state = ScreenedState(self, states, index, upper[index], some[index], dense)
+                best[index] = state.topk(1)[1]
+            tokens.append(best)
+        return torch.cat(tokens)
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +130,7 @@ class ScreenedHead(nn.Module):
             raise UserError("the output layer was changed since it was screened: screen the model again")
 
     def bounds(self, hidden: Tensor) -> tuple[States, Tensor]:
-        """``hidden`` [B, D] -> (the states rounded, ``QuantisedRows.upper_bounds`` [B, V])."""
+        """``hidden`` [B, D] -> (the states rounded, ``QuantisedRows.upper_bounds`` [B, W])."""
         self.counts.products += 1
         states = self.quantised.round_states(hidden)
         return states, self.quantised.upper_bounds(states)
