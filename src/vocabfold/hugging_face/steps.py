@@ -95,16 +95,16 @@ class Layer:
         self.activation = mlp.act_fn
         self.after_mlp = _norm(module.post_feedforward_layernorm) if is_gemma else _same
         self.scaling: float = attention.scaling
-        self.window: int | None = getattr(attention, "sliding_window", None)
         self.rotation: str | None = attention.layer_type if is_gemma else None
 
 
 @dataclass
 class Kept:
-    """Keys and values of one layer, [B, H, longest text, C]."""
+    """Keys and values of one layer, [B, H, longest text, C]; ``window``: how many of the last are looked at."""
 
     keys: Tensor
     values: Tensor
+    window: int | None
 
 
 class Decoder:
@@ -152,10 +152,12 @@ class Steps:
             keys, values = (layer.keys.new_empty(batch, heads, length + num_tokens, size) for _ in range(2))
             keys[:, :, length - kept : length] = layer.keys
             values[:, :, length - kept : length] = layer.values
-            self.kept.append(Kept(keys, values))
-        self.mask = None if mask is None else F.pad(mask.bool(), (0, num_tokens), value=True)[:, None, None]
+            self.kept.append(Kept(keys, values, getattr(layer, "sliding_window", None)))
+        self.is_padded = mask is not None
+        mask = torch.ones(1, length) if mask is None else mask
+        self.mask = F.pad(mask.bool(), (0, num_tokens), value=True)[:, None, None]
         # The place of each text's next token: its padding does not count.
-        first = torch.tensor([length]) if mask is None else mask.long().sum(dim=-1)
+        first = mask.long().sum(dim=-1)
         positions = first.unsqueeze(-1) + torch.arange(num_tokens)
         self.rotations = {}
         for kind in {layer.rotation for layer in decoder.layers}:
@@ -187,16 +189,18 @@ class Steps:
         heads = both.shape[1] - key_heads
         kept.keys[:, :, self.position] = both[:, heads:]
         kept.values[:, :, self.position] = layer.value(inputs).view(batch, -1, size)
-        first = 0 if layer.window is None else max(0, self.position + 1 - layer.window)
+        first = 0 if kept.window is None else max(0, self.position + 1 - kept.window)
         keys, values = (each[:, :, first : self.position + 1] for each in (kept.keys, kept.values))
         query = both[:, :heads]
-        if self.mask is None and size <= LARGEST_SHARED_HEAD:
+        # With a mask torch attends by other instructions: transformers has one for padding and for full windows.
+        has_mask = self.is_padded or keys.shape[2] == kept.window
+        if not has_mask and size <= LARGEST_SHARED_HEAD:
             attended = F.scaled_dot_product_attention(
                 query.unsqueeze(2), keys, values, scale=layer.scaling, enable_gqa=heads != key_heads
             )
         else:
             query = query.reshape(batch, key_heads, -1, size)
-            mask = None if self.mask is None else self.mask[..., first : self.position + 1]
+            mask = self.mask[..., first : self.position + 1] if has_mask else None
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=layer.scaling)
         return layer.attention_output(attended.reshape(batch, -1))
 
