@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.errors import UserError
-from vocabfold.heads.sampling import draw_from_sorted
+from vocabfold.heads.sampling import check_k, check_sampling, draw_from_sorted
 from vocabfold.hugging_face.draws import NOT_FINITE, draw
 from vocabfold.hugging_face.quantised_rows import QuantisedRows, States
 from vocabfold.hugging_face.screened_batch import LEFT, likeliest
@@ -78,8 +78,7 @@ class ScreenedHead(nn.Module):
 
     def _topk(self, hidden: Tensor, k: int, as_dense: bool) -> tuple[Tensor, Tensor]:
         self._check(hidden)
-        if not 1 <= k <= self.vocabulary_size:
-            raise UserError(f"k is {k}: choose between 1 and the vocabulary size {self.vocabulary_size}")
+        check_k(k, self.vocabulary_size)
         best = [state.topk(k, as_dense) for state in self._screened(hidden)]
         if not best:
             return hidden.new_empty(0, k), torch.empty(0, k, dtype=torch.long)
@@ -100,10 +99,7 @@ class ScreenedHead(nn.Module):
         finite.
         """
         self._check(hidden)
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature is {temperature}: choose 0 (the likeliest token) or more")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p is {top_p}: choose more than 0 and at most 1")
+        check_sampling(temperature, top_k, top_p, self.vocabulary_size)
         if temperature == 0:
             return self.greedy(hidden)
         if top_k is not None:
