@@ -1,4 +1,4 @@
-"""Draws of one token from each row of a table of log-probabilities, tempered and cut to a nucleus, and their settings."""
+"""Draws of one token from each row of a table of log-probabilities, tempered and cut to a nucleus, and its settings."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 Let y_v be the model's logit of v: the exact product, rounded to the rows' dtype, and T the temperature. Token v is
 proposed with a probability proportional to exp(U_v / T) and kept with exp((y_v - U_v) / T) <= 1, so it comes out with a
 probability proportional to exp(y_v / T): the tempered softmax over all V, exactly. (Weights and their sums over a block
-are float32, the rest float64.) U_v is replaced by y_v for the rows with the largest bounds, so that most proposals are kept. After
-MOST_PROPOSALS in vain a draw from dense takes their place, which changes no probability: it does not depend on them.
+are float32, the rest float64.) U_v is replaced by y_v for the rows with the largest bounds, so that most proposals are
+kept. After MOST_PROPOSALS in vain a draw from dense takes their place, which changes no probability: it does not
+depend on them.
 
 **top_p.** A token drawn so is kept if it is in the nucleus, otherwise drawn again: the renormalised nucleus. It is in
 the nucleus if the tokens before it (likelier, or as likely with a smaller id) hold less than top_p. Of the tokens that
