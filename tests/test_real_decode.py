@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from experiments.real import real_decode
+from experiments.real import other_bounds, real_decode
 from experiments.real.output_layers import distance, rounded_logits
 from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
@@ -59,10 +59,11 @@ def test_decoding_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: 
     options = ("--rounds", "2", "--tokens", "3", "--threads", str(torch.get_num_threads()), "--documents", "4")
     model = ("--smollm2", "model.gguf", "--valid", "valid.txt")
     assert experiment(monkeypatch, "real_decode", "measure", *model, *options) == 0, capfd.readouterr().err
+    assert experiment(monkeypatch, "real_decode", "measure", *options) == 0  # Gemma's shape beside it
     table = pd.read_csv("results/real/real_decode.csv")
-    assert set(table["part"]) == {"decode", "head", "step", "quality"}
-    assert table["run"].nunique() == 1 and {"hardware", "torch", "commit", "command"} <= set(table)
-    timed = table[table["part"] != "quality"]
+    assert set(table["part"]) == {"decode", "head", "step", "quality", "bound"}
+    assert table["run"].nunique() == 2 and {"hardware", "torch", "commit", "command"} <= set(table)
+    timed = table[table["part"].isin(["decode", "head", "step"])]
     assert (timed["seconds"] > 0).all() and len(timed) == 2 * 2 * 2 * 2 * (2 + 2 * 6 + 2 * 4)
     greedy = table[(table["part"] == "decode") & (table["sampling"] == "greedy")]
     assert (greedy[greedy["method"] != "int8, not exact"]["same_tokens"] == 1).all()
@@ -70,15 +71,18 @@ def test_decoding_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: 
     assert (screened["rows_scored_a_token"] >= 1).all() and (screened["mib_a_call"] > 0).all()
     quality = table[table["part"] == "quality"]
     assert (quality["screened_agreement"] == 1).all() and (quality["kl_nats"] > 0).all()
+    left = table[table["part"] == "bound"].set_index("method")["rows_left"]
+    assert len(left) == 2 * 6 and left.between(1 / 300, 1).all()
+    assert left["int8 rows"].max() < left["int4 rows"].min()
     assert experiment(monkeypatch, "real_decode", "draw") == 0, capfd.readouterr().err
     words = Path("results/real/real_decode.md").read_text()
     assert "transformers' generate | goal" in words and "same likeliest token" in words
     assert words.count("\n| SmolLM2-135M | fp32 | 3 | greedy |") == 6 + 4
     assert Path("results/real/real_decode.png").stat().st_size > 0
-    assert experiment(monkeypatch, "real_decode", "measure", *options) == 0  # Gemma's shape alone, and measured again
-    table = pd.read_csv("results/real/real_decode.csv")
-    assert set(table["model"]) == {"Gemma 3 270M shape"}
-    assert experiment(monkeypatch, "real_decode", "draw") == 0
+    Path("results/real/real_decode.csv").unlink()
+    assert experiment(monkeypatch, "real_decode", "measure", *options) == 0
+    assert set(pd.read_csv("results/real/real_decode.csv")["model"]) == {"Gemma 3 270M shape"}
+    assert experiment(monkeypatch, "real_decode", "draw") == 0  # without the other model
 
 
 def test_what_cannot_be_measured_is_one_line(
@@ -96,6 +100,23 @@ def test_what_cannot_be_measured_is_one_line(
         assert experiment(monkeypatch, "real_decode", "measure" if options else "draw", *options) == 2
         printed = capfd.readouterr().err
         assert message in printed and printed.count("\n") == 1
+
+
+def test_other_bounds_hold() -> None:
+    rows = tiny_llama().lm_head.weight.detach() * torch.linspace(0.1, 3, 300).unsqueeze(-1)
+    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    logits = states.double() @ rows.double().T
+    for bound in (
+        other_bounds.rounded_rows(rows, 7, 32),
+        other_bounds.rounded_rows(rows, 7, 5),
+        other_bounds.low_rank(rows, 9),
+        other_bounds.clusters(rows),
+    ):
+        above = bound(states) - logits
+        assert float(above.min()) > -1e-5 and float(above.max()) < 3 * float(logits.abs().max())
+    assert float((other_bounds.low_rank(rows, 32)(states) - logits).abs().max()) < 1e-5
+    finer, coarser = (other_bounds.rounded_rows(rows, steps, 32)(states) - logits for steps in (127, 7))
+    assert float(finer.mean()) < 0.1 * float(coarser.mean())
 
 
 def test_the_distance_of_a_layer_from_itself_is_none_and_that_of_another_is_seen() -> None:

@@ -52,7 +52,7 @@ def in_words(table: pd.DataFrame) -> str:
     """Goals, whole decoding, the output layer and a step of the decoder alone, and what int8 without bounds costs."""
     first = table.iloc[0]
     where = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}"
-    parts = [_goals(table), _decoding(table), _layers(table), _steps(table), _quality(table)]
+    parts = [_goals(table), _decoding(table), _layers(table), _steps(table), _quality(table), _bounds(table)]
     return "\n".join([*(f"{part}\n" for part in parts if part), f"Measured on {where}.", ""])
 
 
@@ -168,6 +168,17 @@ def _quality(table: pd.DataFrame) -> str:
             f"{row['screened_agreement']:.4f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _bounds(table: pd.DataFrame) -> str:
+    rows = table[table["part"] == "bound"]
+    lines = [
+        "Which share of the rows other proven bounds would leave, on states after the beginnings of texts.\n",
+        "| model | bound | rows left |",
+        "|---" * 3 + "|",
+    ]
+    lines += [f"| {row['model']} | {row['method']} | {100 * row['rows_left']:.3g}% |" for _, row in rows.iterrows()]
     return "\n".join(lines)
 
 

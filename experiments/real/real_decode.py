@@ -1,14 +1,17 @@
 """Decoding of finished models with the screened output layer, against dense ones and transformers' generate.
 
-    python -m experiments real_decode measure --smollm2 FILE.gguf --valid TEXT [--rounds 5] [--tokens 24] [--threads 2]
+    python -m experiments real_decode measure --smollm2 FILE.gguf --valid TEXT [--rounds 3] [--tokens 12] [--threads 2]
+    python -m experiments real_decode measure
     python -m experiments real_decode draw
 
 SmolLM2-135M-Instruct (``python -m vocabfold.hugging_face.fetch`` prints its path) continues the beginnings of the
-stories of TEXT; the shape of Gemma 3 270M (V = 262,144, D = 640) has random weights, for speed only. Methods take
-turns, so ratios hold on a machine that is not idle. ``measure`` writes results/real/real_decode.csv, one row a model,
-part, method, batch, sampling and round. Parts: ``decode``, the whole of decoding (seconds a step), ``head``, the
-output layer alone on the states of those texts (seconds a call), ``step``, a step of the decoder below it, and
-``quality``, how far the int8 rows without their bounds are from the model on TEXT.
+stories of TEXT. Without it: the shape of Gemma 3 270M (V = 262,144, D = 640) with random weights, for speed only; the
+rows of the other model stay in the table. Methods take turns, so ratios hold on a machine that is not idle.
+
+``measure`` writes results/real/real_decode.csv, one row a model, part, method, batch, sampling and round. Parts:
+``decode``, the whole of decoding (seconds a step), ``head``, the output layer alone on the states of those texts
+(seconds a call), ``step``, a step of the decoder below it, ``quality``, how far the int8 rows without their bounds are
+from the model on TEXT, and ``bound``, which share of the rows other bounds would leave.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.real.decode_tables import draw_bars, in_words
+from experiments.real.other_bounds import shares_left
 from experiments.real.output_layers import OutputLayer, WholeLayer, distance, rounded_logits, stories_of
 from experiments.study.figures import report
 from experiments.study.measuring import add_rounds, at_least_one, identity, write_measured
@@ -46,6 +51,7 @@ SAMPLINGS: dict[str, dict[str, float]] = {
     "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
 }
 PROMPT_LENGTH = 20
+NUM_READ = 4  # tokens before the states that other bounds are tried on
 CONTEXT = 1024
 STEPS_TIMED = 8
 WITH_OUR_STEPS, WITH_THEIR_STEPS = "screened", "screened, transformers' steps"
@@ -152,24 +158,30 @@ def measure_type(methods: Methods, type_name: str, rounds: int) -> list[dict[str
     quantised = methods.screened.quantised
 
     def timed(
-        calls: dict[str, Callable[..., object]], columns: dict[str, dict[str, object]], unit: int, **more: object
+        calls: dict[str, Callable[..., object]],
+        columns: dict[str, dict[str, object]],
+        unit: int,
+        warmup: int,
+        **more: object,
     ) -> None:
-        seconds = interleaved_seconds(calls, rounds, 1, torch.device("cpu"), progress=True)
+        seconds = interleaved_seconds(calls, rounds, warmup, torch.device("cpu"), progress=False)
+        medians = ", ".join(f"{name} {1e3 * np.median(values) / unit:.2f}" for name, values in seconds.items())
+        print(f"{type_name} {' '.join(map(str, more.values()))}, ms: {medians}", flush=True)
         for name, values in seconds.items():
             row = {**more, "method": name, "type": type_name, **columns.get(name, {})}
             table.extend(row | {"round": index, "seconds": value / unit} for index, value in enumerate(values))
 
     for batch in BATCHES:
-        timed(methods.steps(batch), {}, STEPS_TIMED, part="step", batch=batch)
+        timed(methods.steps(batch), {}, STEPS_TIMED, 1, part="step", batch=batch)
         for sampling, options in SAMPLINGS.items():
             calls = methods.decoding(batch, sampling)
-            texts = {name: call() for name, call in calls.items()}
+            texts = {name: call() for name, call in calls.items()}  # which warms them up too
             columns: dict[str, dict[str, object]] = {name: {} for name in calls}
             if sampling == "greedy":
                 for name, text in texts.items():
                     same = (text == texts["transformers"])[:, PROMPT_LENGTH:].float().mean()
                     columns[name]["same_tokens"] = float(same)
-            timed(calls, columns, methods.num_tokens, part="decode", batch=batch, sampling=sampling)
+            timed(calls, columns, methods.num_tokens, 0, part="decode", batch=batch, sampling=sampling)
             states = methods.states(texts["dense"])
             methods.screened.counts = Counts()
             for some in states:
@@ -188,7 +200,7 @@ def measure_type(methods: Methods, type_name: str, rounds: int) -> list[dict[str
             layers = {
                 name: partial(_next_state, layer, states, options, count()) for name, layer in methods.layers.items()
             }
-            timed(layers, reading, 1, part="head", batch=batch, sampling=sampling)
+            timed(layers, reading, 1, 1, part="head", batch=batch, sampling=sampling)
     return table
 
 
@@ -199,13 +211,13 @@ def _next_state(layer: OutputLayer, states: Tensor, options: dict[str, float], t
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``measure``."""
     parser.add_argument(
-        "--smollm2", type=Path, help="GGUF file of SmolLM2-135M-Instruct; without it only Gemma's shape"
+        "--smollm2", type=Path, help="GGUF file of SmolLM2-135M-Instruct; without it Gemma's shape is measured"
     )
     parser.add_argument("--valid", type=Path, help="validation text of TinyStories: what SmolLM2 continues and is read")
     parser.add_argument("--documents", type=int, default=40, help="of that text, for the quality of int8")
-    parser.add_argument("--tokens", type=int, default=24, help="new tokens of each text")
+    parser.add_argument("--tokens", type=int, default=12, help="new tokens of each text")
     parser.add_argument("--threads", type=int, default=2)
-    add_rounds(parser, 5)
+    add_rounds(parser, 3)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -232,16 +244,24 @@ def measure(arguments: argparse.Namespace) -> None:
             head = screen(other)
             quality = distance(other, head, documents[: arguments.documents], rounded_logits(head))
             rows.append({"model": name, "part": "quality", "method": "int8, not exact", "type": type_name, **quality})
-    gemma, shape = gemma_shape(), (max(BATCHES), PROMPT_LENGTH)
-    prompts = torch.randint(gemma.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    rows += measure_model("Gemma 3 270M shape", gemma, prompts, arguments)
+    else:
+        gemma, shape = gemma_shape(), (max(BATCHES), PROMPT_LENGTH)
+        prompts = torch.randint(gemma.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        rows += measure_model("Gemma 3 270M shape", gemma, prompts, arguments)
     table = pd.DataFrame(rows).assign(experiment=NAME, threads=arguments.threads, **origin())
-    write_measured(table, RESULTS / "real" / f"{NAME}.csv", identity(NAME, arguments))
+    write_measured(table, RESULTS / "real" / f"{NAME}.csv", identity(NAME, arguments), beside="model")
 
 
 def measure_model(name: str, model: Any, prompts: Tensor, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Rows of one model in both types."""
-    rows: list[dict[str, object]] = []
+    """Rows of one model in both types, and of other bounds in float32."""
+    head = screen(model)
+    with torch.inference_mode():
+        states = model.base_model(input_ids=prompts).last_hidden_state[:, NUM_READ:].flatten(0, 1)
+        shares = shares_left(head, states)
+    rows: list[dict[str, object]] = [
+        {"model": name, "part": "bound", "method": bound, "type": "fp32", "rows_left": share}
+        for bound, share in shares.items()
+    ]
     for type_name, dtype in DTYPES.items():
         methods = Methods(of_type(model, dtype), prompts, arguments.tokens)
         rows += [{"model": name, **row} for row in measure_type(methods, type_name, arguments.rounds)]
