@@ -96,7 +96,7 @@ def _decoding(table: pd.DataFrame) -> str:
                 method,
                 "no" if method == NOT_EXACT else "yes",
                 f"{1e3 * median:.1f}",
-                f"{int(key[2]) / median:.1f}",
+                f"{float(rows['batch'].iloc[0]) / median:.1f}",
                 _ratio(ratio),
                 _number(same),
             ]

@@ -17,7 +17,7 @@ from the model on TEXT, and ``bound``, which share of the rows other bounds woul
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -46,7 +46,7 @@ from vocabfold.runs.tables import RESULTS
 NAME = "real_decode"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCHES = (1, 16)
-SAMPLINGS: dict[str, dict[str, float]] = {
+SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
 }
@@ -117,7 +117,7 @@ class Methods:
         """Whole texts by each method."""
         ids, options = self.prompts[:batch], SAMPLINGS[sampling]
         calls: dict[str, Callable[[], Tensor]] = {
-            name: partial(generate, self.model, layer, ids, self.num_tokens, **options)  # type: ignore[arg-type]
+            name: partial(generate, self.model, layer, ids, self.num_tokens, **options)
             for name, layer in self.layers.items()
         }
         calls[WITH_THEIR_STEPS] = partial(
@@ -158,8 +158,8 @@ def measure_type(methods: Methods, type_name: str, rounds: int) -> list[dict[str
     quantised = methods.screened.quantised
 
     def timed(
-        calls: dict[str, Callable[..., object]],
-        columns: dict[str, dict[str, object]],
+        calls: Mapping[str, Callable[[], object]],
+        columns: Mapping[str, dict[str, object]],
         unit: int,
         warmup: int,
         **more: object,
@@ -185,7 +185,7 @@ def measure_type(methods: Methods, type_name: str, rounds: int) -> list[dict[str
             states = methods.states(texts["dense"])
             methods.screened.counts = Counts()
             for some in states:
-                methods.screened.sample(some, **options)  # type: ignore[arg-type]
+                methods.screened.sample(some, **options)
             counts, num_calls = methods.screened.counts, len(states)
             reading: dict[str, dict[str, object]] = {
                 WITH_OUR_STEPS: {
@@ -204,8 +204,8 @@ def measure_type(methods: Methods, type_name: str, rounds: int) -> list[dict[str
     return table
 
 
-def _next_state(layer: OutputLayer, states: Tensor, options: dict[str, float], turn: count[int]) -> Tensor:
-    return layer.sample(states[next(turn) % len(states)], **options)  # type: ignore[arg-type]
+def _next_state(layer: OutputLayer, states: Tensor, options: dict[str, Any], turn: count[int]) -> Tensor:
+    return layer.sample(states[next(turn) % len(states)], **options)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
