@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +40,7 @@ def _ratio(ratio: Ratio) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _number(value: object, digits: int = 3) -> str:
+def _number(value: Any, digits: int = 3) -> str:
     return "" if pd.isna(value) else f"{value:.{digits}g}"
 
 
