@@ -5,9 +5,9 @@ Legend: V rows, D columns, B hidden states; u = 2^-24, the rounding unit of floa
 **Rows.** Row w of the layer is kept as integers q, |q_i| <= 127, and one float32 number a: w = a q + r. Norms of the
 residual r and of a q are computed in float64 from the numbers that are really kept.
 
-**Hidden states.** h = b x + e with one number b a state. Up to 4 states at a time x = 256 x1 + x0, integers with
-|x1| <= 127 and -128 <= x0 <= 127: both halves are rows of the same int8 product, which reads the int8 rows once and
-takes as long as for one. More states take as long as their number, so then x is x1 alone, and the bound is looser.
+**Hidden states.** h = b x + e with one number b a state. x = 256 x1 + x0, integers with |x1| <= 127 and
+-128 <= x0 <= 127: both halves are rows of the same int8 product, which reads the int8 rows once. x may also be x1
+alone; but real states have a few columns that are much larger than the others, and bounds are then too loose to help.
 
 **Bound.** w.h = r.h + a q.h = r.h + a q.e + a b q.x, so by Cauchy-Schwarz
 
@@ -47,7 +47,6 @@ from vocabfold.hugging_face.int8_product import int8_product
 
 ROUNDING_UNIT = 2.0**-24
 LARGEST_STEP = 127
-MOST_STATES_IN_HALVES = 4
 SHARES = {1: 2.0**-7, 2: 2.0**-12}  # k by the number of int8 parts of a state: about |e| / |h|
 SMALLEST_ROW, SMALLEST_MARGIN, SMALLEST_STATE, LARGEST_LOGIT = 2.0**-100, 2.0**-70, 2.0**-20, 2.0**120
 INFLATION = 1 + 1e-6  # more than what computing a bound in float64 and storing it in float32 loses
@@ -122,10 +121,8 @@ class QuantisedRows:
         """Bytes that one product reads: the int8 rows, their scales and margins."""
         return self.num_padded * (self.hidden_size + 8)
 
-    def round_states(self, hidden: Tensor, parts: int | None = None) -> States:
-        """``hidden`` [B, D] -> its rounded form, in 2 ``parts`` of 8 bits or 1 (by default what B suggests)."""
-        if parts is None:
-            parts = 2 if len(hidden) <= MOST_STATES_IN_HALVES else 1
+    def round_states(self, hidden: Tensor, parts: int = 2) -> States:
+        """``hidden`` [B, D] -> its rounded form, in 2 ``parts`` of 8 bits or 1."""
         exact = hidden.double()
         largest = exact.abs().amax(dim=-1)
         norm = vector_norm(exact, dim=-1)

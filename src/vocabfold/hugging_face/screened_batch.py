@@ -13,13 +13,12 @@ from vocabfold.hugging_face.quantised_rows import BLOCK, States
 from vocabfold.hugging_face.screened_state import (
     BFLOAT16_STEP,
     FLOAT32_STEP,
-    MOST_SCORED_COARSELY,
     Screen,
     dense_interval,
     exact_products,
 )
 
-MOST_BLOCKS = 32  # of a state's candidates
+MOST_BLOCKS, MOST_SCORED = 32, 256  # of a state: blocks with candidates, and candidates
 LEFT = -1  # in place of a token: not decided here
 
 
@@ -38,7 +37,7 @@ def likeliest(head: Screen, states: States, upper: Tensor, hidden: Tensor) -> Te
     part, place = (blocks[state, block] >= least[state].unsqueeze(-1)).nonzero().unbind(dim=-1)
     state, token = state[part], block[part] * BLOCK + place  # in the order of states, then of ids
     number = torch.bincount(state, minlength=len(hidden))
-    tokens = torch.where(is_left | (number > MOST_SCORED_COARSELY), LEFT, seeds)
+    tokens = torch.where(is_left | (number > MOST_SCORED), LEFT, seeds)
     is_open = (number > 1) & (tokens != LEFT)
     if bool(is_open.any()):
         kept = is_open[state]

@@ -23,7 +23,6 @@ from vocabfold.hugging_face.quantised_rows import BLOCK, States, accumulation_er
 
 BFLOAT16_STEP = 2.0**-8  # more than the relative distance of a number to its bfloat16, even from the other side
 FLOAT32_STEP = 2.0**-22
-MOST_SCORED_COARSELY = 256  # with more candidates than this, tighter bounds are cheaper
 
 
 @dataclass
@@ -99,7 +98,6 @@ class ScreenedState:
         self.upper, self.margin = (each[: head.vocabulary_size] for each in (padded, states.margin))
         self.scale = float(states.scale[index])
         self.reach, self.in_range = float(states.reach[index]), bool(states.in_range[index])
-        self.is_coarse = len(states.steps) == len(states.scale)
         self.is_rounded = head.weight.dtype == torch.bfloat16
 
     @property
@@ -116,13 +114,6 @@ class ScreenedState:
         best = blocks[chosen].view(-1).topk(k).indices
         return chosen[best // BLOCK] * BLOCK + best % BLOCK
 
-    def finer(self) -> ScreenedState:
-        """The same state by the tighter bounds that a few states have."""
-        states, upper = self.head.bounds(self.hidden.unsqueeze(0))
-        finer = ScreenedState(self.head, states, 0, upper[0], self.hidden, self.dense)
-        finer.index = self.index
-        return finer
-
     def topk(self, k: int, as_dense: bool = True) -> tuple[Tensor, Tensor]:
         """(logits [k], tokens [k]) of ``ScreenedHead.topk``; without ``as_dense`` the k best by the exact product,
         rounded once to the rows' dtype, so that dense's own rounding need not be known.
@@ -137,8 +128,6 @@ class ScreenedState:
         least -= BFLOAT16_STEP * abs(least) if self.is_rounded else 0.0
         least /= self.scale
         candidates = (self.upper >= least - FLOAT32_STEP * abs(least)).nonzero().squeeze(-1)
-        if self.is_coarse and len(candidates) > k + MOST_SCORED_COARSELY:
-            return self.finer().topk(k, as_dense)
         if len(candidates) > self.most_scored:
             return self._dense_topk(k, "dense_flat")
         if k == 1 and len(candidates) == 1:
