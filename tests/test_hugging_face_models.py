@@ -89,9 +89,10 @@ def test_greedy_texts_are_those_of_transformers(build: Any, dtype: torch.dtype) 
     expected = model.generate(input_ids=ids, attention_mask=mask, **options)
     head = screen(model)
     assert torch.equal(generate(model, head, ids, 12, attention_mask=mask), expected)
+    assert torch.equal(generate(model, head, ids, 12, attention_mask=mask, with_own_steps=False), expected)
     custom = model.generate(input_ids=ids, attention_mask=mask, custom_generate=custom_generate(head), **options)
     assert torch.equal(custom, expected)
-    assert head.counts.states == 2 * 3 * 12
+    assert head.counts.states == 3 * 3 * 12
     end = int(expected[1, 10])  # a text that ends is padded
     ended = model.generate(input_ids=ids, attention_mask=mask, **options, eos_token_id=end)
     assert torch.equal(generate(model, head, ids, 12, mask, eos_token_id=end, pad_token_id=0), ended)

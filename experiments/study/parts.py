@@ -144,7 +144,7 @@ PARTS: dict[str, list[Step]] = {
         *draw("embedding_compression", "both_ends", "embedding_speed", "embedding_tables"),
     ],
     "tokens": [
-        train("heads_pareto", "head=full_untied,scale_shift_bpe,folded,shortlist_frequency", "seed=0"),
+        train("heads_pareto", "head=full_untied,scale_shift_bpe,linear_clustered,shortlist_frequency", "seed=0"),
         measure("token_coding"),
         measure("token_store"),
         measure("model_coding"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vocabfold.errors import UserError
 from vocabfold.heads.loss_options import LossOptions, in_row_chunks
-from vocabfold.heads.sampling import draw_from_sorted, draw_from_whole
+from vocabfold.heads.sampling import check_k, check_sampling, draw_from_sorted, draw_from_whole
 from vocabfold.tokens import IGNORE_INDEX
 
 
@@ -168,17 +168,11 @@ class Head(nn.Module, ABC):
 
     def check_k(self, k: int) -> None:
         """Raise UserError unless 1 <= k <= V."""
-        if not 1 <= k <= self.vocabulary_size:
-            raise UserError(f"k is {k}: choose between 1 and the vocabulary size {self.vocabulary_size}")
+        check_k(k, self.vocabulary_size)
 
     def check_sampling(self, temperature: float, top_k: int | None, top_p: float | None) -> None:
         """Raise UserError for sampling settings that no distribution has."""
-        if not temperature >= 0:
-            raise UserError(f"temperature is {temperature}: choose 0 (the likeliest token) or more")
-        if top_k is not None:
-            self.check_k(top_k)
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p is {top_p}: choose more than 0 and at most 1")
+        check_sampling(temperature, top_k, top_p, self.vocabulary_size)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -1,9 +1,27 @@
-"""Draws of one token from each row of a table of log-probabilities, tempered and cut to a nucleus."""
+"""Draws of one token from each row of a table of log-probabilities, tempered and cut to a nucleus, and its settings."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from vocabfold.errors import UserError
+
+
+def check_k(k: int, vocabulary_size: int) -> None:
+    """Raise UserError unless 1 <= k <= V."""
+    if not 1 <= k <= vocabulary_size:
+        raise UserError(f"k is {k}: choose between 1 and the vocabulary size {vocabulary_size}")
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, vocabulary_size: int) -> None:
+    """Raise UserError for sampling settings that no distribution has."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}: choose 0 (the likeliest token) or more")
+    if top_k is not None:
+        check_k(top_k, vocabulary_size)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: choose more than 0 and at most 1")
 
 
 def draw_from_sorted(

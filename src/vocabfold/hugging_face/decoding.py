@@ -19,6 +19,7 @@ from vocabfold.errors import UserError
 from vocabfold.heads.base import Head
 from vocabfold.hugging_face.models import backbone
 from vocabfold.hugging_face.screened_head import ScreenedHead
+from vocabfold.hugging_face.steps import NextStates, read_prompt
 
 
 @torch.inference_mode()
@@ -34,12 +35,14 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    with_own_steps: bool = True,
 ) -> Tensor:
     """``input_ids`` [B, L] -> [B, L + n] with n <= ``max_new_tokens``: each text continued up to an end token.
 
     ``attention_mask`` [B, L]: 0 where a text is padded, on the left. Temperature 0 is greedy: the tokens of the model's
-    own ``generate``. Texts that have ended are padded (with their first end token by default). Raises UserError for
-    texts that are empty or padded on the right.
+    own ``generate``. Texts that have ended are padded (with their first end token by default). ``with_own_steps``: by
+    ``steps`` where they give transformers' bits, which in bfloat16 keep a copy of the layers' weights; otherwise by
+    transformers' own code. Raises UserError for texts that are empty or padded on the right.
     """
     if input_ids.dim() != 2 or 0 in input_ids.shape or max_new_tokens < 1:
         raise UserError(f"{tuple(input_ids.shape)} tokens and {max_new_tokens} new ones: give at least one of each")
@@ -54,7 +57,9 @@ def generate(
     def next_tokens(hidden: Tensor) -> Tensor:
         return head.sample(hidden, temperature, top_k, top_p, generator)
 
-    return _decode(backbone(model), next_tokens, input_ids, attention_mask, max_new_tokens, ends, padding, None)
+    return _decode(
+        backbone(model), next_tokens, input_ids, attention_mask, max_new_tokens, ends, padding, None, with_own_steps
+    )
 
 
 def _decode(
@@ -66,36 +71,37 @@ def _decode(
     ends: Tensor,
     padding: int,
     streamer: Any,
+    with_own_steps: bool,
 ) -> Tensor:
     """The loop. ``next_tokens``: hidden states [B, D] -> [B]."""
+    batch, length = input_ids.shape
     texts = [input_ids]
-    is_running = torch.ones(len(input_ids), dtype=torch.bool)
-    cache, inputs = None, input_ids
-    for _ in range(max_new_tokens):
-        more: dict[str, Any] = {}
-        if attention_mask is not None:
-            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-            more = {"attention_mask": attention_mask, "position_ids": positions[:, -inputs.shape[1] :]}
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(inputs), 1)], dim=-1)
-        output = base(input_ids=inputs, past_key_values=cache, use_cache=True, **more)
-        cache = output.past_key_values
-        tokens = next_tokens(output.last_hidden_state[:, -1]).masked_fill_(~is_running, padding)
+    is_running = torch.ones(batch, dtype=torch.bool)
+    hidden, cache = read_prompt(base, input_ids, attention_mask)
+    next_states: NextStates | None = None
+    for index in range(max_new_tokens):
+        tokens = next_tokens(hidden).masked_fill_(~is_running, padding)
         texts.append(tokens.unsqueeze(-1))
         if streamer is not None:
             streamer.put(tokens)
         is_running &= ~torch.isin(tokens, ends)
-        if not bool(is_running.any()):
+        if not bool(is_running.any()) or index + 1 == max_new_tokens:
             break
-        inputs = texts[-1]
+        if next_states is None:
+            next_states = NextStates(base, cache, attention_mask, length, max_new_tokens - 1, with_own_steps)
+        hidden = next_states(texts[-1])
     if streamer is not None:
         streamer.end()
     return torch.cat(texts, dim=-1)
 
 
-def custom_generate(head: ScreenedHead | Head, generator: torch.Generator | None = None) -> Callable[..., Tensor]:
+def custom_generate(
+    head: ScreenedHead | Head, generator: torch.Generator | None = None, with_own_steps: bool = True
+) -> Callable[..., Tensor]:
     """What ``model.generate(custom_generate=...)`` takes: greedy decoding, temperature, top_k and top_p.
 
-    What it returns raises UserError for any other option that changes the tokens (beams, penalties, stop strings ...).
+    ``with_own_steps`` as in ``generate``. What it returns raises UserError for any other option that changes the tokens
+    (beams, penalties, stop strings ...).
     """
 
     def decode(
@@ -123,7 +129,9 @@ def custom_generate(head: ScreenedHead | Head, generator: torch.Generator | None
         padding = generation_config.pad_token_id
         padding = padding if padding is not None else ends[0] if ends else 0
         length = generation_config.max_length - input_ids.shape[1]
-        return _decode(backbone(model), next_tokens, input_ids, mask, length, torch.tensor(ends), padding, streamer)
+        return _decode(
+            backbone(model), next_tokens, input_ids, mask, length, torch.tensor(ends), padding, streamer, with_own_steps
+        )
 
     return decode
 

@@ -5,9 +5,9 @@ Legend: V rows, D columns, B hidden states; u = 2^-24, the rounding unit of floa
 **Rows.** Row w of the layer is kept as integers q, |q_i| <= 127, and one float32 number a: w = a q + r. Norms of the
 residual r and of a q are computed in float64 from the numbers that are really kept.
 
-**Hidden states.** h = b x + e with one number b a state. Up to 4 states at a time x = 256 x1 + x0, integers with
-|x1| <= 127 and -128 <= x0 <= 127: both halves are rows of the same int8 product, which reads the int8 rows once and
-takes as long as for one. More states take as long as their number, so then x is x1 alone, and the bound is looser.
+**Hidden states.** h = b x + e with one number b a state. x = 256 x1 + x0, integers with |x1| <= 127 and
+-128 <= x0 <= 127: both halves are rows of the same int8 product, which reads the int8 rows once. x may also be x1
+alone; but real states have a few columns that are much larger than the others, and bounds are then too loose to help.
 
 **Bound.** w.h = r.h + a q.h = r.h + a q.e + a b q.x, so by Cauchy-Schwarz
 
@@ -30,8 +30,8 @@ t = max(A, C / k). Then t m >= A |r| + C |a q|, and **a b q.x + t m bounds the l
 below**, at one multiply-add a row.
 
 **Underflow.** Rows below 2^-100 are kept as q = 0, m is at least 2^-70 and states with max |h| < 2^-20 or with
-|w| |h| >= 2^120 for some row are not bounded (``in_range``): what a product or a sum loses by underflow, at most
-D 2^-126, is then below t m, and nothing overflows.
+|w| |h| or |w| |h| / b >= 2^120 for some row are not bounded (``in_range``): what a product or a sum loses by
+underflow, at most D 2^-126, is then below t m, and nothing overflows.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from vocabfold.hugging_face.int8_product import int8_product
 
 ROUNDING_UNIT = 2.0**-24
 LARGEST_STEP = 127
-MOST_STATES_IN_HALVES = 4
 SHARES = {1: 2.0**-7, 2: 2.0**-12}  # k by the number of int8 parts of a state: about |e| / |h|
 SMALLEST_ROW, SMALLEST_MARGIN, SMALLEST_STATE, LARGEST_LOGIT = 2.0**-100, 2.0**-70, 2.0**-20, 2.0**120
 INFLATION = 1 + 1e-6  # more than what computing a bound in float64 and storing it in float32 loses
 ROWS_AT_A_TIME = 4096
+BLOCK = 128  # rows in a block of bounds; their largest tells whether any of them matters
 LARGEST_HIDDEN_SIZE = 65_536
 
 
@@ -66,7 +66,7 @@ class States:
     """B hidden states, rounded. ``steps`` [B, D]: x1 of all, or [2 B, D]: then x0 of all too (float32).
 
     ``scale`` b [B] and ``reach`` t / b [B], both float64; ``in_range`` [B]: whether the bound holds for the state.
-    ``margin`` m [V]: that of the rows for states rounded so.
+    ``margin`` m [W]: that of the rows for states rounded so.
     """
 
     steps: Tensor
@@ -79,7 +79,8 @@ class States:
 class QuantisedRows:
     """``rows`` [V, D], float32 or bfloat16 on a CPU, as int8.
 
-    Raises UserError for rows that are not finite or too many columns, and where torch has no exact int8 product.
+    Zero rows with a bound below every other follow up to a multiple of BLOCK: W rows in all. Raises UserError for rows
+    that are not finite or too many columns, and where torch has no exact int8 product.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -88,12 +89,13 @@ class QuantisedRows:
             raise UserError(
                 f"the screen bounds rows of at most {LARGEST_HIDDEN_SIZE:,} columns, not {self.hidden_size:,}"
             )
-        steps = torch.empty(rows.shape, dtype=torch.int8)
-        self.row_scale = torch.empty(self.num_rows)
-        self.margins = {parts: torch.empty(self.num_rows) for parts in SHARES}
+        self.num_padded = -(-self.num_rows // BLOCK) * BLOCK
+        steps = torch.zeros(self.num_padded, self.hidden_size, dtype=torch.int8)
+        self.row_scale = torch.zeros(self.num_padded)
+        self.margins = {parts: torch.full((self.num_padded,), -torch.inf) for parts in SHARES}
         self.largest_norm = 0.0
         for start in range(0, self.num_rows, ROWS_AT_A_TIME):
-            part = slice(start, start + ROWS_AT_A_TIME)
+            part = slice(start, min(start + ROWS_AT_A_TIME, self.num_rows))
             self._quantise(rows[part].double(), steps[part], part)
         self.product = int8_product(steps, self.row_scale)
 
@@ -117,18 +119,17 @@ class QuantisedRows:
     @property
     def num_bytes(self) -> int:
         """Bytes that one product reads: the int8 rows, their scales and margins."""
-        return self.num_rows * (self.hidden_size + 8)
+        return self.num_padded * (self.hidden_size + 8)
 
-    def round_states(self, hidden: Tensor, parts: int | None = None) -> States:
-        """``hidden`` [B, D] -> its rounded form, in 2 ``parts`` of 8 bits or 1 (by default what B suggests)."""
-        if parts is None:
-            parts = 2 if len(hidden) <= MOST_STATES_IN_HALVES else 1
+    def round_states(self, hidden: Tensor, parts: int = 2) -> States:
+        """``hidden`` [B, D] -> its rounded form, in 2 ``parts`` of 8 bits or 1."""
         exact = hidden.double()
         largest = exact.abs().amax(dim=-1)
         norm = vector_norm(exact, dim=-1)
-        in_range = largest.isfinite() & (largest >= SMALLEST_STATE) & (norm * self.largest_norm < LARGEST_LOGIT)
-        exact = torch.where(in_range.unsqueeze(-1), exact, 0.0)
         base = 256 if parts == 2 else 1
+        in_range = largest.isfinite() & (largest >= SMALLEST_STATE) & (norm * self.largest_norm < LARGEST_LOGIT)
+        in_range &= norm / largest * LARGEST_STEP * base * self.largest_norm < LARGEST_LOGIT
+        exact = torch.where(in_range.unsqueeze(-1), exact, 0.0)
         scale = torch.where(in_range, largest / (LARGEST_STEP * base), 1.0).unsqueeze(-1)
         whole = (exact / scale).round()
         high = (whole / base).round()
@@ -145,7 +146,7 @@ class QuantisedRows:
         return States(steps, scale, self.margins[parts], reach, in_range)
 
     def upper_bounds(self, states: States) -> Tensor:
-        """Bounds of the logits from above, divided by the state's ``scale``: [B, V] float32.
+        """Bounds of the logits from above, divided by the state's ``scale``: [B, W] float32; see the class for W.
 
         The bound from below is this less ``2 reach margin``. Rows of states out of range hold nothing of use.
         """

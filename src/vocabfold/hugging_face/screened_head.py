@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.errors import UserError
-from vocabfold.heads.sampling import draw_from_sorted
+from vocabfold.heads.sampling import check_k, check_sampling, draw_from_sorted
 from vocabfold.hugging_face.draws import NOT_FINITE, draw
 from vocabfold.hugging_face.quantised_rows import QuantisedRows, States
+from vocabfold.hugging_face.screened_batch import LEFT, likeliest
 from vocabfold.hugging_face.screened_state import Counts, DenseRows, ScreenedState
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,7 +54,18 @@ class ScreenedHead(nn.Module):
     @torch.no_grad()
     def greedy(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> the token [N] that dense picks; of equal logits the smallest id."""
-        return self.topk(hidden, 1)[1].squeeze(-1)
+        self._check(hidden)
+        tokens = [torch.empty(0, dtype=torch.long)]
+        for some in hidden.split(STATES_AT_A_TIME) if len(hidden) else []:
+            states, upper = self.bounds(some)
+            self.counts.states += len(some)
+            best = likeliest(self, states, upper, some)
+            dense = DenseRows(some, self.weight)
+            for index in (best == LEFT).nonzero().squeeze(-1).tolist():
+                state = ScreenedState(self, states, index, upper[index], some[index], dense)
+                best[index] = state.topk(1)[1]
+            tokens.append(best)
+        return torch.cat(tokens)
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -66,8 +78,7 @@ class ScreenedHead(nn.Module):
 
     def _topk(self, hidden: Tensor, k: int, as_dense: bool) -> tuple[Tensor, Tensor]:
         self._check(hidden)
-        if not 1 <= k <= self.vocabulary_size:
-            raise UserError(f"k is {k}: choose between 1 and the vocabulary size {self.vocabulary_size}")
+        check_k(k, self.vocabulary_size)
         best = [state.topk(k, as_dense) for state in self._screened(hidden)]
         if not best:
             return hidden.new_empty(0, k), torch.empty(0, k, dtype=torch.long)
@@ -88,10 +99,7 @@ class ScreenedHead(nn.Module):
         finite.
         """
         self._check(hidden)
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature is {temperature}: choose 0 (the likeliest token) or more")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p is {top_p}: choose more than 0 and at most 1")
+        check_sampling(temperature, top_k, top_p, self.vocabulary_size)
         if temperature == 0:
             return self.greedy(hidden)
         if top_k is not None:
@@ -118,7 +126,7 @@ class ScreenedHead(nn.Module):
             raise UserError("the output layer was changed since it was screened: screen the model again")
 
     def bounds(self, hidden: Tensor) -> tuple[States, Tensor]:
-        """``hidden`` [B, D] -> (the states rounded, ``QuantisedRows.upper_bounds`` [B, V])."""
+        """``hidden`` [B, D] -> (the states rounded, ``QuantisedRows.upper_bounds`` [B, W])."""
         self.counts.products += 1
         states = self.quantised.round_states(hidden)
         return states, self.quantised.upper_bounds(states)

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vocabfold.hugging_face.quantised_rows import States, accumulation_error
+from vocabfold.hugging_face.quantised_rows import BLOCK, States, accumulation_error
 
 BFLOAT16_STEP = 2.0**-8  # more than the relative distance of a number to its bfloat16, even from the other side
 FLOAT32_STEP = 2.0**-22
-MOST_SCORED_COARSELY = 256  # with more candidates than this, tighter bounds are cheaper
 
 
 @dataclass
@@ -57,7 +56,21 @@ class Screen(Protocol):
     hidden_size: int
 
     def bounds(self, hidden: Tensor) -> tuple[States, Tensor]:
-        """``hidden`` [B, D] -> (the states rounded, upper bounds of their logits [B, V])."""
+        """``hidden`` [B, D] -> (the states rounded, upper bounds of their logits [B, W])."""
+
+
+def exact_products(head: Screen, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows ``ids`` [n] times ``hidden``, [D] or one each [n, D], in float64, how far dense's sum can be from each)."""
+    terms = head.weight[ids].double() * hidden.double()
+    return terms.sum(dim=-1), accumulation_error(head.hidden_size) * terms.abs().sum(dim=-1) + 2.0**-90
+
+
+def dense_interval(head: Screen, scores: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the most that dense can give, as float64 numbers: rounding keeps order."""
+    low, high = (scores - error).float(), (scores + error).float()
+    if head.weight.dtype == torch.bfloat16:
+        low, high = low.bfloat16(), high.bfloat16()
+    return low.double(), high.double()
 
 
 class DenseRows:
@@ -76,15 +89,15 @@ class DenseRows:
 
 
 class ScreenedState:
-    """One hidden state's bounds ``upper`` [V] (divided by ``scale``), and the questions that they answer."""
+    """One hidden state's bounds ``padded`` [W] (divided by ``scale``), and the questions that they answer."""
 
     def __init__(
-        self, head: Screen, states: States, index: int, upper: Tensor, hidden: Tensor, dense: DenseRows
+        self, head: Screen, states: States, index: int, padded: Tensor, hidden: Tensor, dense: DenseRows
     ) -> None:
-        self.head, self.index, self.upper, self.hidden, self.dense = head, index, upper, hidden, dense
-        self.margin, self.scale = states.margin, float(states.scale[index])
+        self.head, self.index, self.padded, self.hidden, self.dense = head, index, padded, hidden, dense
+        self.upper, self.margin = (each[: head.vocabulary_size] for each in (padded, states.margin))
+        self.scale = float(states.scale[index])
         self.reach, self.in_range = float(states.reach[index]), bool(states.in_range[index])
-        self.is_coarse = len(states.steps) == len(states.scale)
         self.is_rounded = head.weight.dtype == torch.bfloat16
 
     @property
@@ -92,12 +105,14 @@ class ScreenedState:
         """More rows than this are not scored one by one: all of them in order are faster."""
         return max(1024, self.head.vocabulary_size // 32)
 
-    def finer(self) -> ScreenedState:
-        """The same state by the tighter bounds that a few states have."""
-        states, upper = self.head.bounds(self.hidden.unsqueeze(0))
-        finer = ScreenedState(self.head, states, 0, upper[0], self.hidden, self.dense)
-        finer.index = self.index
-        return finer
+    def highest(self, k: int) -> Tensor:
+        """The tokens [k] with the largest bounds: they lie in the k blocks with the largest."""
+        blocks = self.padded.view(-1, BLOCK)
+        if k >= len(blocks):
+            return self.upper.topk(k).indices
+        chosen = blocks.amax(dim=-1).topk(k).indices
+        best = blocks[chosen].view(-1).topk(k).indices
+        return chosen[best // BLOCK] * BLOCK + best % BLOCK
 
     def topk(self, k: int, as_dense: bool = True) -> tuple[Tensor, Tensor]:
         """(logits [k], tokens [k]) of ``ScreenedHead.topk``; without ``as_dense`` the k best by the exact product,
@@ -105,16 +120,14 @@ class ScreenedState:
         """
         if not self.in_range:
             return self._dense_topk(k, "dense_range")
-        seeds = self.upper.argmax().unsqueeze(0) if k == 1 else self.upper.topk(k).indices
         if k > self.most_scored:
             return self._dense_topk(k, "dense_flat")
+        seeds = self.highest(k)
         scores, error = self.score(seeds)
-        least = float(self._dense_interval(scores, error)[0].min())
+        least = float(dense_interval(self.head, scores, error)[0].min())
         least -= BFLOAT16_STEP * abs(least) if self.is_rounded else 0.0
         least /= self.scale
         candidates = (self.upper >= least - FLOAT32_STEP * abs(least)).nonzero().squeeze(-1)
-        if self.is_coarse and len(candidates) > k + MOST_SCORED_COARSELY:
-            return self.finer().topk(k, as_dense)
         if len(candidates) > self.most_scored:
             return self._dense_topk(k, "dense_flat")
         if k == 1 and len(candidates) == 1:
@@ -122,7 +135,7 @@ class ScreenedState:
         scores, error = self.score(candidates)
         logits = scores.to(self.head.weight.dtype)
         if as_dense:
-            best = self._best_of_dense(k, candidates, *self._dense_interval(scores, error))
+            best = self._best_of_dense(k, candidates, *dense_interval(self.head, scores, error))
             if best is None:
                 return self._dense_topk(k, "dense_ties")
         else:
@@ -146,17 +159,7 @@ class ScreenedState:
     def score(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(the exact products [n] in float64, how far dense's sum can be from each)."""
         self.head.counts.scored += len(ids)
-        rows, hidden = self.head.weight[ids].double(), self.hidden.double()
-        terms = rows * hidden
-        error = accumulation_error(self.head.hidden_size) * terms.abs().sum(dim=-1) + 2.0**-90
-        return terms.sum(dim=-1), error
-
-    def _dense_interval(self, scores: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the most that dense can give, as float64 numbers: rounding keeps order."""
-        low, high = (scores - error).float(), (scores + error).float()
-        if self.is_rounded:
-            low, high = low.bfloat16(), high.bfloat16()
-        return low.double(), high.double()
+        return exact_products(self.head, ids, self.hidden)
 
     def dense_logits(self, reason: str) -> Tensor:
         """The logits [V] of dense; ``reason`` names the counter of Counts."""
