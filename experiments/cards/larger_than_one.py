@@ -38,7 +38,7 @@ SEQUENCE_LENGTH = 2048
 BACKBONE = GPTConfig(
     vocabulary_size=VOCABULARY_SIZE, hidden_size=2048, num_layers=20, num_heads=16, max_positions=SEQUENCE_LENGTH
 )
-SEQUENCES = (1, 2, 4, 8, 16)  # of a card in a step
+SEQUENCES = (1, 2, 4, 8)  # of a card in a step
 # What the driver leaves to programs of the nominal 80 and 24 GB, as nvidia-smi reports it for an H100 and an A10G.
 USABLE_MIB = {"80 GB": 81_559, "24 GB": 23_028}
 FULL, CHUNKED, FOLDED = "full", "full, in chunks", "folded"
