@@ -19,6 +19,7 @@ from run_cases import TINY, call, experiment, write_corpus
 from test_hugging_face_coding import TEXT, folder
 from vocabfold import train
 from vocabfold.hugging_face import load
+from vocabfold.inference.text_file import decompress
 
 __all__ = ["folder"]  # a fixture
 DOCUMENTS = ["the cat sat on that mat\nand ate\n", "a hat that the rat had\n", "at that the cat sat\n"]
@@ -32,9 +33,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_embeddings_are_compared_and_not_twice(
-    folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embeddings_are_compared_and_not_twice(folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("real_embedding", "measure", "--model", str(folder), "--text", f"cats={text}", "--documents", "5")
     assert experiment(monkeypatch, *words, "--only", "dense", "int8") == 0
     path = Path("results/real/real_embedding.csv")
@@ -51,7 +50,7 @@ def test_embeddings_are_compared_and_not_twice(
     assert half["compression"] >= half["wanted_compression"]
     before = path.read_bytes()
     assert experiment(monkeypatch, *words) == 0
-    assert path.read_bytes() == before and "measured before" in capsys.readouterr().out
+    assert path.read_bytes() == before
     assert experiment(monkeypatch, "real_embedding", "draw") == 0
     told = path.with_suffix(".md").read_text()
     assert path.with_suffix(".png").is_file()
@@ -75,6 +74,12 @@ def test_texts_are_coded_and_decoded_on_one_thread_and_two(
     folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text.write_text(TEXT * 40)
+
+    def decoded_here(coded: Path, model: Path, threads: int) -> bytes:  # test_hugging_face_coding has other processes
+        decompress(coded, back := coded.with_suffix(f".{threads}"), real_coding.load_text_model(model), lambda *_: None)
+        return back.read_bytes()
+
+    monkeypatch.setattr(real_coding, "decoded_elsewhere", decoded_here)
     words = ("real_coding", "measure", "--model", str(folder), "--text", f"cats={text}", "--kilobytes", "1")
     assert experiment(monkeypatch, *words) == 0
     table = pd.read_csv("results/real/real_coding.csv")
@@ -102,7 +107,7 @@ def test_the_coder_is_near_what_its_model_expects(folder: Path) -> None:
     code = real_coding.encode_tokens(coder.model, tokens, coder.tokenizer.end_token, num_rows=num_rows)
     own = real_coding.cross_entropy_bits(coder, tokens)
     assert num_rows > 2
-    assert math.isclose(8 * len(code), own, rel_tol=0.01)
+    assert own < 8 * len(code) < 1.02 * own
 
 
 def test_stories_of_runs_and_references_are_weighed(
@@ -127,7 +132,7 @@ def test_stories_of_runs_and_references_are_weighed(
     assert path.read_bytes() == before
     assert experiment(monkeypatch, "real_stories", "draw") == 0
     told = path.with_suffix(".md").read_text()
-    assert told.count("\n| ") == 5 and "measure of quality" in told
+    assert told.count("\n| ") == 4 and "a measure of quality puts" in told
 
 
 def test_a_storys_loss_is_that_of_its_continuation_alone(folder: Path) -> None:
@@ -168,7 +173,10 @@ def test_caches_are_compared_on_a_finished_model(
     assert (kinds["loss_nats"] - kinds["loss_nats"]["exact"]).abs().max() < 0.2
     assert kinds["bytes_a_position"]["int8"] < 0.6 * kinds["bytes_a_position"]["bf16"]
     memory = pd.read_csv("results/real/real_caching_memory.csv", keep_default_na=False)
-    assert (memory["peak_memory_mib"].astype(float) > memory["weights_mib"].astype(float)).all()
+    above = memory["peak_memory_mib"].astype(float) - memory["weights_mib"].astype(float)
+    assert (above[memory["workload"] == "distinct"] > 0).all() and (
+        above >= 0
+    ).all()  # a stored answer computes nothing
     assert experiment(monkeypatch, *words, "--threads", str(threads)) == 0
     assert capsys.readouterr().out.count("measured before") == 3
     assert experiment(monkeypatch, "real_caching", "draw") == 0

@@ -172,11 +172,10 @@ def markdown(table: pd.DataFrame) -> str:
     lines.append("")
     for corpus, group in rows.groupby("corpus", sort=False):
         names = group["name"].tolist()
-        first, last = names[0] == OWN_ENDINGS, names[-1] == SHUFFLED_WORDS
+        is_measure = names[0] == OWN_ENDINGS and names[-1] == SHUFFLED_WORDS
         lines.append(
-            f"* {corpus}: the stories' own endings come {'first' if first else f'not first ({names[0]} does)'}, words "
-            f"mixed between stories {'last' if last else f'not last ({names[-1]} do)'}: "
-            f"{'' if first and last else 'not '}a measure of quality."
+            f"* {corpus}: first {names[0]}, last {names[-1]}; a measure of quality puts {OWN_ENDINGS} first and "
+            f"{SHUFFLED_WORDS} last, so this is {'one' if is_measure else 'none'} here."
         )
     first_row = table.iloc[0]
     lines += ["", "± 95% over stories, each weighing the same, by resampling. Models draw with temperature 0.4 from "]
