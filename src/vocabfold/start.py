@@ -82,7 +82,7 @@ def _refuse_changes(settings: Settings, inherited: dict[str, Any], overrides: Se
 
 def _folded_settings(settings: Settings, finished: Settings, row: dict[str, Any]) -> dict[str, Any]:
     head = settings.head
-    if head.scorer != "linear_sorted":
+    if head.scorer != "linear_sorted" or head.group_scorer != "linear" or head.mixture:
         raise UserError("start=fold keeps the run's rows for the tokens: use head=linear_clustered")
     for name in EXTRAS:
         if getattr(head, name):

@@ -28,7 +28,14 @@ from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, freq
 from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
 from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
-from vocabfold.heads.settings import BEST, GROUP_SCORERS, ORDERS, HeadSettings, PartitionSettings
+from vocabfold.heads.settings import (
+    BEST_GROUP_SCORER,
+    BEST_SCORER,
+    GROUP_SCORERS,
+    ORDERS,
+    HeadSettings,
+    PartitionSettings,
+)
 from vocabfold.tokens import TokenStream, token_counts
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
@@ -143,7 +150,13 @@ def folded_head(
         raise UserError("a shortlist holds the most frequent tokens: give the tokens of the training text too")
     partition = PartitionSettings("bpe" if tokens is None else "clustered", group_size, shortlist)
     settings = HeadSettings(
-        type="folded", tied=tied_weight is not None, init_std=None, partition=partition, count_biases=True, **BEST
+        type="folded",
+        tied=tied_weight is not None,
+        init_std=None,
+        partition=partition,
+        scorer=BEST_SCORER,
+        group_scorer=BEST_GROUP_SCORER,
+        count_biases=True,
     )
     order = vocabulary_order(settings, vocabulary_size, np.empty(0, dtype=np.int64) if tokens is None else tokens)
     num_rows = vocabulary_size if tied_weight is None else len(tied_weight)
@@ -321,10 +334,10 @@ READERS: dict[str, type[GroupReader]] = {"residual": ResidualReader, "wide": Wid
 BUILDERS = {
     "full": _build_full,
     "folded": _build_folded,
-    "mixture": _build_mixture,
     "chunked": _build_chunked,
     "adaptive": _build_adaptive,
     "fused": _build_fused,
+    "mixture": _build_mixture,
 }
 SYMBOLS = {2: FoldedHead, 3: NestedFoldedHead}
 SCORERS: dict[str, ScorerBuilder] = {
