@@ -10,7 +10,8 @@ depend on them.
 **top_p.** A token drawn so is kept if it is in the nucleus, otherwise drawn again: the renormalised nucleus. It is in
 the nucleus if the tokens before it (likelier, or as likely with a smaller id) hold less than top_p. Of the tokens that
 were scored and lie above every other's bound the mass before them is known exactly, the whole mass Z between two
-bounds. Where they do not decide, four times as many rows are scored, and in the end all.
+bounds. Where they do not decide, four times as many rows are scored, and in the end all. A
+nucleus that is clearly too large for that is drawn from dense at once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vocabfold.hugging_face.screened_state import BFLOAT16_STEP, ScreenedState
 NOT_FINITE = "the logits of a hidden state are not finite: nothing can be drawn from them"
 MOST_PROPOSALS = 64
 SCORED_FIRST = 128  # rows scored before the first proposal
+SMALLEST_SHARE = 0.25  # of top_p: where the first rows hold less, the nucleus has too many to be scored one by one
 WEIGHT_ERROR = 1e-5  # more than the relative error of float32 weights and their sums
 TINY = 1e-300
 
@@ -38,6 +40,9 @@ def draw(state: ScreenedState, temperature: float, top_p: float, generator: torc
     if not state.in_range:
         return _dense_draw(state, "dense_range", temperature, top_p, generator)
     proposals = Proposals(state, temperature)
+    # Decided before a token is proposed, so that it changes no probability.
+    if top_p < 1 and proposals.least_share < SMALLEST_SHARE * top_p:
+        return _dense_draw(state, "dense_flat", temperature, top_p, generator)
     for _ in range(MOST_PROPOSALS):
         token = proposals.draw(generator)
         if token is not None and (top_p >= 1 or proposals.is_inside(token, top_p)):
@@ -84,6 +89,11 @@ class Proposals:
         self.cumulative = self.sums.cumsum(0, dtype=torch.float64)
         self.exact = ((self.scores.double() - self.largest) / self.temperature).exp().cumsum(0)
         self.nuclei: list[Nucleus] = []
+
+    @property
+    def least_share(self) -> float:
+        """The share of the whole mass that the scored tokens hold at least."""
+        return float(self.exact[-1]) / (float(self.exact[-1]) + float(self.cumulative[-1]))
 
     def draw(self, generator: torch.Generator | None) -> int | None:
         """A token of the softmax; None if the proposed one was not kept."""
