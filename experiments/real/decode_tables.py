@@ -205,7 +205,8 @@ def draw_bars(table: pd.DataFrame, path: Path) -> None:
                 f"{median:.0f}", (value.max(), index), (3, 0), textcoords="offset points", va="center", size=6
             )
         axis.invert_yaxis()
+        axis.margins(x=0.15)
         axis.grid(visible=False, axis="y")
         axis.set_title(f"{model}, {type_name}", size=8, loc="left")
-    axes[-1, 0].set_xlabel("milliseconds a token (whiskers: all rounds)")
+    figure.supxlabel("milliseconds a token (whiskers: all rounds)", size=8)
     save(figure, path)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vocabfold.data.corpora import wikitext_articles
+from vocabfold.data.sources import wikitext_articles
 from vocabfold.data.tokenizer import END_OF_TEXT
 from vocabfold.errors import UserError
 

@@ -106,7 +106,7 @@ class Methods:
         self.model, self.prompts, self.num_tokens = model, prompts, num_tokens
         self.rows = model.get_output_embeddings().weight.detach()
         self.screened: ScreenedHead = screen(model)
-        self.layers: dict[str, OutputLayer] = {
+        self.layers: dict[str, Any] = {  # each an OutputLayer
             WITH_OUR_STEPS: self.screened,
             "dense": WholeLayer(partial(F.linear, weight=self.rows)),
             "dense, faster product": WholeLayer(same_product(self.rows)),

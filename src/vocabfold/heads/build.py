@@ -229,7 +229,7 @@ def _build_adaptive(
 
 
 def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
-    _check_order(settings.partition)
+    _check_order(settings.partition.order)
     group_size = wanted_group_size(settings.partition, vocabulary_size)
     partition = equal_partition(vocabulary_size, group_size, order, shortlist=settings.partition.shortlist)
     if settings.scorer not in SCORERS:
