@@ -176,7 +176,7 @@ def test_a_head_without_a_partition_has_no_order() -> None:
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        (PartitionSettings(order="x"), "choose one of bpe, frequency, random, clustered, exchanged"),
+        (PartitionSettings(order="x"), "choose one of bpe, frequency, random, clustered, clustered_before"),
         (PartitionSettings(order="clustered", clustered_from="nowhere"), "clustered_from=nowhere: model.safetensors"),
         (PartitionSettings(order="clustered", shortlist=60), "shortlist is 60: choose 0 or more, below"),
     ],

@@ -62,8 +62,9 @@ class FoldedHead(Head):
 
     def _make_group_step(self, init_std: float, with_bias: bool) -> None:
         num_features = self.hidden_size if self.group_reader is None else self.group_reader.num_features
-        self.group_weight = nn.Parameter(torch.zeros(self.partition.num_groups, num_features))
-        nn.init.normal_(self.group_weight.data[:, : self.hidden_size], std=init_std)
+        rows = nn.init.normal_(torch.empty(self.partition.num_groups, self.hidden_size), std=init_std)
+        # Drawn by itself: a part of a wider tensor would take other random numbers.
+        self.group_weight = nn.Parameter(F.pad(rows, (0, num_features - self.hidden_size)))
         self.group_bias = nn.Parameter(torch.zeros(self.partition.num_groups)) if with_bias else None
 
     @property
