@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from test_hugging_face_models import SMALL, VOCABULARY, gemma, gpt2, llama
 from vocabfold.embeddings import EmbeddingSettings, compress_table, relative_error
 from vocabfold.errors import UserError
-from vocabfold.hugging_face import compress_embedding, screen
+from vocabfold.hugging_face import compress_embedding, fold, screen
 
 IDS = torch.tensor([[3, 499, 0, 7, 7, 250]])
 METHODS: dict[str, dict[str, Any]] = {
@@ -95,6 +95,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
     for action, message in (
         (lambda: compress_embedding(torch.nn.Linear(2, 2)), "Linear is not a model of transformers"),
         (lambda: compress_embedding(compressed), "compressed already"),
+        (lambda: fold(compressed), "fold it before"),
         (lambda: compressed.save_pretrained(tmp_path / "model"), "is not saved"),
         (lambda: compress_embedding(half), "does more than look up"),
         (lambda: compress_embedding(other), "one of its own kind"),

@@ -1,13 +1,14 @@
 """Training with the model spread over gloo processes (parallel=fsdp) against one process that has it whole.
 
-Losses agree to 2e-5: in float32 sums over rows, batches and norms are taken in another order. Resumed on as many
-processes, a run goes on to the same bits.
+Losses agree to 2e-5: in float32 sums over rows and batches are taken in another order. Resumed on as many processes, a
+run goes on to the same bits.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hydra import compose, initialize_config_dir
 
 import vocabfold.train as training
 from process_cases import on_ranks
-from run_cases import TINY, write_corpus
+from run_cases import PICTURES, TINY, write_corpus
 from vocabfold.errors import UserError
 from vocabfold.runs.record import read_metrics
 from vocabfold.runs.settings import CONFIG_FOLDER, Settings, settings_from
@@ -27,6 +28,9 @@ from vocabfold.runs.sharding import latest
 CLOCKED = ("tokens_per_second", "process_high_water_gib", "peak_memory_gib", "flops_per_token")
 BASE = (*TINY, "log_every=1", "batch_size=4", "budget.steps=4", "gradient_accumulation=2", "model.dropout=0.0")
 RELATIVE = 2e-5
+# torch's own norm of a tensor of 800,000 gradients is off by up to 7.5e-5 in float32 on a CPU (its squares summed in
+# float64 say so), and by less where each process sums a part. In float64 whole runs agree to 1e-14, norms included.
+NORM_RELATIVE = 1.5e-4
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +40,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path)
 
 
-def settings_of(*overrides: str) -> Settings:
+def settings_of(*overrides: str, base: Sequence[str] = BASE) -> Settings:
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return settings_from(compose("train", [*BASE, *overrides]))
+        return settings_from(compose("train", [*base, *overrides]))
 
 
 def metrics(folder: str) -> list[dict[str, Any]]:
@@ -91,23 +95,28 @@ def assert_same_weights(first: str, second: str) -> None:
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("head", ["head=folded", "head=full"])
-def test_two_and_four_processes_give_the_losses_of_one(head: str) -> None:
+def assert_same_metrics(first: str, second: str) -> None:
+    """The same of every step, within rounding."""
+    for line, other in zip(metrics(first), metrics(second), strict=True):
+        assert line.pop("gradient_norm") == pytest.approx(other.pop("gradient_norm"), rel=NORM_RELATIVE)
+        assert line == pytest.approx(other, rel=RELATIVE)
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("head", ["head=full", pytest.param("head=folded", marks=pytest.mark.slow)])
+def test_two_and_four_processes_give_the_losses_of_one(head: str, world_size: int) -> None:
     training.train(settings_of(head, "run_dir=whole"), "")
-    expected = metrics("whole")
-    assert len(expected) == 4
-    for world_size in (2, 4):
-        folder = f"spread{world_size}"
-        assert fsdp(world_size, head, f"run_dir={folder}") == ""
-        for line, other in zip(metrics(folder), expected, strict=True):
-            assert line == pytest.approx(other, rel=RELATIVE)
-        assert_same_weights(folder, "whole")
-        row, other = (json.loads(Path(name, "row.json").read_text()) for name in (folder, "whole"))
-        for name in ("num_parameters", "model_bytes", "tokens", "steps"):
-            assert row[name] == other[name]
-        assert not list(Path(folder).glob("checkpoint*"))
+    assert len(metrics("whole")) == 4
+    assert fsdp(world_size, head, "run_dir=spread") == ""
+    assert_same_metrics("spread", "whole")
+    assert_same_weights("spread", "whole")
+    row, other = (json.loads(Path(name, "row.json").read_text()) for name in ("spread", "whole"))
+    for name in ("num_parameters", "model_bytes", "tokens", "steps"):
+        assert row[name] == other[name]
+    assert not list(Path("spread").glob("checkpoint*"))
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_goes_on_on_one_or_four() -> None:
     overrides = ("head=folded", "checkpoint_every=2")
     training.train(settings_of(*overrides, "run_dir=whole"), "")
@@ -118,11 +127,11 @@ def test_a_run_on_two_processes_goes_on_on_one_or_four() -> None:
         folder = f"on{world_size}"
         shutil.copytree("begun", folder)
         assert fsdp(world_size, *overrides, f"run_dir={folder}") == ""
-        for line, other in zip(metrics(folder), metrics("whole"), strict=True):
-            assert line == pytest.approx(other, rel=RELATIVE)
+        assert_same_metrics(folder, "whole")
         assert_same_weights(folder, "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_as_many_processes_to_the_same_bits() -> None:
     overrides = ("head=full", "checkpoint_every=2", "model.dropout=0.1")
     assert fsdp(2, *overrides, "run_dir=through") == ""
@@ -133,6 +142,7 @@ def test_a_run_goes_on_on_as_many_processes_to_the_same_bits() -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line() -> None:
     overrides = ("head=full", "checkpoint_every=2")
     assert fsdp(2, *overrides, "run_dir=begun", killed=True) == ""
@@ -152,6 +162,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line() -> None:
     assert len(metrics("unfinished")) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_gathers_halves_and_sums_floats(precision: str) -> None:
     """Gradients of each process are rounded to a half before they are summed: 1e-2 of the losses."""
@@ -164,8 +175,8 @@ def test_mixed_precision_gathers_halves_and_sums_floats(precision: str) -> None:
 
 
 def test_what_cannot_be_spread_is_refused() -> None:
-    for override in ("compile=true", "model=cnn"):
+    for base, override in ((BASE, "compile=true"), (PICTURES, "model=cnn")):
         with pytest.raises(UserError, match="parallel=ddp"):
-            settings_of("parallel=fsdp", override, *(["data=shapes_256"] if "cnn" in override else []))
+            settings_of("parallel=fsdp", override, base=base)
     with pytest.raises(UserError, match="choose one of ddp, fsdp"):
         settings_of("parallel=tensor")

@@ -145,6 +145,14 @@ def half_of_all(world_size: int, kinds: tuple[str, ...] = KINDS) -> list[tuple[s
     ]
 
 
+def test_every_kind_gives_the_loss_and_gradients_of_the_head_in_one_piece_on_two_processes() -> None:
+    cases: list[tuple[Any, ...]] = [
+        (kind, layout, "some", None) for kind, layout in zip(KINDS, LAYOUTS.values(), strict=False)
+    ]
+    on_ranks(2, check_many, check_loss, [*cases, ("looped_free", LAYOUTS["shortlist"], "all", 1.5)])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_losses_and_gradients_are_those_of_the_head_in_one_piece(world_size: int) -> None:
     cases: list[tuple[Any, ...]] = [(*pair, "some", None) for pair in half_of_all(world_size)]
@@ -153,6 +161,7 @@ def test_losses_and_gradients_are_those_of_the_head_in_one_piece(world_size: int
     on_ranks(world_size, check_many, check_loss, cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_rest_of_the_contract_is_that_of_the_head_in_one_piece(world_size: int) -> None:
     on_ranks(
@@ -240,7 +249,7 @@ def count_traffic(rank: int, world_size: int, kind: str, layout: Layout) -> tupl
     )
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["full_free", "sorted_free"])
 def test_traffic_from_shapes_is_what_the_collectives_get(kind: str, world_size: int) -> None:
     """Of all processes together: what comes back from a process depends on the rows that the others sent to it."""

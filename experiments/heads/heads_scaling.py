@@ -69,8 +69,8 @@ LOOKS = {
     "paper, S = 3,866": (GREY, "+", "--"),
     "linear_clustered": (COLORS["blue"], "v", "--"),
     "linear_clustered_counts": (COLORS["blue"], "^", "-"),
-    "conditioned_clustered": (COLORS["green"], "o", "-"),
-    "folded": (COLORS["green"], "*", "-"),
+    "conditioned_clustered": (COLORS["green"], "o", "--"),
+    "conditioned_exchanged": (COLORS["green"], "*", "-"),
 }
 OTHER_LOOKS = [(COLORS["purple"], marker, dash) for marker in "ph<>1" for dash in ("-", "--")]
 STEPS = {"validation_group_loss": "Group loss", "validation_token_loss": "Token loss"}

@@ -39,6 +39,7 @@ NAMES = {
     "paper, S = 3,866": "the paper's with 13 large groups",
     "linear_clustered": "one linear layer a group, clustered",
     "linear_clustered_counts": "one linear layer a group, clustered, count biases",
+    "conditioned_exchanged": "one linear layer a group that sees its group first, groups by exchange, count biases",
     "conditioned_clustered": "one linear layer a group that sees its group first, clustered, count biases",
 }
 SEVERAL = 2  # seeds, with which a headline has an interval

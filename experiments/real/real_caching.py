@@ -40,7 +40,6 @@ from experiments.real.growing import (
 from experiments.real.loss import Piece, pieces_of, read_texts
 from experiments.study.figures import COLORS, COLUMN_INCHES, read_measured, save
 from experiments.study.measuring import add_rounds, at_least_one, identity
-from experiments.tokens.caching import memory_table, met, rows_of, seconds_of, speed_table, words
 from experiments.tokens.caching_speed import (
     CHUNK,
     OURS,
@@ -51,6 +50,7 @@ from experiments.tokens.caching_speed import (
     our_decoder,
     peak_row,
 )
+from experiments.tokens.caching_words import memory_table, met, rows_of, seconds_of, speed_table, words
 from experiments.tokens.hugging_face import HuggingFaceReader
 from experiments.tokens.quality import losses_through_cache
 from vocabfold.errors import UserError

@@ -131,7 +131,7 @@ def costs(head: RescoredHead, states: States, exact: Tensor) -> dict[int, Tensor
         ranked = scores[:, multi].topk(max(found), dim=-1).indices
         for visited, extra in found.items():
             index = ranked[:, :visited]
-            ours = log_softmax(scores.scatter(-1, multi[index], known.gather(-1, index)))
+            ours = log_softmax(head.with_visits(scores, index, known.gather(-1, index)))
             extra.append((true - ours.gather(-1, of)).squeeze(-1))
     return {visited: torch.cat(extra) for visited, extra in found.items()}
 

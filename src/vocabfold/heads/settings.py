@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 ORDERS = ("bpe", "frequency", "random", "clustered", "clustered_before", "clustered_after", "exchanged")
 GROUP_SCORERS = ("linear", "residual", "wide", "shared")
 # How the best folded head so far scores its groups and tokens: that of conf/head/folded.yaml and of folded_head.
-BEST_SCORER, BEST_GROUP_SCORER = "linear_conditioned", "linear"
+BEST_ORDER, BEST_SCORER, BEST_GROUP_SCORER = "exchanged", "linear_conditioned", "linear"
 EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
 
 

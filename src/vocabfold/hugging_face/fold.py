@@ -20,6 +20,7 @@ from vocabfold.heads.orders import clustered_order, frequency_order
 from vocabfold.heads.partition import Partition, equal_boundaries
 from vocabfold.heads.settings import PartitionSettings
 from vocabfold.hugging_face.distil import STEPS, distil
+from vocabfold.hugging_face.embedding import CompressedInput
 from vocabfold.hugging_face.fold_head import RescoredHead, rows_of
 from vocabfold.hugging_face.full_head import full_head
 from vocabfold.hugging_face.models import backbone, need
@@ -64,10 +65,14 @@ def fold(
     Raises UserError, one line, for models without a plain output layer, impossible sizes and options that contradict.
     """
     need("transformers")
+    from transformers import PreTrainedModel
+
     from vocabfold.hugging_face.folded_model import FoldedConfig, FoldedForCausalLM, make_head
 
     if isinstance(model, FoldedForCausalLM):
         raise UserError("this model is folded already: unfold it first")
+    if isinstance(model, PreTrainedModel) and isinstance(model.get_input_embeddings(), CompressedInput):
+        raise UserError("the model's embedding is compressed, which no folder of a folded model holds: fold it before")
     full = full_head(model, "fold")
     if full.softcap is not None:
         raise UserError(f"{type(model).__name__} caps its logits (final_logit_softcapping), which folding cannot keep")

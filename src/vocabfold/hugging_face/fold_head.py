@@ -4,9 +4,11 @@ The full softmax's P(g|h) is softmax of z_g(h) = logsumexp of the logits of grou
 
     s(h) = W_group h + b, for groups of more than one token plus V gelu(U norm(h)) where there is a ``width``,
 
-stands for z, and the ``visited`` groups that s ranks first get their z_g itself, from the tokens' own rows. Softmax of
-that is P(g|h): a distribution, whichever groups were visited, and nearer to the full softmax's the more they are. A
-group of one token has its token's row in W_group and is exact from the start.
+stands for z, and the ``visited`` groups that s ranks first get their z_g itself, from the tokens' own rows. The other
+groups of more than one token keep their s, all moved by logsumexp z - logsumexp s of the visited ones: a fit by softmax
+leaves open how high all s are together, and next to z itself that counts. Softmax of the result is P(g|h): a
+distribution, whichever groups were visited, and nearer to the full softmax's the more they are. A group of one token
+has its token's row in W_group and is exact from the start.
 """
 
 from __future__ import annotations
@@ -93,8 +95,18 @@ class RescoredHead(FoldedHead):
             return logits
         multi = self.partition.multi_groups
         index = logits.detach()[:, multi].topk(self.visited, dim=-1).indices
-        exact = self.exact_scores(hidden, index)
-        return logits.to(exact.dtype).scatter(-1, multi[index], exact)
+        return self.with_visits(logits, index, self.exact_scores(hidden, index))
+
+    def with_visits(self, scores: Tensor, index: Tensor, exact: Tensor) -> Tensor:
+        """``scores`` [N, G] with ``exact`` [N, K], z of groups ``index`` [N, K], in the place of theirs, those of the
+        other groups of more than one token moved as the module says."""
+        scores = scores.to(exact.dtype)
+        if not index.shape[1]:
+            return scores
+        multi = self.partition.multi_groups
+        visited = multi[index]
+        shift = exact.logsumexp(-1, keepdim=True) - scores.gather(-1, visited).logsumexp(-1, keepdim=True)
+        return scores.index_add(-1, multi, shift.expand(-1, len(multi))).scatter(-1, visited, exact)
 
     @property
     def _is_plain(self) -> bool:

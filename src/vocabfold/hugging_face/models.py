@@ -138,9 +138,9 @@ def check_logits(model: Any, base: Any, logits_of: Callable[[Tensor], Tensor]) -
     """Raise UserError unless, on a few tokens, the model's logits are ``logits_of`` its last hidden states."""
     was_training = model.training
     model.eval()
-    table = model.get_input_embeddings().weight
+    device, last = next(model.parameters()).device, model.config.get_text_config().vocab_size - 1
     try:
-        ids = torch.arange(PROBE_LENGTH, device=table.device).clamp(max=len(table) - 1).unsqueeze(0)
+        ids = torch.arange(PROBE_LENGTH, device=device).clamp(max=last).unsqueeze(0)
         logits = model(input_ids=ids, use_cache=False).logits
         expected = logits_of(base(input_ids=ids, use_cache=False).last_hidden_state)
     finally:
