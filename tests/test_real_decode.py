@@ -55,6 +55,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("valid.txt").write_text("\n<|endoftext|>\n".join(stories))
 
 
+@pytest.mark.slow
 def test_decoding_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     options = ("--rounds", "2", "--tokens", "3", "--threads", str(torch.get_num_threads()), "--documents", "4")
     model = ("--smollm2", "model.gguf", "--valid", "valid.txt")
