@@ -10,7 +10,8 @@ it keeps and gathers is counted from shapes. The table states the assumptions.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -134,18 +135,29 @@ def head_of(case: Case, embedding: nn.Parameter) -> tuple[nn.Module, Callable[[T
     return head, lambda hidden, targets: head.loss(hidden, targets).loss
 
 
+@contextmanager
+def making(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made within it have parameters of ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def training_parts(case: Case, tokens: Tensor) -> TrainingParts:
     """One card's step: with weights in float32 and Adam where they are replicated; where they are gathered in
     bfloat16, with these and an optimizer that needs nothing."""
-    backbone = GPT(BACKBONE)
+    # Made in bfloat16: simulated tensors cannot be converted in place.
+    with making(torch.float32 if case.layout == REPLICATED else torch.bfloat16):
+        backbone = GPT(BACKBONE)
     embedding = backbone.token_embedding.weight
     assert isinstance(embedding, nn.Parameter)
-    head, loss = head_of(case, embedding)
+    # Rows of a sharded head are never gathered: float32, and autocast takes copies.
+    with making(torch.bfloat16 if case.layout == FSDP else torch.float32):
+        head, loss = head_of(case, embedding)
     model = nn.ModuleList([backbone, head])
-    if case.layout == FSDP:
-        model.bfloat16()
-    if case.layout == VOCABULARY:
-        backbone.bfloat16()  # the head's rows are never gathered: float32, and autocast takes copies
     optimizer: torch.optim.Optimizer
     if case.layout == REPLICATED:
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
