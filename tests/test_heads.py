@@ -255,15 +255,16 @@ def test_under_autocast(kind: str) -> None:
     targets = make_targets("some_ignored", layout)
     hidden = make_hidden(len(targets)).float()
     expected, expected_log_prob = head(hidden, targets).loss, head.log_prob(hidden)
+    # A hidden state that was rounded on its way through more layers is off by more.
+    loss_atol = 0.06 if kind.startswith("conditioned") or kind.endswith(("_wide", "_residual")) else 0.03
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for given in (hidden, hidden.bfloat16()):
             results = [head(given, targets).loss, head(given, targets, True).loss]
             results.append(-head.target_log_prob(given, targets).sum() / (targets != IGNORE_INDEX).sum())
             for loss in results:
                 assert loss.dtype == torch.float32
-                torch.testing.assert_close(loss, expected, rtol=0, atol=0.03)
+                torch.testing.assert_close(loss, expected, rtol=0, atol=loss_atol)
             log_prob = head.log_prob(given)
-            # A hidden state that was rounded on its way through two more layers is off by more.
             atol = 0.4 if kind.startswith("conditioned") else 0.15
             torch.testing.assert_close(log_prob, expected_log_prob, rtol=0, atol=atol)
             sums = log_prob.exp().sum(dim=-1)
