@@ -66,7 +66,9 @@ def markdown(table: pd.DataFrame) -> str:
             told = ["" if pd.isna(mean) else f"{mean:.4f}" for mean in means]
             minus = (rows.set_index("seed")["validation_loss_nats"] - base).mean()
             told += ["" if head == BASE or pd.isna(minus) else f"{minus:+.4f}", str(rows["seed"].nunique())]
-            lines.append(f"| {tokens / 1e6:.2f} M | `{head}` | {VARIANTS.get(head, '')} | {' | '.join(told)} |")
+            lines.append(
+                f"| {float(str(tokens)) / 1e6:.2f} M | `{head}` | {VARIANTS.get(head, '')} | {' | '.join(told)} |"
+            )
     first = table.iloc[0]
     lines += [
         "",

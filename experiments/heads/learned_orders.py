@@ -33,6 +33,7 @@ from experiments.study.measuring import (
 from experiments.study.statistics import difference_over_seeds, mean_and_interval
 from vocabfold.data.corpora import Corpus, load_data
 from vocabfold.files import write_text
+from vocabfold.heads import FoldedHead
 from vocabfold.heads.exchange import mutual_information
 from vocabfold.machine import origin
 from vocabfold.runs.load import load_run
@@ -77,11 +78,12 @@ def groups_of(folder: Path, settings: Settings) -> dict[str, Any]:
     text = load_data(settings.data).with_development(settings.development_share)
     corpus = text.with_training_tokens(settings.training_tokens)
     assert isinstance(corpus, Corpus)
-    partition = load_run(folder, torch.device("cpu")).head.partition
+    head = load_run(folder, torch.device("cpu")).head
+    assert isinstance(head, FoldedHead)
     started = time.process_time()
     token_order(settings.head, corpus.vocabulary_size, corpus.train.tokens)
     seconds = time.process_time() - started
-    information = mutual_information(corpus.train.tokens, partition.group_of)
+    information = mutual_information(corpus.train.tokens, head.partition.group_of)
     return {"mutual_information_nats": information, "order_cpu_seconds": seconds}
 
 
@@ -105,7 +107,7 @@ def describe(runs: pd.DataFrame, groups: pd.DataFrame) -> str:
             cells += difference_of(of_size, str(head))
             (order,) = groups[(groups["head"] == head) & (groups["tokens"] == tokens)].to_dict("records")
             cells += [f"{order['mutual_information_nats']:.3f}", f"{order['order_cpu_seconds']:.0f}", str(len(rows))]
-            lines.append(f"| {tokens / 1e6:.2g} M | `{head}` | {' | '.join(cells)} |")
+            lines.append(f"| {float(str(tokens)) / 1e6:.2g} M | `{head}` | {' | '.join(cells)} |")
     lines += ["", f"{trained_on(runs)}; the loss is that of the last 1% of the training documents, kept apart. 95%"]
     lines += [
         "intervals over seeds; p: paired t-test. Mutual information of neighbouring tokens' groups in the training"

@@ -201,7 +201,7 @@ def with_changes(table: pd.DataFrame) -> pd.DataFrame:
     """The table with ``change``: the loss above that of the dense table on the same documents, as an Interval."""
     dense = table[table["embedding"] == "dense"].set_index(["text", "documents"])
     changes = [change_of(row, dense.loc[(row["text"], row["documents"])]) for _, row in table.iterrows()]
-    return table.assign(change=changes)
+    return table.assign(change=pd.Series(changes, index=table.index, dtype=object))
 
 
 def chosen(table: pd.DataFrame) -> pd.DataFrame:

@@ -143,7 +143,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             tokens, nats = (np.array(str(row[name]).split(), float) for name in ("story_tokens", "story_nats"))
             each += (nats / np.where(tokens > 0, tokens, np.nan)).tolist()
         mean, half_width = mean_and_bootstrap(each)
-        first = dict(zip(keys, key, strict=True))
+        first: dict[str, Any] = dict(zip(keys, key, strict=True))
         name = first["writer"]
         if name == RUN:
             name = f"{MODELS.get(first['writer_model'], first['writer_model'])} {first['writer_hidden_size']:.0f}, "

@@ -50,7 +50,8 @@ class ByteTokens:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, nothing added."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        backend: Any = self._backend
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_bytes(self, data: bytes) -> np.ndarray:

@@ -72,7 +72,8 @@ def compress_embedding(model: Any, method: str = "mixed", outputs: bool = False,
         for module in model.modules():
             if getattr(module, "all_tied_weights_keys", None):
                 module.all_tied_weights_keys = {}
-    base.set_input_embeddings(CompressedInput(embedding, scale, table.dtype))
+    set_input_embeddings: Any = base.set_input_embeddings
+    set_input_embeddings(CompressedInput(embedding, scale, table.dtype))
     model.save_pretrained = _refuse_to_save
     return embedding
 

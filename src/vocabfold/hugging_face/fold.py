@@ -110,7 +110,7 @@ def fold(
         **options,
     )
     for module in [*base.modules(), *head.modules()]:
-        module._is_hf_initialized = True  # transformers would begin them anew
+        vars(module)["_is_hf_initialized"] = True  # transformers would begin them anew
     folded = FoldedForCausalLM(config, base, head)
     folded.generation_config = model.generation_config
     return folded.train(model.training)

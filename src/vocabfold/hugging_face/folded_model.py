@@ -101,8 +101,8 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     # The scorer has the same partition as the head.
-    _keys_to_ignore_on_save: ClassVar[list[str]] = ["head.scorer.partition.order", "head.scorer.partition.boundaries"]
-    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"head\.scorer\.partition\."]
+    _keys_to_ignore_on_save = ["head.scorer.partition.order", "head.scorer.partition.boundaries"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"head\.scorer\.partition\."]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -219,7 +219,7 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):
         """Raises UserError: a partition has a fixed vocabulary."""
         raise UserError("a folded model's vocabulary cannot be resized: unfold it, resize, and fold it again")
 
-    @property
+    @property  # type: ignore[misc]
     def loss_function(self) -> NoReturn:
         """Raises UserError: those who ask for it would apply it to logits that training does not make."""
         raise UserError("a folded model computes its own loss: call it with labels=..., or read logits without labels")

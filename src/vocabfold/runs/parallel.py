@@ -76,8 +76,8 @@ def share_model(kind: str, model: ModelWithHead, precision: str, device: torch.d
 @contextlib.contextmanager
 def gradients_shared(learner: nn.Module, now: bool) -> Iterator[None]:
     """Whether a backward pass within it shares its gradients with the other processes, or keeps them for the next."""
-    if hasattr(learner, "set_requires_gradient_sync"):  # FSDP2's
-        learner.set_requires_gradient_sync(now)
+    if (share := getattr(learner, "set_requires_gradient_sync", None)) is not None:  # FSDP2's
+        share(now)
     with contextlib.nullcontext() if now or not isinstance(learner, DistributedDataParallel) else learner.no_sync():
         yield
 

@@ -50,9 +50,9 @@ class ShardedModel:
         self.model, self.ranks, self.device = model, ranks, device
         # The same module without data: what the whole model is made of again when the run ends.
         hollow = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-        self.skeleton = copy.deepcopy(model, dict(hollow))  # type: ignore[arg-type]
+        self.skeleton = copy.deepcopy(model, dict(hollow))
         dtype = AUTOCAST_TYPES[precision] if precision != "fp32" else None
-        options = {
+        options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         }
@@ -82,7 +82,7 @@ class ShardedModel:
         for name, hollow in self.skeleton.named_parameters():
             part: Any = parts[name]
             memo[id(hollow)] = nn.Parameter(part.detach().full_tensor().cpu().clone(), hollow.requires_grad)
-        whole = copy.deepcopy(self.skeleton, memo)  # type: ignore[arg-type]
+        whole = copy.deepcopy(self.skeleton, memo)
         for target, buffer in zip(whole.buffers(), self.model.buffers(), strict=True):
             target.copy_(buffer)
         return whole
