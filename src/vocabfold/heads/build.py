@@ -142,7 +142,8 @@ def folded_head(
     best so far, as ``head=folded`` trains it, with every size by rule.
 
     ``tokens``, ids of the training text: groups are learned from its bigrams (seconds for a million tokens, see
-    ``exchanged_order``), and biases start from its counts; without them groups are of tokens that follow each other and biases start as 0, which costs quality.
+    ``exchanged_order``), and biases start from its counts; without them groups are of tokens that follow each other and
+    biases start as 0, which costs quality.
     ``tied_weight`` [V, D] lends the tokens' rows. ``group_size`` (None: about sqrt V) and ``shortlist``, how many of
     the most frequent tokens have a group to themselves: see ``equal_partition``. Raises UserError for sizes that no
     partition has.
