@@ -182,11 +182,10 @@ def _part_settings(settings: HeadSettings, index: int) -> HeadSettings:
 
 
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
-    weight = _tied_weight(settings, embedding)
     return FullHead(
         embedding.embedding_dim,
         vocabulary_size,
-        weight,
+        _tied_weight(settings, embedding),
         initial_std(settings, embedding.embedding_dim),
         settings.softcap,
         settings.count_biases,
@@ -196,11 +195,10 @@ def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embe
 def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
     if settings.softcap is not None:
         raise UserError("head=chunked cannot cap its logits, which torch computes: use head=full, or head.softcap=null")
-    weight = _tied_weight(settings, embedding)
     return ChunkedHead(
         embedding.embedding_dim,
         vocabulary_size,
-        weight,
+        _tied_weight(settings, embedding),
         initial_std(settings, embedding.embedding_dim),
         settings.chunk_rows,
         settings.count_biases,
@@ -208,11 +206,10 @@ def _build_chunked(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
 
 
 def _build_fused(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
-    weight = _tied_weight(settings, embedding)
     return FusedHead(
         embedding.embedding_dim,
         vocabulary_size,
-        weight,
+        _tied_weight(settings, embedding),
         initial_std(settings, embedding.embedding_dim),
         settings.softcap,
         settings.kernel,
