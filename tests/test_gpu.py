@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,18 @@ import pytest
 import torch
 from experiments.cards import bench, gpu, gpu_decoding, gpu_heads, gpu_steps
 from experiments.cards.bench import BROKEN, Case, Plan, Work, measure_cases
-from experiments.cards.card_heads import ADAPTIVE, CCE, FOLDED, FULL, LINEAR, LOW_RANK, PAPER, SHORT, zipf_tokens
+from experiments.cards.card_heads import (
+    ADAPTIVE,
+    CCE,
+    FOLDED,
+    FOLDED_CAPTURED,
+    FULL,
+    LINEAR,
+    LOW_RANK,
+    PAPER,
+    SHORT,
+    zipf_tokens,
+)
 from experiments.cards.gpu_steps import CAPTURED, EAGER, FORWARD, STEP
 from experiments.cards.rows import CRASHED, ERROR, OK, OOM, REFUSED, Rows
 
@@ -52,7 +64,7 @@ def test_heads_alone_are_measured_in_every_round_beside_their_floors(rehearsed: 
     measured = rows[rows["status"] == OK]
     every = {method for group in gpu_heads.GROUPS for method in group}
     assert set(rows["method"]) == every and len(measured) > 2 * 8
-    assert set(rows[rows["status"] != OK]["method"]) <= {CCE, "cce_filtered", "liger", "chunked"}
+    assert set(rows[rows["status"] != OK]["method"]) <= {CCE, "cce_filtered", "liger", "chunked", FOLDED_CAPTURED}
     assert (measured.groupby("method")["round"].nunique() == 2).all()
     assert (measured[["milliseconds", "floor_milliseconds", "peak_above_gib"]] > 0).all(axis=None)
     losses = measured.groupby("method")["loss_nats"].first()
@@ -211,6 +223,69 @@ def test_parts_run_in_processes_of_their_own_and_end_at_their_limit(
     assert gpu.run_within("heads", "cpu", True, 0.01) == "ended at its limit"
     assert gpu.run_within("nonesuch", "cpu", True, 30.0) == f"failed with status {gpu.FAILED}"
     assert "nonesuch: ModuleNotFoundError" in capfd.readouterr().out
+
+
+class PretendedEvent:
+    """Of torch.cuda: two milliseconds lie between any two of them."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, _: PretendedEvent) -> float:
+        return 2.0
+
+
+class PretendedGraph:
+    """Of torch.cuda: it counts its replays."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        PretendedGraph.replays += 1
+
+
+@pytest.fixture
+def pretended_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just enough of torch.cuda for the lines that only run on a card; the work itself has no tensors there."""
+    gib = 2**30
+    figures = {"memory_allocated": gib, "memory_reserved": 2 * gib, "max_memory_allocated": 4 * gib}
+    for name, value in (figures | {"max_memory_reserved": 6 * gib}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for name in ("reset_peak_memory_stats", "synchronize", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: StreamOfCard())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Event", PretendedEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", StreamOfCard)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+
+
+class StreamOfCard:
+    """Of torch.cuda: nothing waits."""
+
+    def __init__(self, _: torch.device | None = None) -> None: ...
+
+    def wait_stream(self, other: StreamOfCard) -> None:
+        assert isinstance(other, StreamOfCard)
+
+
+@pytest.mark.usefixtures("pretended_card")
+def test_on_a_card_events_tell_the_time_and_the_allocator_the_memory(tmp_path: Path) -> None:
+    card = torch.device("cuda")
+    calls: list[str] = []
+    eager = case("eager", lambda: Work(lambda: calls.append("eager"), divisor=2))
+    graph = case("graph", lambda: Work(bench.captured(lambda: calls.append("graph"), card), peak_of_building=True))
+    measure_cases([eager, graph], rows_in(tmp_path), Plan("test", card, time.time() + 60, False, 5, 20.0))
+    found = pd.read_csv(tmp_path / "gpu_test.csv").groupby("name").first()
+    assert found["milliseconds"].to_dict() == {"eager": 0.1, "graph": 0.2} and (found["calls"] == 10).all()
+    assert (found["peak_memory_gib"] == 3).all() and (found["reserved_memory_gib"] == 4).all()
+    assert calls.count("graph") == bench.WARM_UP + 1 and PretendedGraph.replays >= 2 + 5 * 11
 
 
 def test_without_a_card_one_line_says_how_to_rehearse(

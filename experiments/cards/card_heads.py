@@ -17,7 +17,7 @@ from vocabfold.heads import HeadSettings, PartitionSettings
 SHORTLIST = 2048
 FULL, COMPILED, CHUNKED, CCE, CCE_FILTERED, LIGER = "full", "full_compiled", "chunked", "cce", "cce_filtered", "liger"
 ADAPTIVE, PAPER, SCALE_SHIFT, LINEAR, FOLDED = "adaptive", "paper", "scale_shift", "linear", "folded"
-LOW_RANK, SHORT = "low_rank", "shortlist"
+LOW_RANK, SHORT, FOLDED_CAPTURED = "low_rank", "shortlist", "folded_captured"
 
 
 def folded(scorer: str, shortlist: int = 0) -> HeadSettings:
@@ -38,6 +38,7 @@ SETTINGS = {
     SCALE_SHIFT: folded("scale_shift_sorted"),
     LINEAR: folded("linear_sorted"),
     FOLDED: replace(folded("linear_conditioned"), count_biases=True),
+    FOLDED_CAPTURED: replace(folded("linear_conditioned"), count_biases=True),
     LOW_RANK: folded("low_rank_sorted"),
     SHORT: folded("linear_sorted", SHORTLIST),
 }
@@ -53,6 +54,7 @@ WORDS = {
     SCALE_SHIFT: "paper's, computed faster",
     LINEAR: "linear",
     FOLDED: "head=folded (conditioned linear)",
+    FOLDED_CAPTURED: "head=folded, as a CUDA graph",
     LOW_RANK: "low rank",
     SHORT: f"linear, shortlist {SHORTLIST:,}",
 }

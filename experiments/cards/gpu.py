@@ -34,7 +34,7 @@ ON_CARD = ("heads", "steps", "decoding")
 TABLES = tuple(f"gpu_{part}" for part in ON_CARD)
 GRACE_SECONDS = 5.0  # beyond its limit, after which a part is ended
 FAILED, LAST_PLACES = 2, 6
-MOST_PROCESSES = 4  # of a part whose process dies
+MOST_PROCESSES = 8  # of a part whose process dies
 
 
 def folder_of(tiny: bool) -> Path:
@@ -51,6 +51,8 @@ def measure_rows(part: str, device: str, tiny: bool, deadline: float) -> None:
 
     room = import_module(f"experiments.cards.gpu_{part}")
     measure_part: Callable[[Rows, Plan], None] = room.measure_part
+    if device == "cuda":
+        torch.cuda.init()
     gc.collect()
     gc.freeze()  # what was imported stays: memory is collected before each case
     plan = Plan(part, torch.device(device), deadline, tiny, *((2, 0.0) if tiny else ()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.cards.bench import Case, Plan, Rates, Work, built_on, measure_cases, measured_rates
+from experiments.cards.bench import Case, Plan, Rates, Work, built_on, captured, measure_cases, measured_rates
 from experiments.cards.card_heads import (
     ADAPTIVE,
     CCE,
@@ -22,6 +22,7 @@ from experiments.cards.card_heads import (
     CHUNKED,
     COMPILED,
     FOLDED,
+    FOLDED_CAPTURED,
     FULL,
     LIGER,
     LINEAR,
@@ -55,6 +56,7 @@ SIZES = ((128_256, 2_048), (50_257, 768), (262_144, 640))  # V, D; the goal's fi
 GROUPS = (
     (FOLDED, CCE, CCE_FILTERED, LIGER, LINEAR, PAPER, SCALE_SHIFT, LOW_RANK, SHORT, ADAPTIVE, CHUNKED),
     (FULL,),
+    (FOLDED_CAPTURED,),
     (COMPILED,),
 )
 PRECISION = "bf16 products, fp32 weights"
@@ -153,6 +155,11 @@ def case_of(method: str, vocabulary_size: int, hidden: Tensor, targets: Tensor, 
     def build() -> Work:
         side = HeadSide(method, vocabulary_size, hidden, targets)
         loss = side.step()
+        run: Callable[[], object] = side.step
+        if method == FOLDED_CAPTURED:
+            if not getattr(side.head, "capturable", False):
+                raise UserError("this head waits for the device: it cannot be captured")
+            run = captured(side.step, hidden.device)
         flops, least_bytes = flops_of(side.head, targets), least_bytes_of(side)
         columns: dict[str, Any] = {
             "num_parameters": sum(parameter.numel() for parameter in side.head.parameters()),
@@ -163,7 +170,7 @@ def case_of(method: str, vocabulary_size: int, hidden: Tensor, targets: Tensor, 
             "floor_milliseconds": rates.floor_milliseconds(flops, least_bytes),
             "loss_nats": float(loss),
         }
-        return Work(side.step, side.live, columns)
+        return Work(run, side.live, columns, peak_of_building=method == FOLDED_CAPTURED)
 
     key = {"vocabulary_size": vocabulary_size, "hidden_size": hidden.shape[1], "num_tokens": len(targets)}
     return Case({**key, "precision": PRECISION, "method": method}, build)

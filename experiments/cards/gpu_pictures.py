@@ -36,6 +36,7 @@ SHORT_WORDS = WORDS | {
     "paper": "paper's",
     "scale_shift": "paper's, faster",
     "folded": "head=folded",
+    "folded_captured": "head=folded, graph",
     "shortlist": "linear, shortlist",
 }
 PASSES: tuple[tuple[str, str, Literal["-", "--", ":"]], ...] = (
@@ -148,7 +149,7 @@ def draw_decoding(table: pd.DataFrame, path: Path) -> None:
         axis.set_yticks(range(len(keys)), [f"V {v:,}, D {d}, batch {b}" for v, d, b in keys])
         axis.set_ylim(len(keys) - 0.5, -0.5)
         axis.set(xscale="log", xlabel=title)
-        axis.xaxis.set_major_locator(LogLocator(numticks=6))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_locator(NullLocator())
     handles = [plt.Line2D([], [], color=c, marker=m, linestyle="none") for c, m in METHOD_LOOKS.values()]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from experiments.cards.bench import Case, Plan, Work, built_on, measure_cases
+from experiments.cards.bench import Case, Plan, Work, built_on, captured, measure_cases
 from experiments.cards.card_heads import FOLDED, FULL, PAPER, SETTINGS, zipf_tokens
 from experiments.cards.rows import Rows
 from experiments.paper import paper_tables
@@ -48,7 +48,6 @@ HEADS = {
 FP32, BF16 = "fp32", "bf16"
 EAGER, CAPTURED = "eager", "captured"
 STEP, FORWARD = "training step", "forward"
-WARM_UP = 3  # runs before one is captured
 VOCABULARY_SIZE = 50_257
 
 
@@ -152,25 +151,6 @@ class StepSide:
         parameters = list(self.module.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return [*parameters, *gradients, *self.module.buffers(), *(v for v in state if isinstance(v, Tensor))]
-
-
-def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """``run`` recorded as a CUDA graph: what is returned replays it. On a CPU, which has none, ``run`` itself after the
-    same warm-up. What ``run`` reads and writes must stay where it lies, and nothing in it may wait for the device."""
-    if device.type != "cuda":
-        for _ in range(WARM_UP):
-            run()
-        return run
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def cases_of(side: str, sizes: Sizes, precision: str, mode: str, device: torch.device) -> list[Case]:

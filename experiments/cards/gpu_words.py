@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from experiments.cards import card_heads, gpu_decoding, gpu_heads, gpu_simulated, gpu_steps
@@ -20,6 +22,7 @@ from experiments.cards.gpu_summary import (
 from experiments.cards.rows import OK
 from vocabfold.runs.tables import RESULTS
 
+COST = RESULTS / "cost"
 QUARTER, STEP_GOAL, MEMORY_GOAL = 0.25, 1.15, 1.1
 PUBLISHED_RATIOS = {128: 3.4, 256: 3.5, 1024: 1.8}  # GPT-Neo's memory over the grouped model's
 
@@ -93,14 +96,13 @@ def steps_words(table: pd.DataFrame, simulated: pd.DataFrame | None) -> str:
                 for mode, name in ((EAGER, STEP), (CAPTURED, STEP), (EAGER, FORWARD))
             )
             memory = own.iloc[0]  # the step's, or of a side that was captured alone the graph's
-            same = {name: memory[name] for name in gpu_simulated.KEYS}
-            fake = None if expected is None else chosen(expected, **same)
+            fake = simulated_gib(memory, expected)
             lines.append(
                 f"| {title} | {time_words(step)} | {speed(step, tokens)} | {ratio_words(ratio(step, nobody[EAGER]))} "
                 f"| {speed(forward, tokens)} | {time_words(graph)} | {ratio_words(ratio(graph, nobody[CAPTURED]))} "
                 f"| {number(memory['peak_memory_gib'])} "
                 f"| {number(memory['reserved_memory_gib'])} "
-                f"| {'-' if fake is None else number(fake['peak_memory_gib'])} "
+                f"| {number(fake)} "
                 f"| {published(side, first['hidden_size'])} |"
             )
         lines.append("")
@@ -111,6 +113,24 @@ def steps_words(table: pd.DataFrame, simulated: pd.DataFrame | None) -> str:
     )
     lines += ["", where(table)]
     return "\n".join([*lines, ""])
+
+
+def simulated_gib(row: pd.Series, expected: pd.DataFrame | None) -> float:
+    """The peak of the same step without data, of the paper's own code that of table2_memory; NaN for none."""
+    if row["side"] in gpu_steps.PAPER_CODE:
+        path = COST / "table2_memory.csv"
+        if not path.is_file():
+            return math.nan
+        table = pd.read_csv(path)
+        sizes = ("hidden_size", "batch_size", "sequence_length", "vocabulary_size")
+        same = {name: row[name] for name in sizes} | {"model": gpu_steps.PAPER_CODE[row["side"]]}
+        found = table[table["setting"] == "paper_code"]
+        for name, value in same.items():
+            found = found[found[name] == value]
+        return float(found["peak_memory_gib"].iloc[0]) if len(found) else math.nan
+    same = {name: row[name] for name in gpu_simulated.KEYS}
+    fake = None if expected is None else chosen(expected, **same)
+    return math.nan if fake is None else float(fake["peak_memory_gib"])
 
 
 def speed(row: pd.Series | None, tokens: int) -> str:
@@ -166,9 +186,11 @@ def decoding_words(table: pd.DataFrame) -> str:
             title = card_heads.WORDS[method]
             size = f"{vocabulary_size:,}, {hidden_size}, {batch_size}"
             lines.append(f"| {size} | {title} | " + " | ".join(cells) + f" | {exact} | {entropy} |")
+    new_tokens = summary[summary["work"] == gpu_decoding.WHOLE]["new_tokens"].max()
     lines += [
         "",
-        "8 layers, fp32, key/value cache, 16 tokens of prompt and 32 new ones (the prompt's pass is in the time); "
+        f"8 layers, fp32, key/value cache, {gpu_decoding.PROMPT_TOKENS} tokens of prompt and {new_tokens:.0f} new ones "
+        "(the prompt's pass is in the time); "
         "random weights. x: how many times as fast as the full softmax.",
         "",
         where(table),

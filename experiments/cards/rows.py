@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vocabfold.machine import origin
 from vocabfold.runs.tables import ORIGIN_COLUMNS
 
@@ -39,6 +41,7 @@ class Rows:
         self.columns = [*keys, *own, *MEASURED, *ORIGIN_COLUMNS]
         self.marker = path.with_suffix(".under_way")
         self.origin = origin()
+        self.on_card = torch.cuda.is_available()
         self.rows: list[dict[str, str]] = []
         if path.is_file():
             with path.open(encoding="utf-8", newline="") as file:
@@ -59,9 +62,14 @@ class Rows:
 
     def of(self, key: Mapping[str, Any]) -> list[dict[str, str]]:
         """The rows of a case that were measured on this machine with this torch."""
-        told = {name: text_of(key[name]) for name in self.keys}
-        told |= {name: self.origin[name] for name in ("hardware", "torch")}
-        return [row for row in self.rows if all(row.get(name) == value for name, value in told.items())]
+        told = {name: text_of(key[name]) for name in self.keys} | {"torch": self.origin["torch"]}
+        same = [row for row in self.rows if all(row.get(name) == value for name, value in told.items())]
+        return [row for row in same if self._machine(row) == self._machine(self.origin)]
+
+    def _machine(self, row: Mapping[str, str]) -> str:
+        """The card, where there is one: the processor beside it may be another in each run."""
+        hardware = row["hardware"]
+        return hardware.rpartition(", ")[2] if self.on_card else hardware
 
     def stands(self, key: Mapping[str, Any]) -> bool:
         """Whether nothing is left to be measured of a case."""
@@ -78,7 +86,9 @@ class Rows:
         """Add rows; the file with them is whole when this returns, and not synced: that would take longer than to
         measure. What failed before and is measured now is replaced."""
         for row in rows:
-            before = [old for old in self.of(row) if old["status"] != OK or row["status"] != OK]
+            # The rounds of a case that was left before its last are measured again from the first on.
+            afresh = row["status"] != OK or row.get("round") == 0
+            before = [old for old in self.of(row) if afresh or old["status"] != OK]
             self.rows = [old for old in self.rows if all(old is not gone for gone in before)]
             whole = {**row, **self.origin}
             self.rows.append({name: text_of(whole.get(name)) for name in self.columns})
