@@ -288,6 +288,21 @@ def test_on_a_card_events_tell_the_time_and_the_allocator_the_memory(tmp_path: P
     assert calls.count("graph") == bench.WARM_UP + 1 and PretendedGraph.replays >= 2 + 5 * 11
 
 
+def test_rows_of_code_that_has_changed_are_dropped_by_name(
+    rehearsed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "results" / "cards_tiny"
+    folder.mkdir(parents=True)
+    for part in gpu.ON_CARD:
+        (folder / f"gpu_{part}.csv").write_bytes((rehearsed / f"results/cards_tiny/gpu_{part}.csv").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    gpu.forget([FOLDED], gpu.ON_CARD, tiny=True)
+    for part in gpu.ON_CARD:
+        before, after = table(rehearsed, part), table(tmp_path, part)
+        column = "method" if "method" in before else "side"
+        pd.testing.assert_frame_equal(after, before[before[column] != FOLDED].reset_index(drop=True), check_dtype=False)
+
+
 def test_without_a_card_one_line_says_how_to_rehearse(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

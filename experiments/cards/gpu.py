@@ -16,7 +16,7 @@ import multiprocessing
 import time
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,10 +95,25 @@ def run_within(part: str, device: str, tiny: bool, seconds: float) -> str:
     return "done" if status == 0 else f"failed with status {status}"
 
 
+def forget(names: Sequence[str], parts: Sequence[str], tiny: bool) -> None:
+    """Drop the rows of these methods and sides, so that they are measured again: after a change of their code."""
+    import pandas as pd
+
+    for path in (folder_of(tiny) / f"gpu_{part}.csv" for part in parts):
+        if path.is_file():
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            named = table["method" if "method" in table else "side"].isin(names)
+            write_text(path, table[~named].to_csv(index=False))
+            print(f"{path}: {named.sum()} rows are measured again")
+
+
 def add_options(parser: ArgumentParser) -> None:
     """Parts, limit, device."""
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), help=f"default: {', '.join(ON_CARD)}")
     parser.add_argument("--seconds", type=float, help="limit of all parts together (default: a limit for each)")
+    parser.add_argument(
+        "--again", nargs="+", default=[], metavar="NAME", help="methods or sides whose rows are dropped"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes of a few dozen, to rehearse every line in seconds")
 
@@ -114,6 +129,7 @@ def measure(arguments: Namespace) -> None:
         raise UserError(f"--seconds is {arguments.seconds}: choose more than 0")
     parts = [part for part in PARTS if part in (arguments.part or ON_CARD)]
     wanted = sum(PARTS[part] for part in parts)
+    forget(arguments.again, parts if arguments.again else (), arguments.tiny)
     start = time.time()
     for index, part in enumerate(parts):
         seconds = PARTS[part]
