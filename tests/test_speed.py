@@ -93,7 +93,9 @@ def test_machine_rates_are_floors_of_a_real_machine() -> None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_code_commit_in_a_work_tree_and_outside(tmp_path: Path) -> None:
+def test_code_commit_in_a_work_tree_and_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
@@ -120,3 +122,8 @@ def test_code_commit_in_a_work_tree_and_outside(tmp_path: Path) -> None:
     tracked.write_text("three")
     assert fresh() == head + "+"
     assert machine.code_commit(tmp_path / "missing") == "unknown"
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "0123abc")
+    assert fresh() == head + "+"  # where git knows, nobody is asked
+    machine.code_commit.cache_clear()
+    assert machine.code_commit(tmp_path / "missing") == "0123abc"
+    machine.code_commit.cache_clear()

@@ -24,6 +24,7 @@ import torch
 from matplotlib.artist import Artist
 from torch import Tensor
 
+from experiments.study.decoding import Chooser, decode
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, report, save
 from experiments.study.measuring import (
     add_rounds,
@@ -59,7 +60,6 @@ TOP_P = "top-p 0.95"
 FULL, SORTED, NO_HEAD = "full", "full, sorted", "no_head"
 GOAL = 3.0  # times the tokens a second of the full softmax, with top-p
 RUN_COLUMNS = [*IDENTITY_COLUMNS, "validation_loss_nats"]
-Chooser = Callable[[Tensor, torch.Generator], Tensor]  # hidden [B, D] -> tokens [B]
 
 
 @dataclass
@@ -106,18 +106,6 @@ def choosers(run: Run, settings: dict[str, Any]) -> dict[str, Chooser]:
 
     ways = {run.name: lambda hidden, generator: head.sample(hidden, generator=generator, **settings)}
     return ways | ({SORTED: sort} if run.name == FULL and "top_p" in settings else {})
-
-
-@torch.inference_mode()
-def decode(model: ModelWithHead, prompts: Tensor, new_tokens: int, choose: Chooser) -> Tensor:
-    """``prompts`` [B, T] -> the ``new_tokens`` tokens after each [B, new tokens], every time the same."""
-    generator = torch.Generator(prompts.device).manual_seed(0)
-    cache = model.gpt.new_cache(len(prompts))
-    text = [prompts]
-    for _ in range(new_tokens):
-        hidden = model.gpt(text[-1], cache)[:, -1]
-        text.append(choose(hidden, generator).unsqueeze(-1))
-    return torch.cat(text[1:], dim=-1)
 
 
 @torch.inference_mode()

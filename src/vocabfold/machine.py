@@ -23,6 +23,7 @@ GIT_TIMEOUT_SECONDS = 5.0
 # The folders of a checkout that decide what is measured: tables and pages that a program rewrites are no part of it.
 MEASURING = ("src", "conf", "experiments")
 REPETITIONS = 5
+COMMIT_VARIABLE = "VOCABFOLD_COMMIT"  # tells the commit of a copy of the work tree that git knows nothing of
 
 
 @functools.cache
@@ -70,13 +71,14 @@ def memory_bytes() -> int:
 
 @functools.cache
 def code_commit(directory: Path = Path(__file__).parent) -> str:
-    """Short git hash of the work tree around `directory`, with "+" where a tracked file of MEASURING differs; "unknown"
-    outside git.
+    """Short git hash of the work tree around `directory`, with "+" where a tracked file of MEASURING differs.
 
+    Outside git, as in a copy without its .git folder on a machine that measures, what the environment variable
+    VOCABFOLD_COMMIT says, else "unknown".
     Asked once a process: what a run imported is what stood there when it began.
     """
     if (commit := _git(directory, "rev-parse", "--short", "HEAD")) is None:
-        return "unknown"
+        return os.environ.get(COMMIT_VARIABLE, "").strip() or "unknown"
     root = Path(_git(directory, "rev-parse", "--show-toplevel") or directory)
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *MEASURING)
     return commit + ("+" if changed else "")
