@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from multiprocessing.pool import Pool
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import NoReturn
@@ -61,10 +61,11 @@ def main() -> None:
             copy = Path(folder) / str(job) / "tree"
             shutil.copytree(options.tree, copy, ignore=_left_out, symlinks=True)
             copies.put(copy)
-        with multiprocessing.get_context("fork").Pool(options.jobs, _take, (copies,)) as pool:
+        # Not multiprocessing's own pool, whose processes may start none, as some tests do.
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork"), _take, (copies,)) as pool:
             if not options.quick:
                 _check_without_a_fault(pool, sorted({name for fault in faults for name in fault.tests.split()}))
-            found = list(pool.imap(_try, faults))
+            found = list(pool.map(_try, faults))
     print(f"{sum(found)} of {len(found)} faults are caught, in {time.monotonic() - started:.0f} s")
     sys.exit(0 if all(found) else 1)
 
@@ -80,9 +81,9 @@ def _left_out(folder: str, names: list[str]) -> set[str]:
     return {name for name in LEFT_OUT(folder, names) if name != "runs" or Path(folder).name == "results"}
 
 
-def _check_without_a_fault(pool: Pool, tests: list[str]) -> None:
+def _check_without_a_fault(pool: Executor, tests: list[str]) -> None:
     started = time.monotonic()
-    for name, (status, last, _) in zip(tests, pool.imap(_run, [[name] for name in tests]), strict=True):
+    for name, (status, last, _) in zip(tests, pool.map(_run, [[name] for name in tests]), strict=True):
         if status != PASSED:
             sys.exit(f"{name} fails without a fault: {last}")
     print(f"{len(tests)} test files pass without a fault in {time.monotonic() - started:.0f} s", flush=True)

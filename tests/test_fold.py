@@ -19,6 +19,7 @@ from vocabfold.heads.fold import distillation_loss, fold, group_logits
 from vocabfold.runs.load import load_run
 from vocabfold.runs.record import finished_row, read_metrics
 from vocabfold.runs.settings import load_settings
+from vocabfold.trainer import Trainer
 
 
 def teacher_of(layout: Layout, kind: str = "full_tied") -> tuple[FullHead, Partition]:
@@ -221,15 +222,15 @@ def test_a_folded_run_is_a_run_like_any_other(run: Path, monkeypatch: pytest.Mon
 def test_a_distillation_that_was_killed_goes_on_to_the_same_loss(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*FOLD, "head.partition.order=frequency", "budget.tokens=128", "checkpoint_every=2", "log_every=1"]
     assert call(train.main, monkeypatch, *options, "run_dir=whole") == 0
-    step = train.Trainer.train_step
+    step = Trainer.train_step
 
-    def killed(trainer: train.Trainer, *arguments: Any) -> dict[str, float]:
+    def killed(trainer: Trainer, *arguments: Any) -> dict[str, float]:
         if trainer.step == 3:
             raise UserError("killed")
         return step(trainer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", killed)
+        patch.setattr(Trainer, "train_step", killed)
         assert call(train.main, patch, *options, "run_dir=killed") == 2
     assert call(train.main, monkeypatch, *options, "run_dir=killed") == 0
     whole, resumed = finished_row(run / "whole"), finished_row(run / "killed")

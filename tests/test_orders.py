@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vocabfold import train as training
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadSettings, build_head, orders
+from vocabfold.heads.build import vocabulary_order
 from vocabfold.heads.orders import (
     clustered_order,
     cooccurrence_embedding,
@@ -167,6 +169,38 @@ def test_token_order_dispatches(order: str, shortlist: int) -> None:
     assert head.partition.sizes[:shortlist].eq(1).all()
     if order in ("clustered", "exchanged"):
         assert torch.equal(found[:shortlist], frequency_order(counts)[:shortlist])
+
+
+def test_a_learned_order_is_kept_and_a_damaged_one_learned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = np.random.default_rng(0).zipf(1.5, 5000).clip(1, 60).astype(np.uint16) - 1
+    settings = HeadSettings(type="folded", tied=False, partition=PartitionSettings(order="exchanged"))
+    expected = token_order(settings, 60, tokens)
+    assert expected is not None
+    cache = tmp_path / "cache"
+    first = token_order(settings, 60, tokens, cache)
+    (kept,) = cache.glob("order-*.npy")
+    learned = []
+
+    def learn(*arguments: Any) -> Tensor | None:
+        learned.append(len(arguments[2]))
+        return vocabulary_order(*arguments)
+
+    monkeypatch.setattr("vocabfold.runs.token_order.vocabulary_order", learn)
+    second = token_order(settings, 60, tokens, cache)
+    assert first is not None and second is not None
+    assert torch.equal(first, expected) and torch.equal(second, expected) and not learned
+    for damage in (b"", kept.read_bytes()[:-8], kept.read_bytes()[:-4] + bytes(4)):
+        kept.write_bytes(damage)
+        again = token_order(settings, 60, tokens, cache)
+        assert again is not None and torch.equal(again, expected) and len(learned) == 1
+        learned.clear()
+    # another stream, another partition: orders of their own; what is not learned is not kept
+    token_order(settings, 60, tokens[:-1], cache)
+    token_order(replace(settings, partition=PartitionSettings(order="exchanged", group_size=5)), 60, tokens, cache)
+    token_order(replace(settings, partition=PartitionSettings(order="frequency")), 60, tokens, cache)
+    assert learned == [4999, 5000, 5000] and len(list(cache.glob("order-*.npy"))) == 3
 
 
 def test_a_head_without_a_partition_has_no_order() -> None:

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from vocabfold import train as training
+from vocabfold.data.batches import BatchPlan
 from vocabfold.data.zipf import unigram_entropy_nats, zipf_law
 from vocabfold.errors import UserError
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
 from vocabfold.runs.compose import composed_settings
+from vocabfold.runs.distributed import Ranks
 from vocabfold.runs.optimizer import learning_rate_at
 from vocabfold.runs.record import read_metrics
 from vocabfold.runs.settings import OptimizerSettings, Settings
@@ -178,8 +180,8 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
     large_settings = settings_of("batch_size=4", "budget.steps=3", "run_dir=large")
     small_settings = settings_of("batch_size=2", "gradient_accumulation=2", "budget.steps=3", "run_dir=small")
     corpus = training.load_data(large_settings.data)
-    large = training.Trainer(large_settings, corpus, training.Ranks(), torch.device("cpu"))
-    small = training.Trainer(small_settings, corpus, training.Ranks(), torch.device("cpu"))
+    large = training.Trainer(large_settings, corpus, Ranks(), torch.device("cpu"))
+    small = training.Trainer(small_settings, corpus, Ranks(), torch.device("cpu"))
     for _ in range(3):
         first, second = large.train_step(1e-2, with_accuracy=True), small.train_step(1e-2, with_accuracy=True)
         assert second == pytest.approx(first, rel=1e-5)
@@ -190,7 +192,7 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
 @pytest.mark.parametrize(("budget", "steps"), [("tokens=130", 3), ("steps=2", 2), ("epochs=0.5", None)])
 def test_budgets_end_training(budget: str, steps: int | None) -> None:
     settings = settings_of(f"budget.{budget}", "run_dir=run")
-    batches = training.load_data(settings.data).batches("train", training.BatchPlan(16, 4, seed=0))
+    batches = training.load_data(settings.data).batches("train", BatchPlan(16, 4, seed=0))
     expected = steps if steps is not None else batches.batches_per_epoch // 2
     assert training.train(settings, "")["steps"] == expected
 
@@ -257,7 +259,7 @@ def test_a_long_validation_shows_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = settings_of("budget.steps=1", "run_dir=run", "evaluation_batch_size=8")
-    trainer = training.Trainer(settings, training.load_data(settings.data), training.Ranks(), torch.device("cpu"))
+    trainer = training.Trainer(settings, training.load_data(settings.data), Ranks(), torch.device("cpu"))
     batches = list(trainer.valid.evaluation_batches())
     assert trainer.valid.num_evaluation_batches == len(batches) > 1
 

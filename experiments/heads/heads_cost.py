@@ -35,7 +35,7 @@ from vocabfold.runs.distributed import Ranks
 from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import RESULTS
 from vocabfold.tokens import IGNORE_INDEX
-from vocabfold.train import Trainer
+from vocabfold.trainer import Trainer
 
 NO_HEAD, REFERENCE = "no_head", "full"
 LEARNING_RATE = 1e-3  # what a step costs does not depend on it

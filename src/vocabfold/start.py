@@ -120,8 +120,13 @@ def begin(
     return begun
 
 
+def _order(settings: Settings, corpus: Corpus | Shapes) -> Tensor | None:
+    cache_dir = settings.data.get("cache_dir")
+    return token_order(settings.head, corpus.vocabulary_size, corpus.targets, Path(cache_dir) if cache_dir else None)
+
+
 def _fresh(settings: Settings, corpus: Corpus | Shapes, _: object, device: torch.device) -> Beginning:
-    order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
+    order = _order(settings, corpus)
     counts = token_counts(corpus.targets, corpus.vocabulary_size) if settings.head.count_biases else None
     built = build_model(settings.model, settings.head, corpus.vocabulary_size, order, settings.embedding, counts)
     model = built.to(device)
@@ -144,7 +149,7 @@ def _folded(
     head = foldable(teacher.head, folder)
     if corpus.vocabulary_size != head.vocabulary_size:
         raise UserError(f"{folder} was trained on other tokens than its config.yaml names: train it again")
-    order = token_order(settings.head, corpus.vocabulary_size, corpus.targets)
+    order = _order(settings, corpus)
     chosen = settings.head.partition
     partition = equal_partition(corpus.vocabulary_size, chosen.group_size, order, chosen.shortlist).to(device)
     parts: list[Tensor] = []

@@ -41,6 +41,10 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def total(self, number: float, device: torch.device) -> float:
+        """A ``number`` summed over all processes."""
+        return number if self.world_size == 1 else float(self.sum_of(torch.tensor(number, device=device)))
+
     def first_decides(self, decision: bool, device: torch.device) -> bool:
         """The first process's ``decision``, in every process (clocks differ, and all must stop at the same step)."""
         if self.world_size == 1:
@@ -101,11 +105,14 @@ class MeanLosses:
     def means(self, ranks: Ranks, prefix: str) -> dict[str, float]:
         """The means over all batches and processes, each name behind ``prefix``."""
         names = sorted(self.totals)
-        totals = dict(
-            zip(names, ranks.sum_of(torch.stack([self.totals[name] for name in names])).tolist(), strict=True)
-        )
-        count = max(1.0, totals.pop("count"))
-        return {prefix + name: value / count for name, value in totals.items()}
+        totals = ranks.sum_of(torch.stack([self.totals[name] for name in names])).tolist()
+        return means_of(dict(zip(names, totals, strict=True)), prefix)
+
+
+def means_of(totals: dict[str, float], prefix: str) -> dict[str, float]:
+    """``MeanLosses.totals``, read from the device and summed over the processes, as means."""
+    count = max(1.0, totals["count"])
+    return {prefix + name: value / count for name, value in totals.items() if name != "count"}
 
 
 def choose_device(name: str, precision: str, local_rank: int) -> torch.device:
