@@ -155,6 +155,29 @@ message(ChunkedHead, 4, 8)
     assert lines[2].startswith("head=chunked needs torch 2.13 or newer, and this is")
 
 
+def test_training_needs_neither_wandb_nor_datasets_nor_the_coders(tmp_path: Path) -> None:
+    tiny = "budget=steps_2 sequence_length=8 batch_size=2 evaluation_batch_size=16 model.num_layers=1 device=cpu"
+    tiny += " data.num_train_documents=9 data.num_valid_documents=1"
+    code = f"""
+import os
+os.chdir({str(tmp_path)!r})
+os.environ['VOCABFOLD_CACHE'] = 'cache'
+from vocabfold.train import main
+for mode in ('disabled', 'offline'):
+    sys.argv[1:] = ['wandb.mode=' + mode, 'run_dir=' + mode, *{tiny.split()}]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code)
+"""
+    done = without(("wandb", "datasets", "constriction", "transformers", "blosc2", "submitit", "tokenizers"), code)
+    assert (tmp_path / "disabled" / "row.json").is_file(), done.stderr
+    assert not (tmp_path / "offline" / "row.json").exists() and done.stdout.splitlines()[-1:] == ["2"]
+    assert done.stderr.splitlines()[-1].endswith(
+        "a mirror to Weights & Biases (without one: wandb.mode=disabled) needs the package wandb: pip install wandb"
+    )
+
+
 def head_comparisons(module: str) -> Iterator[int]:
     """Lines of a module that compare ``..head.name``, ``..head.type`` or ``head`` itself with a word."""
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):

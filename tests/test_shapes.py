@@ -18,6 +18,7 @@ from experiments.study.curves import read_curves
 from run_cases import PICTURES, call
 from vocabfold import train
 from vocabfold.data.batches import BatchPlan
+from vocabfold.data.composing import Undrawn, chances
 from vocabfold.data.drawing import ATTRIBUTES, LETTERS, classes_of, draw, picture
 from vocabfold.data.shapes import Shapes, load_shapes
 from vocabfold.errors import UserError
@@ -166,6 +167,27 @@ def test_workers_draw_the_same_pictures() -> None:
     for index in (11, 12, 13, 14, 2):  # over the end of an epoch, and back
         for one, other in zip(here.batch(index), there.batch(index), strict=True):
             assert torch.equal(one, other)
+
+
+def test_pictures_put_together_on_the_device_are_the_same_to_the_last_pixel() -> None:
+    classes, numbers = classes_of({}), np.random.default_rng(3).integers(2_000_000, size=160)
+    for side in (100, 37):
+        made = Undrawn(classes, side, chances(classes, 4, numbers, side)).to(torch.device("cpu"))
+        assert made.dtype == torch.uint8 and made.is_contiguous(memory_format=torch.channels_last)
+        for row, number in enumerate(numbers.tolist()):
+            assert np.array_equal(made[row].permute(1, 2, 0).numpy(), picture(classes, 4, number, side)), number
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_put_together_on_the_device_has_the_same_batches(workers: int) -> None:
+    mixed = DATA | {"attributes": FEW | {"texture": ["none", "noise"]}}
+    made = load_shapes(mixed | {"on_device": True, "workers": workers})
+    drawn, plan = load_shapes(mixed), BatchPlan(1, 50, seed=2)
+    for split in ("train", "valid"):
+        parts = [shapes.batches(split, plan) for shapes in (made, drawn)]
+        batches, expected = ([part.batch(3)] if split == "train" else part.evaluation_batches() for part in parts)
+        for (undrawn, labels), (pictures, classes) in zip(batches, expected, strict=True):
+            assert torch.equal(undrawn.to(torch.device("cpu")), pictures.to("cpu")) and torch.equal(labels, classes)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Figures 2, 6 and 7 of arXiv 2411.06371, the image study: accuracy, training loss and group accuracy over training.
 
     python -m vocabfold.train --multirun experiment=shapes
+    python -m vocabfold.train --multirun experiment=shapes_full
     python -m experiments shapes measure
     python -m experiments shapes draw [CORPUS ...]
 
-results/CORPUS/shapes_curves.csv -> shapes_figure2.png (accuracy, and by learning rate), shapes_figure6.png (training
-loss), shapes_figure7.png (group accuracy, with the published range) and shapes.md beside it. What pictures that look
-alike leave to be reached is in figure1_shapes.csv.
+results/CORPUS/shapes_curves.csv and shapes_full_curves.csv (all 184,320 classes) -> shapes_figure2.png (accuracy, and
+by learning rate), shapes_figure6.png (training loss), shapes_figure7.png (group accuracy, with the published range) and
+shapes.md beside them. What pictures that look alike leave to be reached is in figure1_shapes.csv.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.runs.tables import RESULTS, read_table
 
-TABLES = ("shapes_curves",)
+TABLES = ("shapes_curves", "shapes_full_curves")
+EXPERIMENTS = ("shapes", "shapes_full")
 PUBLISHED_LEARNING_RATE = 1e-3
 FULL, PAPER = "full", "paper"
 HEADS = {FULL: ("full softmax", COLORS["orange"], "s"), PAPER: ("the paper's head", COLORS["blue"], "o")}
@@ -37,14 +39,20 @@ QUANTITIES = {
     "validation_group_accuracy": ("validation group accuracy", "{:.4f}"),
     "validation_loss_nats": ("validation loss (nats)", "{:.3f}"),
     "train_loss": ("training loss (nats)", "{:.3f}"),
+    "tokens_per_second": ("pictures/s", "{:,.0f}"),
+    "peak_memory_gib": ("peak memory (GiB)", "{:.2f}"),
 }
+MEASURED = ("tokens_per_second", "peak_memory_gib")  # of the whole run
 
 add_options = add_settings
 
 
 def measure(arguments: Namespace) -> None:
-    """Gather the finished training runs into the table and their curves."""
-    collect_runs("shapes", arguments.settings)
+    """Gather the finished training runs into their tables and curves."""
+    if not (found := [name for name in EXPERIMENTS if any((RESULTS / "runs").glob(f"*/{name}/*/row.json"))]):
+        raise UserError(f"no run of {' or '.join(EXPERIMENTS)} has finished: train one of them first")
+    for name in found:
+        collect_runs(name, arguments.settings)
 
 
 def draw(corpus: str) -> None:
@@ -65,8 +73,11 @@ def draw(corpus: str) -> None:
 
 def sets_of(corpus: str) -> list[tuple[str, int, pd.DataFrame]]:
     """(end of the pictures' names, number of classes, curves) of each set of classes, the largest first."""
-    curves, table = read_curves("shapes", corpus), read_table("shapes", corpus)
-    classes = curves["run"].map(table.set_index("run")["vocabulary_size"]).astype(int)
+    there = [name for name in EXPERIMENTS if (RESULTS / corpus / f"{name}_curves.csv").is_file()] or EXPERIMENTS[:1]
+    table = pd.concat([read_table(name, corpus) for name in there]).set_index("run")
+    curves = pd.concat([read_curves(name, corpus) for name in there], ignore_index=True)
+    curves = curves.assign(**{name: curves["run"].map(table[name]) for name in MEASURED})
+    classes = curves["run"].map(table["vocabulary_size"]).astype(int)
     numbers = sorted(classes.unique(), reverse=True)
     return [
         (f"_{number}" if place else "", int(number), curves[classes == number]) for place, number in enumerate(numbers)
@@ -156,7 +167,8 @@ def markdown(ends: pd.DataFrame, ceilings: dict[str, float]) -> str:
         cells = []
         for column, (_, form) in QUANTITIES.items():
             mean, half_width = mean_and_interval(rows[column].dropna().tolist() or [float("nan")])
-            cells.append("" if pd.isna(mean) else f"{form.format(mean)} ± {form.format(half_width)}")
+            interval = "" if pd.isna(half_width) else f" ± {form.format(half_width)}"
+            cells.append("" if pd.isna(mean) else form.format(mean) + interval)
         lines.append(f"| {HEADS[str(head)][0]}, {learning_rate:g} | " + " | ".join(cells) + f" | {len(rows)} |")
     notes = [f"At step {ends['step'].max():,}; mean ± 95% interval (Student's t) over seeds.", *difference(ends)]
     return "\n".join([*lines, "", *notes, f"Best possible accuracy: {ceilings['accuracy']:.4f}.", ""])

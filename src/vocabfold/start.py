@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.data.batches import Batches
+from vocabfold.data.composing import Undrawn
 from vocabfold.data.corpora import Corpus
 from vocabfold.data.shapes import PictureBatches, Shapes
 from vocabfold.embeddings.build import resolve_settings
@@ -180,7 +181,7 @@ class Distillation(nn.Module):
 
 
 @torch.no_grad()
-def hidden_states(backbone: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def hidden_states(backbone: nn.Module, inputs: Tensor | Undrawn, targets: Tensor) -> Tensor:
     """[N, D], without dropout, where there is something to predict in a batch."""
     hidden: Tensor = backbone.eval()(inputs.to(next(backbone.parameters()).device)).flatten(0, -2)
     return hidden[(targets.flatten() != IGNORE_INDEX).to(hidden.device)]

@@ -89,11 +89,23 @@ def picture(classes: Classes, seed: int, index: int, side: int) -> np.ndarray:
 
     Its class is ``index % len(classes)``; seed and index decide everything, whatever was drawn before.
     """
+    shift, letter, random = chance(seed, index, side)
+    return draw(classes.attributes(index % len(classes)), side, shift, LETTERS[letter], random)
+
+
+def chance(seed: int, index: int, side: int) -> tuple[tuple[int, int], int, np.random.Generator]:
+    """What varies within a class, of picture ``index``: (right, down) in pixels, the letter's number, and the generator
+    that the noise is drawn from next."""
     random = np.random.Generator(np.random.PCG64([seed, index]))
     reach = int(LARGEST_SHIFT * side)
     shift = random.integers(-reach, reach + 1, size=2)
-    letter = LETTERS[random.integers(len(LETTERS))]
-    return draw(classes.attributes(index % len(classes)), side, (int(shift[0]), int(shift[1])), letter, random)
+    letter = int(random.integers(len(LETTERS)))
+    return (int(shift[0]), int(shift[1])), letter, random
+
+
+def noise_of(random: np.random.Generator, side: int) -> np.ndarray:
+    """[side, side] uint8: which of ``fill_colours`` each pixel of a noisy fill has."""
+    return random.integers(2 * NOISE_LEVELS + 1, size=(side, side), dtype=np.uint8)
 
 
 def draw(
@@ -109,12 +121,11 @@ def draw(
     colours = fill_colours(str(attributes["colour"]), opacity)
     image = Image.new("RGB", (side, side), "white")
     if attributes["texture"] == "noise":
-        noise = random.integers(len(colours), size=(side, side), dtype=np.uint8)
-        image.paste(Image.fromarray(colours[noise]), shift, fill)
+        image.paste(Image.fromarray(colours[noise_of(random, side)]), shift, fill)
     else:
         image.paste(tuple(colours[len(colours) // 2].tolist()), shift, fill)
     image.paste((outline_grey(opacity),) * 3, shift, outline)
-    label = _letter_mask(letter, side)
+    label = letter_mask(letter, side)
     corner = [(side - extent) // 2 + moved for extent, moved in zip(label.size, shift, strict=True)]
     image.paste("black", (corner[0], corner[1]), label)
     return np.asarray(image)
@@ -215,7 +226,8 @@ def _pattern(pattern: str, rotation_degrees: int, large: int) -> Image.Image:
 
 
 @functools.cache
-def _letter_mask(letter: str, side: int) -> Image.Image:
+def letter_mask(letter: str, side: int) -> Image.Image:
+    """The letter alone, from 0 to 255, as large as it is."""
     font = ImageFont.load_default(LETTER_HEIGHT * side)
     left, top, right, bottom = font.getbbox(letter)
     mask = Image.new("L", (math.ceil(right - left), math.ceil(bottom - top)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vocabfold.data.batches import BatchPlan
+from vocabfold.data.composing import Chances, Undrawn, chances
 from vocabfold.data.drawing import Classes, classes_of, picture
 from vocabfold.data.workers import worker_processes
 from vocabfold.errors import UserError
@@ -41,6 +42,7 @@ class Shapes:
     num_valid: int
     seed: int
     workers: int
+    on_device: bool = False
     entropy_rate_nats: None = None
     valid_bytes_per_token: None = None
     reports_accuracy: bool = True
@@ -92,6 +94,9 @@ def load_shapes(data: Mapping[str, Any]) -> Shapes:
             raise UserError(f"data.{key} is {data[key]}: choose at least 1")
     if data["image_size"] < SMALLEST_SIDE:
         raise UserError(f"data.image_size is {data['image_size']}: choose at least {SMALLEST_SIDE}")
+    on_device = data.get("on_device", False)
+    if not isinstance(on_device, bool):
+        raise UserError(f"data.on_device is {on_device!r}: choose true or false")
     if data["seed"] < 0:
         raise UserError(f"data.seed is {data['seed']}: choose 0 or more")
     # By default one core is left to the training itself.
@@ -100,14 +105,15 @@ def load_shapes(data: Mapping[str, Any]) -> Shapes:
         raise UserError(f"data.workers is {workers}: choose 0 (draw in the training process) or more")
     classes = classes_of(data["attributes"] or {})
     num_train, num_valid = (len(classes) * data[f"{split}_images_per_class"] for split in ("train", "valid"))
-    return Shapes(data["name"], classes, data["image_size"], num_train, num_valid, data["seed"], workers)
+    return Shapes(data["name"], classes, data["image_size"], num_train, num_valid, data["seed"], workers, on_device)
 
 
 class PictureBatches:
     """Pictures [B, 3, side, side] uint8 (channels last in memory) and their classes [B] int64, as batches of B.
 
     Of R ranks rank r takes pictures r, r + R, r + 2R ... of every batch. Batch ``index`` is a pure function of the
-    plan's seed and ``index``; with workers the batches after it are drawn while it is used.
+    plan's seed and ``index``; with workers the batches after it are drawn while it is used. Of a set ``on_device``
+    the pictures of a batch are Undrawn, which ``to`` draws there.
     """
 
     def __init__(self, shapes: Shapes, plan: BatchPlan, is_training: bool) -> None:
@@ -118,9 +124,9 @@ class PictureBatches:
         self.targets_per_batch = plan.batch_size
         if is_training and self.batches_per_epoch == 0:
             raise UserError(f"{self.count} pictures are less than one batch of {plan.batch_size}: lower batch_size")
-        self._ahead: dict[int, Future[np.ndarray]] = {}
+        self._ahead: dict[int, Future[np.ndarray | Chances]] = {}
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+    def batch(self, index: int) -> tuple[Tensor | Undrawn, Tensor]:
         """This rank's part of training batch ``index`` >= 0, which may lie in any epoch."""
         return self._drawn(index, None)
 
@@ -129,7 +135,7 @@ class PictureBatches:
         """How many ``evaluation_batches`` yields."""
         return -(-self.count // self.plan.batch_size)
 
-    def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(self) -> Iterator[tuple[Tensor | Undrawn, Tensor]]:
         """All pictures in order, the smaller last batch included; over the ranks each exactly once.
 
         Every rank yields the same number of batches: one without a picture gets one that no loss counts.
@@ -137,20 +143,28 @@ class PictureBatches:
         for index in range(self.num_evaluation_batches):
             yield self._drawn(index, self.num_evaluation_batches)
 
-    def _drawn(self, index: int, end: int | None) -> tuple[Tensor, Tensor]:
+    def _drawn(self, index: int, end: int | None) -> tuple[Tensor | Undrawn, Tensor]:
         """Batch ``index``; those before ``end`` (None: without end) may be drawn ahead."""
-        pictures = self._by_workers(index, end) if self.shapes.workers else _draw(*self._task(index))
+        pictures = self._by_workers(index, end) if self.shapes.workers else self._made(*self._task(index))
         numbers = self._numbers(index)
         labels = numbers % len(self.shapes.classes) if len(numbers) else np.array([IGNORE_INDEX])
+        if isinstance(pictures, Chances):
+            undrawn = Undrawn(self.shapes.classes, self.shapes.image_size, pictures)
+            return undrawn, torch.from_numpy(labels)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
-    def _by_workers(self, index: int, end: int | None) -> np.ndarray:
+    @property
+    def _made(self) -> Callable[..., np.ndarray | Chances]:
+        """What a batch takes before it comes to the device."""
+        return chances if self.shapes.on_device else _draw
+
+    def _by_workers(self, index: int, end: int | None) -> np.ndarray | Chances:
         last = index + BATCHES_AHEAD_PER_WORKER * self.shapes.workers
         self._ahead = {number: future for number, future in self._ahead.items() if number >= index}
         try:
             for number in range(index, last if end is None else min(last, end)):
                 if number not in self._ahead:
-                    self._ahead[number] = _pool(self.shapes.workers).submit(_draw, *self._task(number))
+                    self._ahead[number] = _pool(self.shapes.workers).submit(self._made, *self._task(number))
             return self._ahead.pop(index).result()
         except BrokenProcessPool as error:
             _pool.cache_clear()

@@ -25,7 +25,8 @@ from vocabfold.heads.scorers import TokenScorer
 
 GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first; twice as many each time after,
 VISITED_ELEMENTS = 1 << 18  # as long as the log-probabilities of all rows' groups stay within this
-WHOLE_ROWS_ELEMENTS = 1 << 20  # tokens of all rows that may be held at once where rows are looked at as a whole
+# tokens of all rows that may be held at once where rows are looked at as a whole; a GPU wants larger pieces
+WHOLE_ROWS_ELEMENTS, WHOLE_ROWS_ELEMENTS_ON_GPU = 1 << 20, 1 << 24
 WHOLE_ROWS_SHARE = 0.5  # of all groups: a row that may need more than this after its first visit is taken as a whole
 
 
@@ -75,7 +76,8 @@ def _topk_of_whole_rows(
     best = group_log_prob.new_empty(len(hidden), k)
     tokens = torch.empty(best.shape, dtype=torch.int64, device=hidden.device)
     group_at = partition.group_of[partition.order]
-    step = max(1, WHOLE_ROWS_ELEMENTS // partition.vocabulary_size)
+    most = WHOLE_ROWS_ELEMENTS_ON_GPU if hidden.is_cuda else WHOLE_ROWS_ELEMENTS
+    step = max(1, most // partition.vocabulary_size)
     for start in range(0, len(hidden), step):
         part = slice(start, start + step)
         log_prob = scorer.position_log_prob(hidden[part]) + group_log_prob[part].index_select(1, group_at)

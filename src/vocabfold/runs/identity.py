@@ -24,7 +24,8 @@ CONTENT_DIFFERS = "its text had another content"
 # Where and how a run is recorded, and how fast: nothing that changes its result.
 OUTSIDE = ("run", "run_dir", "wandb", "log_every", "checkpoint_every", "checkpoint_minutes")
 # Of the data: how it is kept, and what it is called; what it holds is told by its hash.
-OUTSIDE_DATA = ("cache_dir", "workers", "store", "label", "train", "valid", "source")
+KEPT = ("cache_dir", "workers", "on_device", "store")
+OUTSIDE_DATA = (*KEPT, "label", "train", "valid", "source")
 
 
 def identify(settings: Settings) -> None:
@@ -97,7 +98,7 @@ def _run_in(folder: Path) -> str:
 def _difference(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
     """The first setting in which two configurations differ, for a person."""
     for key, value in wanted.items():
-        if (not prefix and key in OUTSIDE) or (prefix == "data." and key in ("cache_dir", "workers", "store")):
+        if (not prefix and key in OUTSIDE) or (prefix == "data." and key in KEPT):
             continue
         before = kept.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
-from vocabfold.errors import UserError
+from vocabfold.errors import UserError, needed
 from vocabfold.files import write_text
 from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS, SORTED_BY, WHOLE_COLUMNS, write_table
@@ -76,7 +76,8 @@ class RunRecord:
         if settings.wandb.mode == "disabled":
             return None
         os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb  # a second of import time that runs without a mirror need not pay
+        # a second of import time that runs without a mirror need not pay
+        wandb = needed("wandb", "a mirror to Weights & Biases (without one: wandb.mode=disabled)")
 
         if settings.wandb.mode == "online":
             tqdm.write(f"connecting to Weights & Biases (at most {CONNECTING_SECONDS} s)", file=sys.stderr)
