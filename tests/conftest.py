@@ -16,6 +16,8 @@ import torch
 
 from vocabfold.machine import usable_cores
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels, those of its own included, in NumPy
 torch.set_num_threads(1)
 # What a shell starts in the background ignores Ctrl-C, and so would every program that a test interrupts.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -16,10 +16,10 @@ from vocabfold.heads import (
     TokenScorer,
     equal_partition,
     kernels,
-    linear_cuda,
+    linear_blocks,
 )
 from vocabfold.heads.linear import LinearKernel
-from vocabfold.heads.linear_cuda import GroupedLinearKernel
+from vocabfold.heads.linear_blocks import BlockedLinearKernel
 from vocabfold.heads.scorers import SortedTargets
 from vocabfold.tokens import IGNORE_INDEX
 
@@ -245,20 +245,13 @@ def test_training_steps_are_those_of_the_plain_head(kind: str, shuffled: bool) -
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS.values() if layout.group_size != 1])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    ("grouped", "dtype"),
-    [
-        *((False, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
-        *((True, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-    ],
-)
-def test_products_of_all_groups_at_once(
-    layout: Layout, tied: bool, grouped: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What CUDA runs, on a CPU: padded blocks and grouped products give what the loop over the groups gives."""
-    monkeypatch.setattr(linear_cuda, "GATHERED_ELEMENTS", 500)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_products_of_blocks(layout: Layout, tied: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device without Triton runs, on a CPU, gives what the loop over the groups gives."""
+    monkeypatch.setattr(linear_blocks, "GATHERED_ELEMENTS", 500)
+    monkeypatch.setattr(kernels, "FIXED_CHUNK_ELEMENTS", 1)
     torch.manual_seed(0)
     partition = equal_partition(layout.vocabulary_size, layout.group_size, layout.order(), layout.shortlist)
     num_rows, hidden_size = 150, 16
@@ -266,11 +259,11 @@ def test_products_of_all_groups_at_once(
     bias, hidden = torch.randn(len(partition.multi_tokens)), torch.randn(num_rows, hidden_size)
     inputs = tuple(tensor.double() if dtype == torch.float64 else tensor for tensor in (hidden, weight, bias))
     tokens = torch.randint(layout.vocabulary_size, (num_rows,))
-    counted = torch.rand(num_rows) < 0.8
+    rows = (partition.group_of[tokens], partition.slot_of[tokens], torch.rand(num_rows) < 0.8)
     weights = torch.rand(num_rows, dtype=inputs[0].dtype)
-    targets = SortedTargets(partition, partition.group_of[tokens], partition.slot_of[tokens], counted)
-    expected = LinearKernel(partition, targets, tied, inputs[0].dtype)(inputs, weights, [True] * 3, True)
-    kernel = GroupedLinearKernel(partition, targets, tied, dtype, grouped)
+    plain = LinearKernel(partition, SortedTargets(partition, *rows), tied, inputs[0].dtype)
+    expected = plain(inputs, weights, [True] * 3, True)
+    kernel = BlockedLinearKernel(partition, SortedTargets(partition, *rows, fixed=True), tied, dtype)
     found = kernel(inputs, weights, [True] * 3, True)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.3, torch.float16: 0.04}[dtype]
     torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=0, atol=tolerance)

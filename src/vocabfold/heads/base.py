@@ -42,6 +42,12 @@ class Head(nn.Module, ABC):
         self.hidden_size = hidden_size
         self.vocabulary_size = vocabulary_size
 
+    @property
+    def capturable(self) -> bool:
+        """Whether on CUDA neither ``loss`` nor its gradients make the host wait for the device, and no shape depends on
+        a value: a CUDA graph can then hold a whole training step. Not said of ``loss_with``."""
+        return False
+
     @abstractmethod
     def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
         """``hidden`` [N, D], ``targets`` [N] -> the mean negative log likelihood over targets != IGNORE_INDEX."""

@@ -68,6 +68,11 @@ class FoldedHead(Head):
         self.group_bias = nn.Parameter(torch.zeros(self.partition.num_groups)) if with_bias else None
 
     @property
+    def capturable(self) -> bool:
+        """See Head.capturable."""
+        return self.scorer.capturable
+
+    @property
     def _group_parameters(self) -> tuple[Tensor, ...]:
         return (self.group_weight,) if self.group_bias is None else (self.group_weight, self.group_bias)
 

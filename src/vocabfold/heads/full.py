@@ -39,6 +39,11 @@ class FullHead(Head):
             nn.init.normal_(tied_weight, std=init_std)
         self.weight = tied_weight
 
+    @property
+    def capturable(self) -> bool:
+        """See Head.capturable."""
+        return True
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> [N, V]."""
         return soft_cap(F.linear(hidden, self.weight, self.bias), self.softcap)
@@ -90,6 +95,11 @@ class FullHead(Head):
 
 class LeanFullHead(FullHead):
     """A FullHead whose losses come from a function that never holds [N, V]; everything else is FullHead's."""
+
+    @property
+    def capturable(self) -> bool:
+        """See Head.capturable. Nothing is known of the function."""
+        return False
 
     @abstractmethod
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:

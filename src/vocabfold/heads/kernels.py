@@ -2,12 +2,19 @@
 
 A softmax over C choices then keeps its gradients, as large as its inputs, instead of logits of N x C, and never
 holds more than a chunk of those.
+
+On a CPU rows that do not count are left out. On CUDA asking which they are would make the host wait for the device,
+and a CUDA graph has fixed shapes: there all rows are computed, those that do not count with weight 0
+(``has_fixed_shapes``).
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +24,9 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 18  # logits at a time: 1 MiB in fp32, so that a CPU's cache holds what is made of them
 FEWEST_ROWS = 128  # below that a matrix product is slow
+FIXED_CHUNK_ELEMENTS = 1 << 26  # the same on a device whose launches cost more than its memory
+FIXED_DEVICES = ("cuda",)  # where shapes are fixed and the host waits for nothing
+TRITON_DEVICES = ("cuda",)  # where Triton's kernels run, if it is installed
 
 
 @dataclass
@@ -152,9 +162,29 @@ def zero_gradients(inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.zeros_like(hidden), *(torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for p in parameters)]
 
 
-def chunks(num_rows: int, num_choices: int) -> Iterator[slice]:
-    """Slices of so many rows that their logits stay within CHUNK_ELEMENTS."""
-    size = max(FEWEST_ROWS, CHUNK_ELEMENTS // max(1, num_choices))
+def has_fixed_shapes(tensor: Tensor) -> bool:
+    """Whether what is computed where ``tensor`` lies must have shapes, and an order of launches, that depend on no
+    value: see above."""
+    return tensor.device.type in FIXED_DEVICES
+
+
+def triton_kernels(dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> ModuleType | None:
+    """The module of that name, where it can compute products of ``dtype`` from ``inputs``; None where it cannot."""
+    device = inputs[0].device
+    if device.type not in TRITON_DEVICES or importlib.util.find_spec("triton") is None:
+        return None
+    if any(tensor.dtype == torch.float64 for tensor in inputs):
+        return None
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):  # no bfloat16 before
+        return None
+    module: ModuleType = importlib.import_module("vocabfold.heads.triton_kernels")
+    return module if dtype in module.DTYPES else None
+
+
+def chunks(num_rows: int, num_choices: int, fixed: bool = False) -> Iterator[slice]:
+    """Slices of so many rows that their logits stay within CHUNK_ELEMENTS; ``fixed``: within FIXED_CHUNK_ELEMENTS."""
+    elements = FIXED_CHUNK_ELEMENTS if fixed else CHUNK_ELEMENTS
+    size = max(FEWEST_ROWS, elements // max(1, num_choices))
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
@@ -185,6 +215,18 @@ def log_prob_and_slope(
     return chosen.squeeze(-1), slope
 
 
+def counted_weights(weights: Tensor | None, counted: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``weights`` [R] (None: 1 each) where a row is ``counted`` [R] (None: each), 0 elsewhere."""
+    if counted is None:
+        return weights
+    return counted.to(dtype) if weights is None else weights.masked_fill(~counted, 0.0)
+
+
+def only_counted(values: Tensor, counted: Tensor | None) -> Tensor:
+    """``values`` [R] where a row is ``counted`` [R] (None: each), 0 elsewhere."""
+    return values if counted is None else values.masked_fill(~counted, 0)
+
+
 class SoftmaxKernel:
     """log softmax(W h + b) of a target: inputs hidden [N, D], W [C, D] and, where there is one, b [C]. The plain form,
     with logits of [N, C]:
@@ -197,6 +239,9 @@ class SoftmaxKernel:
 
     def __call__(self, inputs: tuple[Tensor, ...], weights: Tensor | None, needs: list[bool], with_hits: bool) -> Rows:
         """See Kernel."""
+        fixed = has_fixed_shapes(inputs[0])
+        if fixed and (module := triton_kernels(self.dtype, inputs)) and len(inputs[1]) <= module.MOST_COLUMNS:
+            return self._fused(module, inputs, weights, needs, with_hits)
         hidden, weight, *biases = inputs
         rows_of_weight = weight.to(self.dtype)
         log_prob = hidden.new_zeros(len(hidden), dtype=sum_dtype(self.dtype))
@@ -204,19 +249,21 @@ class SoftmaxKernel:
         grad_hidden = torch.zeros_like(hidden) if any(needs) else None
         grad_weight = torch.zeros_like(weight, dtype=log_prob.dtype) if any(needs) else None
         grad_biases = [torch.zeros_like(bias, dtype=log_prob.dtype) for bias in biases]
-        kept = self.counted.nonzero().squeeze(-1)
-        for part in chunks(len(kept), len(weight)):
+        kept = hidden if fixed else self.counted.nonzero().squeeze(-1)
+        for part in chunks(len(kept), len(weight), fixed):
             # A row that does not count costs nothing; where all count, nothing is copied.
             rows = part if len(kept) == len(hidden) else kept[part]
             some, targets = hidden[rows].to(self.dtype), self.targets[rows]
             logits = (some @ rows_of_weight.t()).to(log_prob.dtype)
             for bias in biases:
                 logits += bias
+            counted = self.counted[rows] if fixed else None
             if hits is not None:
-                hits[rows] = logits.argmax(dim=-1) == targets
+                hits[rows] = only_counted(logits.argmax(dim=-1) == targets, counted)
             some_weights = None if weights is None else weights[rows].to(log_prob.dtype)
+            some_weights = counted_weights(some_weights, counted, log_prob.dtype)
             chosen, slope = log_prob_and_slope(logits, targets, some_weights, grad_hidden is not None)
-            log_prob[rows] = chosen
+            log_prob[rows] = only_counted(chosen, counted)
             if slope is not None and grad_hidden is not None and grad_weight is not None:
                 for grad_bias in grad_biases:
                     grad_bias += slope.sum(dim=0)
@@ -224,3 +271,38 @@ class SoftmaxKernel:
                 grad_hidden[rows] = (slope @ rows_of_weight).to(grad_hidden.dtype)
                 add_product(grad_weight, slope.t(), some)
         return Rows(log_prob, hits, [grad_hidden, grad_weight, *(grad_biases if any(needs) else [None] * len(biases))])
+
+    def _fused(
+        self,
+        module: ModuleType,
+        inputs: tuple[Tensor, ...],
+        weights: Tensor | None,
+        needs: list[bool],
+        with_hits: bool,
+    ) -> Rows:
+        """The same with all that lies between the products in one launch."""
+        hidden, weight, *biases = inputs
+        some, rows_of_weight = hidden.to(self.dtype), weight.to(self.dtype)
+        wanted, dtype = any(needs), sum_dtype(self.dtype)
+        parts: list[tuple[Tensor, Tensor | None]] = []
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted else None
+        grad_biases = [torch.zeros_like(bias, dtype=dtype) if wanted else None for bias in biases]
+        for part in chunks(len(hidden), len(weight), fixed=True):
+            slope = some[part] @ rows_of_weight.t()
+            some_weights = counted_weights(None if weights is None else weights[part], self.counted[part], dtype)
+            bias = biases[0] if biases else None
+            slopes = slope if wanted else None
+            parts.append(module.softmax_of_rows(slope, bias, self.targets[part], some_weights, slopes, with_hits))
+            if grad_hidden is None or grad_weight is None:
+                continue
+            for grad_bias in grad_biases:
+                if grad_bias is not None:
+                    grad_bias += slope.sum(dim=0, dtype=dtype)
+            grad_hidden[part] = slope @ rows_of_weight
+            add_product(grad_weight, slope.t(), some[part])
+        log_prob = torch.cat([found for found, _ in parts]) if parts else hidden.new_zeros(0, dtype=dtype)
+        hits = None
+        if with_hits:
+            hits = torch.cat([found for _, found in parts if found is not None]) if parts else self.counted
+        return Rows(log_prob, hits, [grad_hidden, grad_weight, *grad_biases])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,8 +17,10 @@ from vocabfold.heads.kernels import (
     chunks,
     log_prob_and_slope,
     sum_dtype,
+    triton_kernels,
 )
-from vocabfold.heads.linear_cuda import GroupedLinearKernel
+from vocabfold.heads.linear_blocks import BlockedLinearKernel
+from vocabfold.heads.linear_triton import TritonLinearKernel
 from vocabfold.heads.loss_options import rowwise_product
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import FastTokenScorer, SortedTargets, TokenScorer
@@ -54,7 +58,7 @@ class LoopedLinearScorer(TokenScorer):
 
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
         """(W_g, b_g) of each of the M groups, cut once: the gradient of each slice would be as large as all rows."""
-        sizes = self.partition.sizes[self.partition.multi_groups].tolist()
+        sizes = [stop - start for start, stop in pairwise(self.partition.multi_bounds)]
         rows = self.weight[self.partition.multi_tokens] if self.tied else self.weight
         return list(zip(rows.split(sizes), self.bias.split(sizes), strict=True))
 
@@ -95,13 +99,20 @@ class LoopedLinearScorer(TokenScorer):
 class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
     """The same numbers: rows sorted by group, one product per group that has some, gradients in the forward pass.
 
-    On CUDA the groups' products run together (grouped_products.py).
+    On CUDA the groups' products run together: in Triton's kernels (linear_triton.py) or, where these cannot run, as
+    products of blocks (linear_blocks.py).
     """
+
+    capturable = True
 
     def _kernel(self, groups: Tensor, slots: Tensor, counted: Tensor, dtype: torch.dtype) -> Kernel:
         targets = SortedTargets(self.partition, groups, slots, counted)
-        kind = LinearKernel if groups.device.type == "cpu" else GroupedLinearKernel
-        return kind(self.partition, targets, self.tied, dtype)
+        if not targets.fixed:
+            return LinearKernel(self.partition, targets, self.tied, dtype)
+        module = triton_kernels(dtype, (self.weight, self.bias))
+        if module is not None and self.partition.num_slots <= module.MOST_COLUMNS:
+            return TritonLinearKernel(module, self.partition, targets, self.tied, dtype)
+        return BlockedLinearKernel(self.partition, targets, self.tied, dtype)
 
     def _parameters_of_kernel(self) -> tuple[Tensor, ...]:
         return self.weight, self.bias

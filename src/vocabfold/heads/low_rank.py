@@ -19,9 +19,32 @@ from vocabfold.heads.scorers import (
 
 
 class LowRankKernel(ScaleShiftKernel):
-    """ScaleShiftKernel with two more inputs: A [M, r, D] and B [M, S, r]."""
+    """ScaleShiftKernel with two more inputs: A [M, r, D] and B [M, S, r].
+
+    With fixed shapes A of all groups is applied to each row, [N, M r], and all but its own group's made 0: that costs
+    r times what the groups' scores do, and every sum over rows is a product.
+    """
+
+    def _num_choices(self, inputs: tuple[Tensor, ...]) -> int:
+        num_choices = super()._num_choices(inputs)
+        return max(num_choices, inputs[4].shape[:2].numel()) if self.targets.fixed else num_choices
+
+    def _own(self, low: Tensor, part: slice, inputs: tuple[Tensor, ...]) -> Tensor:
+        """``low`` [R, M r] of sorted rows ``part`` with 0 for all groups but the row's own."""
+        num_groups, rank = inputs[4].shape[:2]
+        own = self.targets.index[part, None] == torch.arange(num_groups, device=low.device)
+        return (low.view(-1, num_groups, rank) * own.unsqueeze(-1)).flatten(1)
+
+    def _flat(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """A as [M r, D] and B as [M r, S]."""
+        return inputs[4].to(self.dtype).flatten(0, 1), inputs[5].to(self.dtype).transpose(1, 2).flatten(0, 1)
 
     def _correct(self, logits: Tensor, some: Tensor, part: slice, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self.targets.fixed:
+            flat_down, flat_up = self._flat(inputs)
+            low = self._own(some @ flat_down.t(), part, inputs)
+            add_product(logits, low, flat_up)
+            return low
         down, up = inputs[4].to(self.dtype), inputs[5].to(self.dtype)
         low = some.new_empty(len(some), down.shape[1])
         found, numbers = self.targets.segments(part)
@@ -42,8 +65,15 @@ class LowRankKernel(ScaleShiftKernel):
         gradients: list[Tensor],
     ) -> None:
         assert low is not None
-        down, up = inputs[4].to(self.dtype), inputs[5].to(self.dtype)
         slope = slope.to(self.dtype)
+        if self.targets.fixed:
+            flat_down, flat_up = self._flat(inputs)
+            all_grad_low = self._own(slope @ flat_up.t(), part, inputs)
+            add_product(grad_some, all_grad_low, flat_down)
+            add_product(gradients[4].flatten(0, 1), all_grad_low.t(), some)
+            gradients[5] += (low.t() @ slope).view(*inputs[4].shape[:2], -1).transpose(1, 2)
+            return
+        down, up = inputs[4].to(self.dtype), inputs[5].to(self.dtype)
         found, numbers = self.targets.segments(part)
         pieces = zip(found, *(tensor.split(numbers) for tensor in (slope, some, low, grad_some)), strict=True)
         for group, slope_rows, some_rows, low_rows, grad_rows in pieces:

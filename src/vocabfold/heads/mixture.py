@@ -47,6 +47,11 @@ class MixtureHead(Head):
         """The parts, by their type."""
         return [part for part in self.parts if isinstance(part, FoldedHead)]
 
+    @property
+    def capturable(self) -> bool:
+        """See Head.capturable."""
+        return all(part.capturable for part in self.heads)
+
     @torch.no_grad()
     def start_from_counts(self, counts: Tensor) -> None:
         """See Head.start_from_counts."""

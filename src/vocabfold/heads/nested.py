@@ -6,10 +6,13 @@ symbols cost 2 V^(1/2): 300 in place of 2,000 at a million tokens.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vocabfold.heads.folded import FoldedHead
+from vocabfold.heads.kernels import has_fixed_shapes
 from vocabfold.heads.linear import SortedLinearScorer
+from vocabfold.heads.loss_options import in_row_chunks
 from vocabfold.heads.partition import equal_partition
 
 
@@ -41,7 +44,13 @@ class NestedFoldedHead(FoldedHead):
         if not with_hits:
             return total, None
         # The likeliest group of groups need not hold the likeliest group.
-        return total, ((self.groups.topk(hidden.detach(), 1)[1].squeeze(-1) == groups) & counted).sum()
+        return total, ((self._likeliest_groups(hidden) == groups) & counted).sum()
+
+    @torch.no_grad()
+    def _likeliest_groups(self, hidden: Tensor) -> Tensor:
+        if not has_fixed_shapes(hidden):
+            return self.groups.topk(hidden, 1)[1].squeeze(-1)
+        return in_row_chunks(lambda rows: self.group_log_prob(rows).argmax(dim=-1), hidden, self.partition.num_groups)
 
     def _each_group_log_prob(self, hidden: Tensor, groups: Tensor, counted: Tensor) -> Tensor:
         return self.groups.target_log_prob(hidden, groups)

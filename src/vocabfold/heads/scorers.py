@@ -15,8 +15,11 @@ from vocabfold.heads.kernels import (
     Rows,
     add_product,
     chunks,
+    counted_weights,
     each_log_prob,
+    has_fixed_shapes,
     log_prob_and_slope,
+    only_counted,
     product_dtype,
     sum_dtype,
     total_log_prob,
@@ -34,6 +37,7 @@ class TokenScorer(nn.Module, ABC):
     """
 
     gradients_in_forward = False  # whether training keeps gradients, not logits: the head's group softmax follows
+    capturable = False  # of total_log_prob, see Head.capturable
     softcap: float | None = None  # the head's; of those that keep logits only
 
     def __init__(self, partition: Partition) -> None:
@@ -98,7 +102,7 @@ class TokenScorer(nn.Module, ABC):
         if len(self.partition.multi_groups) == len(self.partition.sizes):
             return self._slot_log_prob(hidden, index)
         certain = hidden.new_full((self.partition.num_slots,), -torch.inf, dtype=sum_dtype(hidden.dtype))
-        certain[0] = 0.0
+        certain[:1].zero_()  # certain[0] = 0 may copy the number to the device, and wait for it
         if len(self.partition.multi_groups) == 0:
             return certain.expand(*groups.shape, -1)
         log_prob = self._slot_log_prob(hidden, index.clamp(min=0))
@@ -145,15 +149,41 @@ class FastTokenScorer(TokenScorer):
 
 
 class SortedTargets:
-    """The rows that a scorer has to look at, sorted by group: those that count, in groups of more than one token."""
+    """The rows that a scorer has to look at, sorted by group: those that count, in groups of more than one token.
 
-    def __init__(self, partition: Partition, groups: Tensor, slots: Tensor, counted: Tensor) -> None:
+    ``fixed``: all N rows, those that there is nothing to look at last, in the last group and its first slot, and
+    ``counted`` says of each whether there is.
+    """
+
+    def __init__(
+        self, partition: Partition, groups: Tensor, slots: Tensor, counted: Tensor, fixed: bool | None = None
+    ) -> None:
+        self.num_groups = len(partition.multi_groups)
+        self.fixed = has_fixed_shapes(groups) if fixed is None else fixed
         index = partition.multi_index[groups].masked_fill(~counted, -1)
+        self.counted: Tensor | None = None
+        if self.fixed:
+            found = index.masked_fill(index < 0, self.num_groups).to(torch.int32)
+            self.keys, self.rows = found.sort(stable=True)
+            self.counted = self.keys < self.num_groups
+            self.index = self.keys.clamp(max=max(0, self.num_groups - 1)).long()
+            self.slots = slots[self.rows].masked_fill(~self.counted, 0)
+            return
         kept = (index >= 0).nonzero().squeeze(-1)
         self.index, order = index[kept].sort(stable=True)
         self.rows = kept[order]
         self.slots = slots[self.rows]
-        self.num_groups = len(partition.multi_groups)
+
+    keys: Tensor  # of fixed ones: index, but M where there is nothing to look at
+
+    def counted_in(self, part: slice) -> Tensor | None:
+        """``counted`` of those rows; None where all are."""
+        return None if self.counted is None else self.counted[part]
+
+    def weights(self, part: slice, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Of those rows, from ``weights`` [N] of all; None for 1 each."""
+        some = None if weights is None else weights.index_select(0, self.rows[part]).to(dtype)
+        return counted_weights(some, self.counted_in(part), dtype)
 
     def segments(self, part: slice) -> tuple[list[int], list[int]]:
         """The groups (their index) that have rows within ``part`` of the sorted rows, and how many each has."""
@@ -179,18 +209,21 @@ class ScaleShiftKernel:
         masked_shift = shift.to(log_prob.dtype).masked_fill(~self.slot_exists, -torch.inf)
         hits = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device) if with_hits else None
         gradients = zero_gradients(inputs) if any(needs) else []
-        for part in chunks(len(targets.rows), shared.shape[0]):
+        if len(scale) == 0:
+            return Rows(log_prob, hits, list(gradients) if gradients else [None] * len(inputs))
+        for part in chunks(len(targets.rows), self._num_choices(inputs), targets.fixed):
             rows, groups, slots = targets.rows[part], targets.index[part], targets.slots[part]
             some = hidden.index_select(0, rows).to(self.dtype)
             product = (some @ shared_cast.t()).to(log_prob.dtype)
             some_scale = scale.index_select(0, groups)
             logits = masked_shift.index_select(0, groups).addcmul_(some_scale, product)
             low = self._correct(logits, some, part, inputs)
+            counted = targets.counted_in(part)
             if hits is not None:
-                hits[rows] = logits.argmax(dim=-1) == slots
-            some_weights = None if weights is None else weights.index_select(0, rows).to(log_prob.dtype)
+                hits[rows] = only_counted(logits.argmax(dim=-1) == slots, counted)
+            some_weights = targets.weights(part, weights, log_prob.dtype)
             chosen, slope = log_prob_and_slope(logits, slots, some_weights, bool(gradients))
-            log_prob.index_copy_(0, rows, chosen)
+            log_prob.index_copy_(0, rows, only_counted(chosen, counted))
             if slope is not None:
                 gradients[3].index_add_(0, groups, slope)
                 gradients[2].index_add_(0, groups, product.mul_(slope))
@@ -200,6 +233,10 @@ class ScaleShiftKernel:
                 self._correct_gradients(low, slope, some, grad_some, part, inputs, gradients)
                 gradients[0].index_copy_(0, rows, grad_some.to(hidden.dtype))
         return Rows(log_prob, hits, list(gradients) if gradients else [None] * len(inputs))
+
+    def _num_choices(self, inputs: tuple[Tensor, ...]) -> int:
+        """Numbers that are held for each row."""
+        return len(inputs[1])
 
     def _correct(self, logits: Tensor, some: Tensor, part: slice, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """Add to the logits of sorted rows ``part`` what a kernel has beyond scale and shift."""
@@ -223,6 +260,8 @@ class ScaleShiftScorer(TokenScorer):
 
     The shared W_s [S, D] starts as normal(0, ``init_std``), scales as 1, shifts as 0.
     """
+
+    capturable = True
 
     def __init__(self, hidden_size: int, partition: Partition, init_std: float = 0.02) -> None:
         super().__init__(partition)
