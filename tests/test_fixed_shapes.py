@@ -15,6 +15,7 @@ from head_cases import HIDDEN_SIZE, KINDS, LAYOUTS, Layout, make_head, make_hidd
 from vocabfold.heads import SortedLinearScorer, equal_partition, kernels
 from vocabfold.heads.base import Head
 from vocabfold.heads.nested import NestedFoldedHead
+from vocabfold.measure.flops import count_flops
 from vocabfold.tokens import IGNORE_INDEX
 
 NESTED = "nested"
@@ -139,3 +140,12 @@ def test_the_guard_sees_what_waits() -> None:
     ):
         with pytest.raises(AssertionError), NothingWaits():
             waiting()
+
+
+def test_operations_are_counted_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, model = made("sorted_free", LAYOUTS["shortlist"])
+    hidden = make_hidden(40).requires_grad_()
+    targets = torch.randint(head.vocabulary_size, (40,), generator=torch.Generator().manual_seed(7))
+    counted = count_flops(lambda: trained(head, model, hidden, targets))
+    monkeypatch.setattr(kernels, "FIXED_DEVICES", ("cuda", "cpu"))
+    assert count_flops(lambda: trained(head, model, hidden, targets)) == counted > 0

@@ -34,8 +34,6 @@ class Head(nn.Module, ABC):
     ``training_options``: what ``forward`` adds to the loss while the module is in training mode.
     """
 
-    capturable = False  # whether on CUDA ``loss`` never waits for the device and its tensors keep their shapes
-
     def __init__(self, hidden_size: int, vocabulary_size: int) -> None:
         super().__init__()
         self.training_options = LossOptions()

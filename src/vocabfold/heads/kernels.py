@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler, a second
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 CHUNK_ELEMENTS = 1 << 18  # logits at a time: 1 MiB in fp32, so that a CPU's cache holds what is made of them
 FEWEST_ROWS = 128  # below that a matrix product is slow
@@ -164,8 +165,11 @@ def zero_gradients(inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 def has_fixed_shapes(tensor: Tensor) -> bool:
     """Whether what is computed where ``tensor`` lies must have shapes, and an order of launches, that depend on no
-    value: see above."""
-    return tensor.device.type in FIXED_DEVICES
+    value: see above. Not while torch counts operations: its counter knows no kernel of Triton's, and would count what
+    pads the blocks of products."""
+    return tensor.device.type in FIXED_DEVICES and not any(
+        type(mode).__module__ == "torch.utils.flop_counter" for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def triton_kernels(dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> ModuleType | None:
