@@ -10,6 +10,7 @@ and a CUDA graph has fixed shapes: there all rows are computed, those that do no
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -175,14 +176,19 @@ def has_fixed_shapes(tensor: Tensor) -> bool:
 def triton_kernels(dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> ModuleType | None:
     """The module of that name, where it can compute products of ``dtype`` from ``inputs``; None where it cannot."""
     device = inputs[0].device
-    if device.type not in TRITON_DEVICES or importlib.util.find_spec("triton") is None:
+    if device.type not in TRITON_DEVICES or any(tensor.dtype == torch.float64 for tensor in inputs):
         return None
-    if any(tensor.dtype == torch.float64 for tensor in inputs):
+    module = _triton_kernels(device)
+    return module if module is not None and dtype in module.DTYPES else None
+
+
+@functools.cache
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
         return None
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):  # no bfloat16 before
         return None
-    module: ModuleType = importlib.import_module("vocabfold.heads.triton_kernels")
-    return module if dtype in module.DTYPES else None
+    return importlib.import_module("vocabfold.heads.triton_kernels")
 
 
 def chunks(num_rows: int, num_choices: int, fixed: bool = False) -> Iterator[slice]:

@@ -281,7 +281,7 @@ class Tiles:
 LOGITS = {True: Tiles(64, 128, 64), False: Tiles(32, 64, 32, num_stages=2)}
 GRAD_HIDDEN = {True: Tiles(64, 64, 128), False: Tiles(32, 32, 64, num_stages=2)}
 GRAD_WEIGHT = {True: Tiles(32, 128, 128, num_warps=8), False: Tiles(16, 64, 64, num_stages=2)}
-BIAS_TILE = (32, 64)
+BIAS_TILE = (128, 32)
 
 
 class SortedProducts:
