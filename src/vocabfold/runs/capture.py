@@ -56,7 +56,10 @@ class CapturedStep:
 
 
 def own_stream(device: torch.device) -> None:
-    """From now on this thread's work on ``device``, a GPU, goes to a stream that can be captured."""
+    """From now on this thread's work on ``device``, a GPU, goes to a stream that can be captured. Asked again, it stays
+    with that stream: for each one the libraries of matrix products keep memory of their own."""
+    if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda.set_stream(stream)
