@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 DEVICE = "cuda"
 PRESETS = Path(__file__).resolve().parents[1] / "conf" / "head"
 VOCABULARY_SIZE, HIDDEN_SIZE, NUM_ROWS = 4001, 40, 300  # a prime, no power of two, no multiple of a tile
+MANY = 17  # times these rows, where torch sorts and sums in other ways than for few
 WEIGHT_STD = 0.1  # logits of about 1
 # Relative to the loss, and to the norm of each gradient. A value passes through some ten roundings of its dtype, to
 # 2^-24, 2^-8 or 2^-11, and their errors are as likely up as down: a few of these each, and twice that for comfort.
@@ -85,13 +86,13 @@ def built(name: str) -> Model:
     return model.to(DEVICE)
 
 
-def batch(seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Hidden states and targets, most of them of few tokens and some ignored, on the CPU."""
+def batch(seed: int = 1, times: int = 1) -> tuple[Tensor, Tensor]:
+    """Hidden states and targets, most of them of few tokens and some ignored, on the CPU; the same rows ``times``."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(NUM_ROWS, HIDDEN_SIZE, generator=generator).bfloat16().float()
     targets = (torch.rand(NUM_ROWS, generator=generator) ** 4 * VOCABULARY_SIZE).long()
     targets[::7] = IGNORE_INDEX
-    return hidden, targets
+    return hidden.repeat(times, 1), targets.repeat(times)
 
 
 def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
@@ -225,7 +226,7 @@ def no_waiting() -> Iterator[None]:
 @every_dtype
 def test_the_host_never_waits(name: str, dtype: torch.dtype) -> None:
     model = capturable(name)
-    hidden, targets = (tensor.to(DEVICE) for tensor in batch())
+    hidden, targets = (tensor.to(DEVICE) for tensor in batch(times=MANY))
     hidden.requires_grad_()
     trained(model, hidden, targets, dtype)  # kernels are compiled, and libraries find their workspaces
     with no_waiting():
@@ -250,11 +251,11 @@ def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_graph_of_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
     model = capturable(name)
-    hidden, targets = (tensor.to(DEVICE) for tensor in batch())
+    hidden, targets = (tensor.to(DEVICE) for tensor in batch(times=MANY))
     hidden.requires_grad_()
     graph, (result, gradients) = captured(lambda: trained(model, hidden, targets, dtype))
     for seed in (2, 3):
-        other_hidden, other_targets = (tensor.to(DEVICE) for tensor in batch(seed))
+        other_hidden, other_targets = (tensor.to(DEVICE) for tensor in batch(seed, MANY))
         with torch.no_grad():
             hidden.copy_(other_hidden)
             targets.copy_(other_targets)

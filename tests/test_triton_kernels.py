@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from head_cases import LAYOUTS, Layout
+from head_cases import LAYOUTS, Layout, make_head, make_hidden
 from vocabfold.heads import equal_partition, kernels
 from vocabfold.heads.kernels import Late, Rows, SoftmaxKernel
 from vocabfold.heads.linear import LinearKernel
 from vocabfold.heads.linear_triton import TritonLinearKernel
 from vocabfold.heads.scorers import SortedTargets
+from vocabfold.tokens import IGNORE_INDEX
 
 pytest.importorskip("triton", reason="needs triton: pip install -e '.[kernels]' on Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,3 +179,26 @@ def test_nothing_counts(num_rows: int, module: ModuleType) -> None:
     assert rows.log_prob.shape == (num_rows,) and not rows.log_prob.any()
     for gradient, given in zip(made(rows, 1.0), inputs, strict=True):
         assert gradient.shape == given.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("kind", ["scale_shift_sorted", "low_rank_sorted", "sorted_free_bias", "sorted_tied"])
+def test_heads(kind: str) -> None:
+    """A whole loss through kernels, of scorers that have none of their own too."""
+    layout = LAYOUTS["shortlist"]
+    _, exact = make_head(kind, layout)
+    there = copy.deepcopy(exact).float().to(DEVICE)
+    targets = torch.arange(60) % layout.vocabulary_size
+    targets[::5] = IGNORE_INDEX
+    hidden = make_hidden(len(targets)).requires_grad_()
+    given = hidden.detach().float().to(DEVICE).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "TRITON_DEVICES", ())
+        patch.setattr(kernels, "FIXED_DEVICES", ())
+        expected = exact.head.loss(hidden, targets, with_accuracy=True)
+        gradients = torch.autograd.grad(expected.loss, [hidden, *exact.parameters()], materialize_grads=True)
+    found = there.head.loss(given, targets.to(DEVICE), with_accuracy=True)
+    torch.testing.assert_close(found.loss.double().cpu(), expected.loss, rtol=1e-6, atol=1e-6)
+    for name, part in expected.parts.items():
+        torch.testing.assert_close(found.parts[name].double().cpu(), part.double(), rtol=1e-6, atol=1e-6)
+    found_gradients = torch.autograd.grad(found.loss, [given, *there.parameters()], materialize_grads=True)
+    assert_near([gradient.double().cpu() for gradient in found_gradients], list(gradients), 5e-6)

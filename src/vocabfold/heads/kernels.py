@@ -211,7 +211,12 @@ def log_prob_and_slope(
     logits: Tensor, targets: Tensor, weights: Tensor | None, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``logits`` [R, C], ``targets`` [R] -> log P(target) [R], and the slope [R, C] of the sum of weights x log P:
-    weight x ((is it the target) - P)."""
+    weight x ((is it the target) - P), which may take the place of the logits."""
+    module = triton_kernels(logits.dtype, (logits,))
+    if module is not None and logits.shape[1] <= module.MOST_COLUMNS and logits.is_contiguous():
+        slope = logits if with_slope else None
+        log_prob: Tensor = module.softmax_of_rows(logits, None, targets, weights, slope, False)[0]
+        return log_prob, slope
     column = targets.unsqueeze(-1)
     if not with_slope:
         return logits.log_softmax(dim=-1).gather(-1, column).squeeze(-1), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 
 import torch
@@ -151,8 +152,8 @@ class FastTokenScorer(TokenScorer):
 class SortedTargets:
     """The rows that a scorer has to look at, sorted by group: those that count, in groups of more than one token.
 
-    ``fixed``: all N rows, those that there is nothing to look at last, in the last group and its first slot, and
-    ``counted`` says of each whether there is.
+    ``fixed``: all N rows, those that there is nothing to look at last, with the last group's index; ``counted`` says of
+    each whether there is.
     """
 
     def __init__(
@@ -161,20 +162,26 @@ class SortedTargets:
         self.num_groups = len(partition.multi_groups)
         self.fixed = has_fixed_shapes(groups) if fixed is None else fixed
         index = partition.multi_index[groups].masked_fill(~counted, -1)
-        self.counted: Tensor | None = None
         if self.fixed:
-            found = index.masked_fill(index < 0, self.num_groups).to(torch.int32)
-            self.keys, self.rows = found.sort(stable=True)
-            self.counted = self.keys < self.num_groups
-            self.index = self.keys.clamp(max=max(0, self.num_groups - 1)).long()
-            self.slots = slots[self.rows].masked_fill(~self.counted, 0)
-            return
-        kept = (index >= 0).nonzero().squeeze(-1)
-        self.index, order = index[kept].sort(stable=True)
-        self.rows = kept[order]
+            keys = index.remainder(self.num_groups + 1).to(torch.int32)  # -1 comes last
+            self.keys, self.rows = keys.sort(stable=True)
+        else:
+            kept = (index >= 0).nonzero().squeeze(-1)
+            self.index, order = index[kept].sort(stable=True)
+            self.rows = kept[order]
         self.slots = slots[self.rows]
 
     keys: Tensor  # of fixed ones: index, but M where there is nothing to look at
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """Of each row's group among the M."""
+        return self.keys.clamp(max=max(0, self.num_groups - 1)).long()
+
+    @functools.cached_property
+    def counted(self) -> Tensor | None:
+        """Whether there is something to look at; None where there always is."""
+        return self.keys < self.num_groups if self.fixed else None
 
     def counted_in(self, part: slice) -> Tensor | None:
         """``counted`` of those rows; None where all are."""
