@@ -164,7 +164,8 @@ def test_linear_scorer(layout: Layout, tied: bool, dtype: torch.dtype, module: M
         assert_near(made(found, 3.0), [3.0 * gradient for gradient in wanted], tolerance)
         without = kernel(tensors, there, [False] * 3, False)
         assert without.hits is None and without.gradients == [None] * 3
-        assert torch.equal(without.log_prob, found.log_prob)
+        # compiled apart, they may round apart
+        torch.testing.assert_close(without.log_prob, found.log_prob, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 9])
