@@ -1,13 +1,12 @@
-"""What each part of the training recipe is worth: warm-up, a short memory of squares, decay, count biases, tied rows.
+"""What each part of the training recipe is worth: the memory of squares, decay, warm-up, count biases, tied rows.
 
     python -m vocabfold.train --multirun experiment=recipe data=text data.train=FILE data.valid=FILE
     python -m experiments recipe measure [KEY=VALUE ...]
     python -m experiments recipe draw [CORPUS ...]
 
-results/CORPUS/recipe.csv, and the runs of heads_scaling at the same learning rate, which have the whole new recipe ->
-recipe.png and recipe.md. The old recipe is Adam without warm-up or decay, betas of 0.9 and 0.999 and no biases from
-counts; the new one that of heads_scaling. A part is judged by pairs of runs of one seed that differ in it alone: added
-to the old recipe, left out of the new one, and over all pairs that were trained. Whatever runs are there are compared.
+results/CORPUS/recipe.csv -> recipe.png and recipe.md. A part is judged by pairs of runs of one seed that differ in it
+alone: where all else is the recipe of heads_scaling, and over all pairs that were trained. Whatever runs are there are
+compared.
 """
 
 from __future__ import annotations
@@ -31,18 +30,26 @@ from vocabfold.files import write_text
 from vocabfold.runs.settings import Settings
 from vocabfold.runs.tables import RESULTS, read_table
 
-NAME, WHOLE = "recipe", "heads_scaling"
-NEW_BETA2, NEW_DECAY = 0.95, 0.1  # of heads_scaling
+NAME = "recipe"
+SHORT, MIDDLE = 0.95, 0.99  # beta2, where it is not 0.999
 # Each part, and the words for having it.
 PARTS = {
     "warm_up": "warm-up over 5% of the steps",
     "short_memory": "beta2 of 0.95 instead of 0.999",
+    "middle_memory": "beta2 of 0.99 instead of 0.999",
     "decay": "weight decay of 0.1 (AdamW)",
     "counts": "biases from counts",
     "tied": "tied rows instead of free ones",
 }
-NEW = {"warm_up": True, "short_memory": True, "decay": True, "counts": True, "tied": False}
-OLD = dict.fromkeys(PARTS, False)
+# The parts that heads_scaling has, but for tied rows: that table holds both.
+WHOLE = {
+    "warm_up": True,
+    "short_memory": False,
+    "middle_memory": False,
+    "decay": True,
+    "counts": True,
+    "tied": False,
+}
 # Heads that differ only in parts of the recipe are one family: {head: (family, counts, tied)}.
 FAMILIES = {
     "full": ("full softmax", False, True),
@@ -52,10 +59,11 @@ FAMILIES = {
     "linear_clustered": ("one linear layer a group, clustered", False, False),
     "linear_clustered_counts": ("one linear layer a group, clustered", True, False),
     "conditioned_clustered": ("conditioned on the group, clustered", True, False),
+    "conditioned_exchanged": ("head=folded", True, False),
 }
 KEY = ["family", "training_tokens", "epochs", "learning_rate", "hidden_size"]
-ENDS = ("added to the old", "left out of the new", "all pairs")
-END_LOOKS = {ENDS[0]: (COLORS["orange"], "s"), ENDS[1]: (COLORS["blue"], "o"), ENDS[2]: (GREY, "D")}
+ENDS = ("all else as in heads_scaling", "all pairs")
+END_LOOKS = {ENDS[0]: (COLORS["blue"], "o"), ENDS[1]: (GREY, "D")}
 
 add_options = add_settings
 
@@ -80,25 +88,25 @@ def draw(corpus: str) -> None:
     """Write one corpus' picture and table in words."""
     runs = runs_of(corpus)
     effects = effects_of(runs)
-    groups = list(dict.fromkeys(effect.group for effect in effects))
+    groups, parts = list(dict.fromkeys(effect.group for effect in effects)), varied(effects)
     figure, axes = plt.subplots(
         1, max(1, len(groups)), figsize=(2 * COLUMN_INCHES, 2.6), sharey=True, sharex=True, squeeze=False
     )
     for axis, group in zip(axes[0], groups, strict=False):
-        for place, part in enumerate(PARTS):
+        for place, part in enumerate(parts):
             for number, end in enumerate(ENDS):
                 found = [one for one in effects if (one.group, one.part, one.end) == (group, part, end)]
                 for effect in found:
                     color, marker = END_LOOKS[end]
                     width = np.nan_to_num(effect.difference.half_width)
                     axis.errorbar(
-                        effect.difference.mean, place + 0.2 * (number - 1), xerr=width, color=color, marker=marker,
+                        effect.difference.mean, place + 0.2 * (number - 0.5), xerr=width, color=color, marker=marker,
                         capsize=2, linestyle="",
                     )  # fmt: skip
         axis.axvline(0, color=GREY, linewidth=0.8)
-        axis.set_title(group, fontsize=7)
-        axis.set(xlabel="Change of the loss (nats)", ylim=(len(PARTS) - 0.5, -0.5))
-    axes[0, 0].set_yticks(range(len(PARTS)), list(PARTS.values()))
+        axis.set_title(group.replace(", ", "\n", 1), fontsize=7)
+        axis.set(xlabel="Change of the loss (nats)", ylim=(len(parts) - 0.5, -0.5))
+    axes[0, 0].set_yticks(range(len(parts)), [PARTS[part] for part in parts])
     for end, (color, marker) in END_LOOKS.items():
         axes[0, 0].plot([], [], color=color, marker=marker, linestyle="", label=end)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ENDS))
@@ -110,8 +118,7 @@ def draw(corpus: str) -> None:
 
 
 def runs_of(corpus: str) -> pd.DataFrame:
-    """The runs of recipe, a boolean column a part, and those of heads_scaling at the same budgets, rates and sizes,
-    which have all parts that their optimizer could have. Raises UserError where runs differ in something else."""
+    """The runs of recipe, with a boolean column a part. Raises UserError where runs differ in something else."""
     table = read_table(NAME, corpus)
     table = table[table["head"].isin(FAMILIES)]
     of_head = table["head"].map(FAMILIES)
@@ -119,7 +126,8 @@ def runs_of(corpus: str) -> pd.DataFrame:
     runs = table.assign(
         family=[family for family, _, _ in of_head],
         warm_up=table["warmup_steps"] > 0,
-        short_memory=np.isclose(table["beta2"], NEW_BETA2),
+        short_memory=np.isclose(table["beta2"], SHORT),
+        middle_memory=np.isclose(table["beta2"], MIDDLE),
         decay=table["weight_decay"] > 0,
         counts=table["count_biases"].astype(bool),
         tied=table["tied"].astype(bool),
@@ -130,21 +138,7 @@ def runs_of(corpus: str) -> pd.DataFrame:
             f"results/{corpus}/{NAME}.csv has several runs of {first['head']} with the same parts and seed, such as "
             f"{first['run']}: keep runs of other settings in another experiment"
         )
-    if not (RESULTS / corpus / f"{WHOLE}.csv").is_file():
-        return runs
-    whole = read_table(WHOLE, corpus)
-    whole = whole[whole["head"].isin(FAMILIES)]
-    of_head = whole["head"].map(FAMILIES)
-    parts = {name: value for name, value in NEW.items() if name not in ("counts", "tied")}
-    whole = whole.assign(
-        family=[family for family, _, _ in of_head],
-        counts=[counts for _, counts, _ in of_head],
-        tied=whole["tied"].astype(bool),
-        **parts,
-    )
-    compared = whole.merge(runs[KEY].drop_duplicates(), on=KEY)
-    both = pd.concat([runs, compared], ignore_index=True)
-    return both.drop_duplicates([*KEY, *PARTS, "seed"])
+    return runs
 
 
 @dataclass(frozen=True)
@@ -165,12 +159,18 @@ def effects_of(runs: pd.DataFrame) -> list[Effect]:
         group = name_of(key, runs)
         for part in PARTS:
             pairs = pairs_of(rows, part)
-            for end, base in zip(ENDS, (OLD, NEW, None), strict=True):
+            for end, base in zip(ENDS, (WHOLE, None), strict=True):
                 chosen = pairs if base is None else at_end(pairs, part, base)
                 if len(chosen):
                     difference = paired_difference(chosen["with"].tolist(), chosen["without"].tolist())
                     effects.append(Effect(group, part, end, difference))
     return effects
+
+
+def varied(effects: Sequence[Effect]) -> list[str]:
+    """The parts that some pair differs in."""
+    found = {effect.part for effect in effects}
+    return [part for part in PARTS if part in found]
 
 
 def number(value: object) -> float:
@@ -196,7 +196,7 @@ def pairs_of(rows: pd.DataFrame, part: str) -> pd.DataFrame:
 
 
 def at_end(pairs: pd.DataFrame, part: str, base: Mapping[str, bool]) -> pd.DataFrame:
-    """The pairs whose other parts are those of the old recipe, or of the new one."""
+    """The pairs whose other parts are those of ``base``. A beta2 is either short or middle."""
     for name, value in base.items():
         if name != part:
             pairs = pairs[pairs[name].astype(bool) == value]
@@ -205,10 +205,10 @@ def at_end(pairs: pd.DataFrame, part: str, base: Mapping[str, bool]) -> pd.DataF
 
 def caption(runs: pd.DataFrame) -> str:
     """What was trained, how often."""
-    first = runs.iloc[0]
+    first, seeds = runs.iloc[0], runs["seed"].nunique()
     return (
         f"{first['corpus']}; hidden {first['hidden_size']:.0f}, {first['num_layers']:.0f} layers; "
-        f"{runs['seed'].nunique()} seeds; {len(runs)} runs"
+        f"{seeds} seed{'s' if seeds > 1 else ''}; {len(runs)} runs"
     )
 
 
@@ -217,12 +217,12 @@ def markdown(runs: pd.DataFrame, effects: list[Effect]) -> str:
     lines = []
     for group in dict.fromkeys(effect.group for effect in effects):
         lines += [f"## {group}", "", "| part | " + " | ".join(ENDS) + " |", "|---" * (len(ENDS) + 1) + "|"]
-        for part, words in PARTS.items():
+        for part in varied(effects):
             cells = []
             for end in ENDS:
                 found = [one.difference for one in effects if (one.group, one.part, one.end) == (group, part, end)]
                 cells.append(cell_of(found[0]) if found else "not run")
-            lines.append(f"| {words} | " + " | ".join(cells) + " |")
+            lines.append(f"| {PARTS[part]} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["## Every combination", "", "| what | " + " | ".join(PARTS) + " | loss (nats) | seeds |"]
     lines.append("|---" * (len(PARTS) + 3) + "|")
@@ -232,7 +232,7 @@ def markdown(runs: pd.DataFrame, effects: list[Effect]) -> str:
         lines.append(f"| {what} | {marks} | {loss:.3f} | {rows['seed'].nunique()} |")
     lines += [
         "",
-        f"{caption(runs)}. Change of the validation loss in nats by having a part, below 0 where it helps; pairs of "
+        f"{caption(runs)}. Change of the loss in nats by having a part, below 0 where it helps; pairs of "
         "one seed, 95% intervals by Student's t where there are two pairs or more, the number of pairs in brackets. "
         "One learning rate for all combinations: a part that allows another rate may be worth more than it shows here.",
         "",
