@@ -42,7 +42,7 @@ NAMES = {
     "conditioned_exchanged": "one linear layer a group that sees its group first, groups by exchange, count biases",
     "conditioned_clustered": "one linear layer a group that sees its group first, clustered, count biases",
 }
-SEVERAL = 2  # seeds, with which a headline has an interval
+SEVERAL = 3  # seeds, with which a headline has an interval that says something
 MANY_TOKENS = 1e12  # beyond which a number says nothing
 
 
@@ -108,7 +108,7 @@ def headline(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
     budget = enough[-1]
     full = best_full(points, budget)
     several = (
-        f"with {SEVERAL} seeds or more of both sides" if counts[budget] >= SEVERAL else "with both sides, one seed"
+        f"with {SEVERAL} seeds or more of both sides" if counts[budget] >= SEVERAL else "with both sides, few seeds"
     )
     lines = [f"At {named(budget)} tokens, the largest budget {several}:", ""]
     lines += header_of("head", "setting", "loss", "perplexity, best full = 1 (95%)", "speed", "GiB")
@@ -199,7 +199,8 @@ def millions(tokens: float) -> str:
 
 
 def goals(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
-    """What each folded arm reaches of what is wanted, at its largest budget with a full softmax beside it."""
+    """What each folded arm reaches of what is wanted, at its largest budget with several seeds, or with as many as it
+    has, of a full softmax beside it."""
     lines = ["What is wanted of a folded head beside the best full softmax:", ""]
     lines += header_of(
         "head", "at", f"perplexity ratio (at most {MOST_RATIO:.2f}, upper end {MOST_RATIO_HIGH:.2f})",
@@ -215,7 +216,8 @@ def goals(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
         if not compared:
             lines.append(row_of(f"`{arm}`", "no full softmax beside it", *[""] * 5))
             continue
-        budget, found = compared[-1]
+        most = min(SEVERAL, max(found.count for _, found in compared))
+        budget, found = [pair for pair in compared if pair[1].count >= most][-1]
         met = math.exp(found.mean) <= MOST_RATIO and math.exp(found.high) <= MOST_RATIO_HIGH
         verdict = "undecided with one seed" if math.isnan(found.high) else yes(met)
         ratio = f"{ratio_of(found)}, {verdict}"
