@@ -18,7 +18,14 @@ from vocabfold.heads.base import (
     log_softmax,
     smoothed_log_frequency,
 )
-from vocabfold.heads.kernels import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
+from vocabfold.heads.kernels import (
+    FIXED_CHUNK_ELEMENTS,
+    SoftmaxKernel,
+    each_log_prob,
+    has_fixed_shapes,
+    product_dtype,
+    total_log_prob,
+)
 from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_cap
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.readers import GroupReader
@@ -184,9 +191,16 @@ class FoldedHead(Head):
         return self.group_log_prob(hidden).gather(-1, groups) + within
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See Head.topk. Exact without [N, V]: see visiting.topk_by_visits."""
+        """See Head.topk. Exact without [N, V] but on CUDA: see visiting.topk_by_visits. There the host would wait for
+        the device at every visit, and whole rows are computed, not many at a time."""
         self.check_k(k)
+        if has_fixed_shapes(hidden):
+            found = [Head.topk(self, rows, k) for rows in self._few_rows(hidden)]
+            return torch.cat([values for values, _ in found]), torch.cat([tokens for _, tokens in found])
         return topk_by_visits(self.partition, self.scorer, hidden, self.group_log_prob(hidden), k)
+
+    def _few_rows(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return hidden.split(max(1, FIXED_CHUNK_ELEMENTS // self.vocabulary_size))
 
     @torch.no_grad()
     def sample(
@@ -197,10 +211,14 @@ class FoldedHead(Head):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """See Head.sample. Exact without [N, V]: with ``top_k`` through ``topk``; otherwise a group is drawn, then a
+        """See Head.sample. On CUDA from whole rows, as ``topk``. Elsewhere exact without [N, V]: with ``top_k`` through
+        ``topk``; otherwise a group is drawn, then a
         token. With ``top_p``, one that is outside the nucleus is replaced by a draw from the nucleus itself: a token v
         of a nucleus of mass m then comes with p(v) + (1 - m) p(v) / m = p(v) / m."""
         self.check_sampling(temperature, top_k, top_p)
+        if has_fixed_shapes(hidden):
+            rows = self._few_rows(hidden)
+            return torch.cat([Head.sample(self, part, temperature, top_k, top_p, generator) for part in rows])
         if temperature == 0 or top_k is not None:
             return super().sample(hidden, temperature, top_k, top_p, generator)
         log_ratio = self.group_log_prob(hidden).double()

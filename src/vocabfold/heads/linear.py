@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from vocabfold.heads.base import log_softmax
 from vocabfold.heads.kernels import (
+    FIXED_CHUNK_ELEMENTS,
     Kernel,
     Late,
     Rows,
     add_product,
     chunks,
+    has_fixed_shapes,
     log_prob_and_slope,
     sum_dtype,
     triton_kernels,
@@ -136,6 +138,29 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
             logits = torch.bmm(weight, hidden[part].unsqueeze(-1)).view_as(bias[part])
             log_probs.append(log_softmax(logits + bias[part]))
         return torch.cat(log_probs) if log_probs else bias
+
+    def _all_log_prob(self, hidden: Tensor) -> Tensor:
+        if not has_fixed_shapes(hidden):
+            return super()._all_log_prob(hidden)
+        partition = self.partition
+        exists, tokens = partition.multi_slot_exists, partition.multi_tokens
+        columns = torch.arange(exists.shape[1], device=hidden.device)
+        places = (partition.multi_starts[:-1, None] + columns).where(exists, 0)
+        owned = partition.multi_index[partition.group_of[tokens]] * exists.shape[1] + partition.slot_of[tokens]
+        parts = [
+            self._log_softmax(self._group_logits(rows, places).masked_fill(~exists, -torch.inf)).flatten(1)[:, owned]
+            for rows in hidden.split(max(1, FIXED_CHUNK_ELEMENTS // max(1, self._numbers_a_row())))
+        ]
+        return torch.cat(parts)
+
+    def _numbers_a_row(self) -> int:
+        """What ``_group_logits`` holds for each hidden state."""
+        return self.partition.multi_slot_exists.numel()
+
+    def _group_logits(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """``hidden`` [N, D] -> the logits [N, M, S] of the tokens at ``places`` [M, S] among those of several."""
+        rows = self.weight[self.partition.multi_tokens] if self.tied else self.weight
+        return F.linear(hidden, rows, self.bias)[:, places]
 
     def _slot_log_prob_by_group(self, hidden: Tensor, index: Tensor) -> Tensor:
         """A product a group that anyone asks for, with its rows where they lie: nothing of the weight is copied."""
