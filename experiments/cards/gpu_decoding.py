@@ -23,7 +23,7 @@ from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 KEYS = ("vocabulary_size", "hidden_size", "batch_size", "method", "strategy", "work")
 OWN = ("new_tokens", "entropy_nats", "disagreements", "largest_gap_nats")
 METHODS = (FULL, FOLDED, PAPER)
-STRATEGIES: dict[str, dict[str, float]] = {"greedy": {"temperature": 0.0}, "top-p 0.9": {"top_p": 0.9}}
+STRATEGIES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "top-p 0.9": {"top_p": 0.9}}
 HEAD, WHOLE = "head", "whole"
 LOGIT_STD = 4.0  # of all logits together, which leaves a few nats of entropy
 PROMPT_TOKENS = 16

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabfold.data.batches import Batch, BatchPlan
+from vocabfold.data.batches import BatchPlan
+from vocabfold.data.composing import Undrawn
 from vocabfold.data.corpora import Corpus
 from vocabfold.data.shapes import Shapes
 from vocabfold.embeddings.build import describe_embedding
@@ -117,7 +118,8 @@ class Trainer:
         # DDP and FSDP average over processes what has to be a sum, hence world_size.
         weights = counts * self.ranks.world_size / total
         if self.captured is not None:
-            totals = self.captured((*batches[0], weights, torch.tensor(learning_rate)), with_accuracy)
+            inputs, targets = (part.to(self.device) for part in batches[0])
+            totals = self.captured((inputs, targets, weights, torch.tensor(learning_rate)), with_accuracy)
             norm = totals.pop("gradient_norm")
             metrics = means_of(totals, "train_")
         else:
@@ -128,7 +130,11 @@ class Trainer:
         return {**metrics, "gradient_norm": norm}
 
     def descend(
-        self, batches: Sequence[Batch], weights: Tensor, learning_rate: float | Tensor, with_accuracy: bool
+        self,
+        batches: Sequence[tuple[Tensor | Undrawn, Tensor]],
+        weights: Tensor,
+        learning_rate: float | Tensor,
+        with_accuracy: bool,
     ) -> tuple[MeanLosses, Tensor]:
         """Forward, backward and the optimizer's step on ``batches``, each of which has a weight in the loss: (the
         losses, the gradient's norm before it is clipped)."""
@@ -163,7 +169,7 @@ class Trainer:
             sums, norm = self.descend([(tokens, targets)], weights, learning_rate, with_accuracy)
             return {**sums.totals, "gradient_norm": norm}
 
-        tokens, targets = self.batches.batch(self.first_batch)
+        tokens, targets = (part.to(self.device) for part in self.batches.batch(self.first_batch))
         return CapturedStep(step, (tokens, targets, torch.empty(1), torch.empty(())), self.device)
 
     @torch.no_grad()
