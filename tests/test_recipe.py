@@ -83,8 +83,8 @@ def columns_of(*overrides: str) -> dict[str, Any]:
 
 
 def test_the_columns_of_a_run_are_its_settings() -> None:
-    whole = {"warmup_steps": 98, "beta2": 0.999, "weight_decay": 0.1, "count_biases": True}
-    assert columns_of("head=full_counts") == {"training_tokens": 4_000_000, "epochs": 1, **whole}
+    whole = {"warmup_steps": 12, "beta2": 0.999, "weight_decay": 0.1, "count_biases": True}
+    assert columns_of("head=full_counts") == {"training_tokens": 500_000, "epochs": 1, **whole}
     old = ("head=full", "optimizer.betas.1=0.95", "optimizer.warmup_steps=0", "training_tokens=2_000_000")
     assert columns_of(*old) == {
         "training_tokens": 2_000_000, "epochs": 1, "warmup_steps": 0, "beta2": 0.95, "weight_decay": 0.1,

@@ -71,6 +71,7 @@ LOOKS = {
     "linear_clustered_counts": (COLORS["blue"], "^", "-"),
     "conditioned_clustered": (COLORS["green"], "o", "--"),
     "conditioned_exchanged": (COLORS["green"], "*", "-"),
+    "conditioned_tied": (COLORS["green"], "s", ":"),
 }
 OTHER_LOOKS = [(COLORS["purple"], marker, dash) for marker in "ph<>1" for dash in ("-", "--")]
 STEPS = {"validation_group_loss": "Group loss", "validation_token_loss": "Token loss"}

@@ -40,6 +40,7 @@ NAMES = {
     "linear_clustered": "one linear layer a group, clustered",
     "linear_clustered_counts": "one linear layer a group, clustered, count biases",
     "conditioned_exchanged": "one linear layer a group that sees its group first, groups by exchange, count biases",
+    "conditioned_tied": "the same with the rows of the input embedding",
     "conditioned_clustered": "one linear layer a group that sees its group first, clustered, count biases",
 }
 SEVERAL = 3  # seeds, with which a headline has an interval that says something
