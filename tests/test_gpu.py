@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from experiments.cards import bench, gpu, gpu_decoding, gpu_heads, gpu_steps
+from experiments.cards import bench, gpu, gpu_decoding, gpu_heads, gpu_steps, gpu_words
 from experiments.cards.bench import BROKEN, Case, Plan, Work, measure_cases
 from experiments.cards.card_heads import (
     ADAPTIVE,
@@ -27,6 +27,7 @@ from experiments.cards.card_heads import (
     zipf_tokens,
 )
 from experiments.cards.gpu_steps import CAPTURED, EAGER, FORWARD, STEP
+from experiments.cards.gpu_summary import read_part, summary_of
 from experiments.cards.rows import CRASHED, ERROR, OK, OOM, REFUSED, Rows
 
 from run_cases import REPOSITORY, experiment
@@ -136,6 +137,24 @@ def test_goals_against_peers_are_told(rehearsed: Path, tmp_path: Path, monkeypat
     words = (folder / "gpu.md").read_text()
     assert "0.20 of its time (goal 0.25: reached), 1.00 of its memory (goal 1: reached)" in words
     assert "0.50 of its time (goal 0.25: not reached)" in words and "| full | oom |" in words
+
+
+def test_what_a_card_had_no_time_for_is_said() -> None:
+    """From the committed tables: sides, sizes and methods that the plan has and the tables have not."""
+    steps = read_part(Path("results/cards/gpu_steps.csv"))
+    assert steps is not None
+    missing = gpu_words.steps_left_out(summary_of(steps, gpu_steps.KEYS))
+    assert "hidden 2,048 bf16 (all)" in missing and any("GPT-Neo, full" in words for words in missing)
+    kept = steps[(steps["hidden_size"] == 128) & (steps["side"] == "no_head")]
+    words = gpu_words.steps_words(kept, None)
+    assert "hidden 128 bf16 captured (head=folded; " in words and "1.53 GiB, less at the peak" in words
+    heads = pd.read_csv("results/cards/gpu_heads.csv")
+    assert "| full, torch.compile | not measured |" in gpu_words.heads_words(heads)
+
+
+def test_memory_that_other_sides_had_reserved_is_not_told() -> None:
+    assert gpu_words.reserved_gib(pd.Series({"peak_memory_gib": 1.0, "reserved_memory_gib": 1.5})) == 1.5
+    assert math.isnan(gpu_words.reserved_gib(pd.Series({"peak_memory_gib": 1.0, "reserved_memory_gib": 0.03})))
 
 
 @pytest.mark.parametrize("method", [FULL, LINEAR, FOLDED, LOW_RANK, SHORT, ADAPTIVE, PAPER])

@@ -100,6 +100,23 @@ def test_a_gpu_makes_absolute_speeds_testable(claims: Any, copy: Path) -> None:
     assert verdict_of(claims, "tinystories", "Table 3", "Tokens a second") == "reproduced"
 
 
+def test_a_card_s_memory_and_speed_are_judged_too(claims: Any, copy: Path) -> None:
+    memory, speed = ("Table 2", "measured on one card"), ("Table 3", "measured on one card")
+    assert verdict_of(claims, "tinystories", *memory) == "reproduced"
+    assert verdict_of(claims, "tinystories", *speed) == "partly"
+    path = copy / "cards" / "gpu_steps.csv"
+    table = pd.read_csv(path)
+    grouped = table["side"] == "paper"
+    table.loc[grouped, ["milliseconds", "peak_memory_gib"]] *= [0.2, 10.0]
+    table.to_csv(path, index=False)
+    assert verdict_of(claims, "tinystories", *memory) == "not reproduced"
+    assert verdict_of(claims, "tinystories", *speed) == "reproduced"
+    text, _ = claims.report("tinystories")
+    assert "times the published" in text and "NVIDIA H100" in text
+    table[~grouped].to_csv(path, index=False)
+    assert verdict_of(claims, "tinystories", *memory) == "not run"
+
+
 @pytest.mark.parametrize("content", [None, "seed,model\n0,gpt2\n", "experiment,round,seconds\ncaching,0,1.0\n"])
 def test_missing_and_foreign_tables_are_a_line_each_and_the_rest_is_written(
     claims: Any,
@@ -161,7 +178,7 @@ def every_table(copy: Path) -> Path:
     ]
     write_table(pd.DataFrame(stories), folder / "table1_story_quality.csv")
     paper = [
-        scaling_row(head, 1e6, seed, 6.0 + 0.1 * seed + more, corpus="tiny")
+        scaling_row(head, 9e9, seed, 6.0 + 0.1 * seed + more, corpus="tiny")  # more than any committed table
         for seed in (0, 1)
         for head, more in (("full_untied_counts", 0.0), ("full_counts", 0.02), ("paper", 0.01 + 0.001 * seed))
     ]
@@ -208,7 +225,7 @@ def test_every_claim_has_a_verdict_once_its_table_is_there(claims: Any, every_ta
     assert verdict_of(claims, "tiny", "Figure 7") == "not reproduced"
     assert verdict_of(claims, "tiny", "abstract", "at the largest budget") == "reproduced"  # within 0.05 nats
     assert verdict_of(claims, "tiny", "method", "likeliest group") == "not reproduced"  # 0.3
-    assert "tiny, hidden 64, 1 M tokens, paper minus full_untied_counts: " in text
+    assert "tiny, hidden 64, 9000 M tokens, paper minus full_untied_counts: " in text
 
 
 def test_the_largest_budget_decides_whatever_text_it_is_of(claims: Any, copy: Path) -> None:
@@ -252,6 +269,8 @@ def test_the_audit_shows_each_slip(
     assert "| 2048 | 659 | 506.85 |" in text and text.count("| yes |") == 9
     assert "last owns 83 tokens, and 142 of its 225 slots" in text
     assert [line for line in text.splitlines() if line.startswith("## ")][-1].startswith("## 10.")
+    assert "| lean backbone, measured (NVIDIA H100 80GB HBM3) | 10.32 | 10.32 | 1.21 | 8.5 |" in text
+    assert "| GPT-2, 128, lean backbone, NVIDIA H100 80GB HBM3 | 40% " in text
     (copy / "cost" / "table3_speed.csv").unlink()
     assert experiment(monkeypatch, "audit", "draw") == 0
     error = capfd.readouterr().err

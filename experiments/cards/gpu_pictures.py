@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from experiments.cards import gpu_decoding, gpu_heads, gpu_steps
 from experiments.cards.card_heads import WORDS
 from experiments.cards.gpu_steps import BF16, CAPTURED, EAGER, FP32, NO_HEAD, STEP
-from experiments.cards.gpu_summary import chosen, summary_of
+from experiments.cards.gpu_summary import chosen, ratio, summary_of
 from experiments.cards.rows import OK
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save
 
@@ -39,11 +39,21 @@ SHORT_WORDS = WORDS | {
     "folded_captured": "head=folded, graph",
     "shortlist": "linear, shortlist",
 }
-PASSES: tuple[tuple[str, str, Literal["-", "--", ":"]], ...] = (
-    (FP32, EAGER, "-"),
-    (BF16, EAGER, "--"),
-    (BF16, CAPTURED, ":"),
+# Captured steps were measured at one hidden size: hollow markers without a line.
+PASSES: tuple[tuple[str, str, Literal["-", "--", "none"], str], ...] = (
+    (FP32, EAGER, "-", "fp32"),
+    (BF16, EAGER, "--", "bf16"),
+    (BF16, CAPTURED, "none", "bf16, CUDA graph"),
 )
+DECADES, FINE = (1.0,), (1.0, 2.0, 5.0)
+TIMES = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)  # of the bare backbone's
+
+
+def plain_numbers(axis: Axis, subs: tuple[float, ...] = FINE) -> None:
+    """Ticks of a logarithmic axis as a person writes them."""
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def draw_heads(table: pd.DataFrame, path: Path) -> None:
@@ -66,9 +76,8 @@ def draw_heads(table: pd.DataFrame, path: Path) -> None:
         axis.set_yticks(range(len(methods)), [SHORT_WORDS[method] for method in methods])
         axis.invert_yaxis()
         axis.set(xscale="log", xlabel=title)
-        axis.xaxis.set_major_locator(LogLocator(numticks=6))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
+    plain_numbers(axes[0].xaxis, DECADES)
+    plain_numbers(axes[1].xaxis)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1)
     save(figure, path)
@@ -80,17 +89,15 @@ def draw_steps(table: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(COLUMN_INCHES, 4.6), sharex=True)
     ticks = sorted(summary["hidden_size"].unique())
     for side, (color, marker) in SIDE_LOOKS.items():
-        for precision, mode, dash in PASSES:
+        for precision, mode, dash, _ in PASSES:
             wanted = {"precision": precision, "mode": mode, "pass": STEP}
             rows = [chosen(summary, **wanted, side=side, hidden_size=size) for size in ticks]
             bare = [chosen(summary, **wanted, side=NO_HEAD, hidden_size=size) for size in ticks]
-            times = [
-                float("nan") if one is None or none is None else one["median"] / none["median"]
-                for one, none in zip(rows, bare, strict=True)
-            ]
+            shares = [ratio(one, none) for one, none in zip(rows, bare, strict=True)]
+            times = [float("nan") if share is None else share[0] for share in shares]
             memory = [float("nan") if one is None else one["peak_memory_gib"] for one in rows]
-            look = {"color": color, "marker": marker, "linestyle": dash}
-            axes[0].plot(ticks, times, **look)
+            look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": dash}
+            axes[0].plot(ticks, times, **look, markerfacecolor="white" if mode == CAPTURED else color)
             if mode == EAGER:
                 axes[1].plot(ticks, memory, **look)
     axes[0].set_ylabel("Step's time, no head = 1")
@@ -99,22 +106,18 @@ def draw_steps(table: pd.DataFrame, path: Path) -> None:
     for axis in axes:
         axis.set(xscale="log", yscale="log")
         axis.xaxis.set_major_locator(FixedLocator(ticks))
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        plain_numbers(axis)
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        plain_numbers(axis.yaxis)
+    axes[0].yaxis.set_major_locator(FixedLocator(TIMES))
     handles = [plt.Line2D([], [], color=color, marker=marker) for color, marker in SIDE_LOOKS.values()]
-    handles += [plt.Line2D([], [], color=GREY, linestyle=dash) for _, _, dash in PASSES]
-    labels = [gpu_steps.WORDS[side] for side in SIDE_LOOKS]
-    labels += [f"{precision}{', captured' if mode == CAPTURED else ''}" for precision, mode, _ in PASSES]
+    handles += [
+        plt.Line2D([], [], color=GREY, linestyle=dash, marker="o" if mode == CAPTURED else "", markerfacecolor="white")
+        for _, mode, dash, _ in PASSES
+    ]
+    labels = [*(gpu_steps.WORDS[side] for side in SIDE_LOOKS), *(words for *_, words in PASSES)]
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     save(figure, path)
-
-
-def plain_numbers(axis: Axes) -> None:
-    """Ticks of a logarithmic axis as a person writes them."""
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_decoding(table: pd.DataFrame, path: Path) -> None:
@@ -125,9 +128,9 @@ def draw_decoding(table: pd.DataFrame, path: Path) -> None:
     keys: list[tuple[int, int, int]] = list(summary[sizes].drop_duplicates().itertuples(index=False, name=None))
     places = {key: index for index, key in enumerate(keys)}
     figure, axes = plt.subplots(2, 1, figsize=(COLUMN_INCHES, 1.5 + 0.42 * len(places)))
-    for axis, work, title in (
-        (axes[0], gpu_decoding.HEAD, "The head's step alone (ms)"),
-        (axes[1], gpu_decoding.WHOLE, "Whole decoding (ms a token)"),
+    for axis, work, title, subs in (
+        (axes[0], gpu_decoding.HEAD, "The head's step alone (ms)", DECADES),
+        (axes[1], gpu_decoding.WHOLE, "Whole decoding (ms a token)", FINE),
     ):
         for method, (color, marker) in METHOD_LOOKS.items():
             for strategy, shift, face in (("greedy", -0.15, color), ("top-p 0.9", 0.15, "white")):
@@ -149,9 +152,7 @@ def draw_decoding(table: pd.DataFrame, path: Path) -> None:
         axis.set_yticks(range(len(keys)), [f"V {v:,}, D {d}, batch {b}" for v, d, b in keys])
         axis.set_ylim(len(keys) - 0.5, -0.5)
         axis.set(xscale="log", xlabel=title)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
+        plain_numbers(axis.xaxis, subs)
     handles = [plt.Line2D([], [], color=c, marker=m, linestyle="none") for c, m in METHOD_LOOKS.values()]
     handles += [
         plt.Line2D([], [], color=GREY, marker="o", markerfacecolor=face, linestyle="none") for face in (GREY, "white")

@@ -20,6 +20,7 @@ from experiments.cards.gpu_summary import (
     where,
 )
 from experiments.cards.rows import OK
+from vocabfold.machine import BYTES_PER_GIB
 from vocabfold.runs.tables import RESULTS
 
 COST = RESULTS / "cost"
@@ -44,6 +45,7 @@ def heads_words(table: pd.DataFrame) -> str:
         for method, title in card_heads.WORDS.items():
             named = rows[rows["method"] == method]
             if named.empty:
+                lines.append(f"| {title} | not measured | | | | | |")
                 continue
             row = named.iloc[0]
             if row["status"] != OK:
@@ -101,7 +103,7 @@ def steps_words(table: pd.DataFrame, simulated: pd.DataFrame | None) -> str:
                 f"| {title} | {time_words(step)} | {speed(step, tokens)} | {ratio_words(ratio(step, nobody[EAGER]))} "
                 f"| {speed(forward, tokens)} | {time_words(graph)} | {ratio_words(ratio(graph, nobody[CAPTURED]))} "
                 f"| {number(memory['peak_memory_gib'])} "
-                f"| {number(memory['reserved_memory_gib'])} "
+                f"| {number(reserved_gib(memory))} "
                 f"| {number(fake)} "
                 f"| {published(side, first['hidden_size'])} |"
             )
@@ -109,10 +111,71 @@ def steps_words(table: pd.DataFrame, simulated: pd.DataFrame | None) -> str:
     lines.append(
         "8 layers, 8 heads; AdamW in one pass over memory, gradients clipped. No head: the same backbone with a head "
         "that costs nothing. Captured: the step as one CUDA graph. Published memory is what an allocator reserved, and "
-        "published speed is of the forward pass; the paper's code ran on other cards."
+        "published speed is of the forward pass; the paper's code ran on other cards. Reserved: what the allocator "
+        "took for this side; not told where it reused what other sides had left."
     )
-    lines += ["", where(table)]
+    first = summary.iloc[0]
+    twice = number(2 * first["batch_size"] * first["sequence_length"] * first["vocabulary_size"] / BYTES_PER_GIB)
+    lines += [
+        "",
+        "Simulated memory follows the CPU's list of operators for autocast, by which cross_entropy takes a float32 "
+        "copy of bfloat16 logits and its gradient of them is float32 too. CUDA's log_softmax reads the bfloat16 logits "
+        f"and writes a bfloat16 gradient: 2 N V bytes, {twice} GiB, less at the peak of a full softmax in bf16 than is "
+        "simulated. Float32, and heads that never hold N V numbers, have no such difference.",
+        "",
+        *over_no_head_simulated(summary, expected),
+        f"Not measured: {', '.join(steps_left_out(summary)) or 'nothing of the plan'}.",
+        "",
+        where(table),
+    ]
     return "\n".join([*lines, ""])
+
+
+def over_no_head_simulated(summary: pd.DataFrame, expected: pd.DataFrame | None) -> list[str]:
+    """What measured memory over no head hides, at the smallest size; no lines where nothing was simulated."""
+    steps = summary[(summary["mode"] == EAGER) & (summary["pass"] == STEP) & (summary["status"] == OK)]
+    cells = []
+    for precision in (FP32, BF16):
+        rows = steps[(steps["hidden_size"] == steps["hidden_size"].min()) & (steps["precision"] == precision)]
+        gib = {row["side"]: simulated_gib(row, expected) for _, row in rows.iterrows()}
+        cells += [
+            f"{gpu_steps.WORDS[side]}, {precision}: {gib[side] / gib[NO_HEAD]:.2f}"
+            for side in (FOLDED, gpu_steps.TIED)
+            if {side, NO_HEAD} <= set(gib) and not math.isnan(gib[side] / gib[NO_HEAD])
+        ]
+    if not cells:
+        return []
+    nobody = steps[steps["side"] == NO_HEAD]
+    extra = [row["peak_memory_gib"] - simulated_gib(row, expected) for _, row in nobody.iterrows()]
+    return [
+        f"No head ran first of each group, and its measured peak is up to {number(max(extra))} GiB above its simulated "
+        "one: buffers that libraries make once and keep, which later sides found there. So measured memory over no "
+        f"head flatters eager heads; simulated it is, at hidden {steps['hidden_size'].min()}, {'; '.join(cells)}.",
+        "",
+    ]
+
+
+def steps_left_out(summary: pd.DataFrame) -> list[str]:
+    """What the plan has and the table has not, in words."""
+    planned = (gpu_steps.TINY_GROUPS, gpu_steps.CARD_GROUPS)
+    groups = next(groups for groups in planned if set(summary["hidden_size"]) <= {group[0] for group in groups})
+    wanted: dict[tuple[int, str, str], list[str]] = {}
+    for hidden_size, precision, mode, sides in groups:
+        wanted.setdefault((hidden_size, precision, mode), []).extend(sides)
+    found = []
+    for (hidden_size, precision, mode), planned_sides in wanted.items():
+        same = {"hidden_size": hidden_size, "precision": precision, "mode": mode}
+        missing = [gpu_steps.WORDS[side] for side in planned_sides if chosen(summary, **same, side=side) is None]
+        if missing:
+            words = f"hidden {hidden_size:,} {precision}{' captured' if mode == CAPTURED else ''}"
+            found.append(f"{words} ({'all' if len(missing) == len(planned_sides) else '; '.join(missing)})")
+    return found
+
+
+def reserved_gib(row: pd.Series) -> float:
+    """What the allocator reserved for this side; NaN where other sides had left it some of that."""
+    reserved = float(row["reserved_memory_gib"])
+    return reserved if reserved >= row["peak_memory_gib"] else math.nan
 
 
 def simulated_gib(row: pd.Series, expected: pd.DataFrame | None) -> float:
@@ -169,6 +232,8 @@ def decoding_words(table: pd.DataFrame) -> str:
         for method in gpu_decoding.METHODS:
             own = rows[rows["method"] == method]
             if own.empty:
+                size = f"{vocabulary_size:,}, {hidden_size}, {batch_size}"
+                lines.append(f"| {size} | {card_heads.WORDS[method]} | not measured |" + " |" * (1 + len(columns)))
                 continue
             cells = []
             for work, strategy in columns:

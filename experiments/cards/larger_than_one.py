@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -309,7 +309,9 @@ def markdown(table: pd.DataFrame) -> str:
         f"sequences of {SEQUENCE_LENGTH} tokens, V = {VOCABULARY_SIZE:,}, groups of about 1,000; no recomputation of "
         "activations and no parameters on the host.",
         "* Weights, gradient sums and Adam's two means in float32, products in bfloat16 (autocast by the CPU's lists "
-        "of operators, attention fused).",
+        "of operators, attention fused). By these a full softmax in one piece takes 2 N V bytes more than on CUDA, "
+        f"{2 * SEQUENCE_LENGTH * VOCABULARY_SIZE / BYTES_PER_GIB:.1f} GiB a sequence ([measured](../cards/gpu.md)); "
+        "without them the same batches fit.",
         "* Replicated and FSDP models lend the embedding's rows to the head; a vocabulary-sharded head has rows of its "
         "own, 2.05 B more. The input embedding is spread by FSDP in both, and gathered whole in bfloat16.",
         "* FSDP as runs/sharding.py does it: embeddings and head gathered from the forward pass to the end of the "
@@ -331,14 +333,15 @@ def draw_memory(table: pd.DataFrame, path: Path) -> None:
             axis.plot(rows["sequences"], rows["peak_memory_gib"], color=color, marker=marker, label=head)
         for card, mib in USABLE_MIB.items():
             axis.axhline(mib / 1024, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
-            axis.text(SEQUENCES[-1], mib / 1024, card, fontsize=7, color=GREY, va="bottom", ha="right")
+            if axis is axes[-1]:  # where no curve is in the way
+                axis.text(SEQUENCES[0], mib / 1024, f"{card} card", fontsize=7, color=GREY, va="bottom")
         axis.set(xscale="log", yscale="log", xlabel="Sequences of 2,048 a card")
         axis.xaxis.set_major_locator(FixedLocator(SEQUENCES))
         axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_locator(FixedLocator([10, 20, 50, 100, 200, 500, 1000]))
         axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title(layout, fontsize=8)
     axes[0].set_ylabel(f"Memory of each of {CARDS} cards (GiB)")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -15,7 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from experiments.cards.gpu_steps import FORWARD, FP32, STEP
+from experiments.cards.gpu_summary import ratio, ratio_words
 from experiments.claims.base import measured, reference, rows_where
+from experiments.claims.card import card_memory, card_name, card_steps, step_of
 from experiments.claims.cost import is_printed, parameter_millions, simulated_peaks, speed_columns
 from experiments.paper.paper_tables import MODELS
 from experiments.paper.table2_memory import SETTINGS, saving
@@ -124,15 +127,33 @@ def timer() -> list[str]:
                 faster = ratio_summary(seconds, model, "grouped")
                 cells.append(f"{faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f})")
             rows.append([f"{MODELS[model]}, {size}, {SETTINGS[str(setting)]}", *cells])
+    rows += timer_on_a_card()
     header = ["model, hidden size, setting", "share of a step that the forward pass takes"]
     header += ["grouped is faster by: forward only", "whole step"]
     return [
         "The timer of the training loop stops after the forward pass, before the backward pass and the optimizer, and "
         "on a GPU before the device has finished. What it divides tokens by is a part of a step (ours, on a CPU, every "
-        "call waited for):",
+        "call waited for, and on the card that is named, in float32 by its own events):",
         "",
         *table(header, rows),
     ]
+
+
+def timer_on_a_card() -> list[list[str]]:
+    """The same of our models on one card, at the sizes measured there."""
+    steps = card_steps()
+    rows = []
+    for size in sorted(set(steps["hidden_size"])):
+        for model, title in MODELS.items():
+            step, forward = step_of(steps, model, size, FP32), step_of(steps, model, size, FP32, FORWARD)
+            share = ratio(forward, step)
+            if share is None:
+                continue
+            cells = [f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})"]
+            for part, own in ((FORWARD, forward), (STEP, step)):
+                cells.append(ratio_words(ratio(own, step_of(steps, "grouped", size, FP32, part))))
+            rows.append([f"{title}, {size}, {SETTINGS['lean']}, {card_name(steps)}", *cells])
+    return rows
 
 
 def padding() -> list[str]:
@@ -256,6 +277,11 @@ def simulation() -> list[str]:
         values = [peak.get((setting, model, HIDDEN_SIZE)) for model in MODELS]
         cells = ["-" if value is None else f"{value:.2f}" for value in values]
         rows.append([title, *cells, f"{saving(peak, setting, HIDDEN_SIZE):.1f}"])
+    steps = card_steps()
+    if (gib := card_memory(steps, HIDDEN_SIZE)) is not None:
+        cells = [f"{gib[model]:.2f}" for model in MODELS]
+        rows.append([f"{SETTINGS['lean']}, measured ({card_name(steps)})", *cells,
+                     f"{gib['gpt_neo'] / gib['grouped']:.1f}"])  # fmt: skip
     return [
         "Memory can be simulated without the card, so the table can be taken apart. The saving is a ratio of two whole "
         "models: with the same head it is large over a lean backbone and small where attention keeps its T x T "

@@ -192,7 +192,8 @@ def simulated_peak_memory(build: Callable[[], TrainingParts]) -> SimulatedMemory
     function makes). Nothing floating is allocated or computed at any size; torch's random state stays as it was. The
     second of two steps is reported: only then is the optimizer's state there.
     A build of torch without CUDA simulates CPU tensors only, and with them the CPU's optimizer: on CUDA, Adam takes
-    temporaries as large as the parameters on top unless foreach=False or fused=True.
+    temporaries as large as the parameters on top unless foreach=False or fused=True. Autocast too is the CPU's, by
+    which cross_entropy copies N V logits of half precision to float32: 2 N V bytes more than CUDA has at its peak.
     Not seen: scratch space per thread of the CPU's attention (about 0.5 MiB a thread).
     Raises UserError where values of a floating point tensor are needed (`.item()`, `nonzero`, boolean indexing).
     """
