@@ -162,6 +162,22 @@ def of_another_layer() -> Any:
     return model
 
 
+class Adapted(torch.nn.Module):
+    """As PEFT wraps a model: what it does not know itself it asks the model."""
+
+    peft_config: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
 REFUSED = {
     "no model of transformers": (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
     "no lm_head": (lambda: LlamaModel(LlamaConfig(**SMALL)), "LlamaModel is no causal language model"),
@@ -175,6 +191,7 @@ REFUSED = {
         lambda: MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1)),
         "no decoder with a key/value cache",
     ),
+    "adapters around it": (Adapted, "Adapted wraps a model with adapters: .* merge_and_unload"),
     "quantised": (quantised, "has a quantised output layer"),
     "another layer": (of_another_layer, "or one of its own kind"),
     "sharded": (sharded, "is spread over devices"),
@@ -232,13 +249,21 @@ def test_a_folder_is_loaded_and_what_is_no_model_is_one_line(tmp_path: Path, mon
     refused[tmp_path / "encoder"] = "holds BertModel: only causal"
     llama().save_pretrained(tmp_path / "without tokenizer")
     refused[tmp_path / "without tokenizer"] = "transformers cannot read"
+    llama().save_pretrained(tmp_path / "a shard short", max_shard_size="60KB")
+    shards = sorted((tmp_path / "a shard short").glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[0].unlink()
+    refused[tmp_path / "a shard short"] = "transformers cannot read"
     for path, message in refused.items():
         with pytest.raises(UserError, match=message) as error:
             load(path)
         assert "\n" not in str(error.value)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
-    with pytest.raises(UserError, match="package gguf is missing: pip install 'vocabfold\\[hf\\]'"):
-        load(tmp_path / "cut")
+    for missing in ("transformers", "gguf", "accelerate"):
+        monkeypatch.setattr(
+            models.importlib.util, "find_spec", lambda name, missing=missing: None if name == missing else object()
+        )
+        with pytest.raises(UserError, match=f"package {missing} is missing: pip install 'vocabfold\\[hf\\]'"):
+            load(tmp_path / "cut")
 
 
 def packed(tmp_path: Path, content: bytes) -> tuple[Path, PackedModel]:

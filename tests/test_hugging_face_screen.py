@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from torch.nn import functional as F
 
+from test_hugging_face_metrics import Largest
 from vocabfold.errors import UserError
 from vocabfold.hugging_face import draws, int8_product, quantised_rows
 from vocabfold.hugging_face.int8_product import fbgemm_product, onednn_product
@@ -146,13 +147,37 @@ def adversarial() -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+@pytest.mark.parametrize("panel", [128, quantised_rows.PANEL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", adversarial())
-def test_adversarial_rows_and_states(case: str, dtype: torch.dtype) -> None:
+def test_adversarial_rows_and_states(
+    case: str, dtype: torch.dtype, panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised_rows, "PANEL", panel)
     rows, hidden = (each.to(dtype) for each in adversarial()[case])
     for batch in (1, 16):
         got = torch.cat([ScreenedHead(rows).greedy(some) for some in hidden.split(batch)])
         assert torch.equal(got, dense_greedy(hidden, rows, batch))
+
+
+def test_panels_change_no_token_and_bounds_of_a_batch_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, hidden = uneven(3000, 16), uneven(160, 16, seed=2)
+    rows[1500:2900] = rows[:1400]  # ties whose other half lies panels away
+    whole = ScreenedHead(rows)
+    upper = whole.quantised.upper_bounds(whole.quantised.round_states(hidden[:5]))
+    monkeypatch.setattr(quantised_rows, "PANEL", 512)
+    head = ScreenedHead(rows)
+    assert len(head.quantised.products) == 6
+    states = head.quantised.round_states(hidden[:5])
+    assert torch.equal(head.quantised.upper_bounds(states), upper)
+    for index in range(5):
+        assert torch.equal(head.quantised.upper_bounds(states.one(index))[0], upper[index])
+    expected = dense_greedy(hidden, rows, 16)
+    assert torch.equal(head.greedy(hidden), expected) and torch.equal(whole.greedy(hidden), expected)
+    distinct = ScreenedHead(rows[:1500].contiguous())
+    with Largest() as largest:
+        assert len(distinct.greedy(hidden)) == 160
+    assert distinct.counts.dense == 0 and largest.elements <= 32 * 512
 
 
 def test_ties_and_flat_states_are_counted() -> None:
@@ -166,7 +191,7 @@ def test_ties_and_flat_states_are_counted() -> None:
     unbounded = ScreenedHead(rows)
     unbounded.greedy(torch.zeros(1, 16))
     assert unbounded.counts.dense_range == 1
-    assert unbounded.bytes_read == 3072 * (16 + 8) + 3001 * 16 * 4
+    assert unbounded.bytes_read == 3072 * (16 + 8) + 3000 * 16 * 4
 
 
 def test_a_column_much_larger_than_the_others_leaves_few_candidates() -> None:

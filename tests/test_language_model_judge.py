@@ -100,9 +100,16 @@ def test_marks_come_back_by_their_columns_and_are_asked_for_once(server: Server,
     _, body, authorization = server.requests[1]
     assert body["model"] == "some-model" and authorization == "Bearer secret"
     assert "Once there was a fox" in body["messages"][1]["content"] and "1 hats" in body["messages"][1]["content"]
+    assert "max_completion_tokens" not in body
     assert judge_at(server.url, tmp_path).scores(STORIES) == scores and len(server.requests) == 3
     assert len(list(tmp_path.iterdir())) == 3
     assert not any("secret" in path.read_text() + path.name for path in tmp_path.iterdir())
+
+
+def test_a_model_that_rambles_is_cut_short(server: Server, tmp_path: Path) -> None:
+    server.script = [GOOD]
+    judge_at(server.url, tmp_path, max_answer_tokens=60).scores(STORIES[:1])
+    assert server.requests[0][1]["max_completion_tokens"] == 60
 
 
 def test_repeats_are_asked_apart_and_averaged(server: Server, tmp_path: Path) -> None:

@@ -108,6 +108,10 @@ def test_a_language_model_judges_beside_what_was_judged_before(
     [
         (("--beginnings", "99"), "99 beginnings are wanted"),
         (("--max-tokens", "0"), "--max-tokens is 0"),
+        (
+            ("--judge", "language-model", "--judge-model", "m", "--max-answer-tokens", "0"),
+            "--max-answer-tokens is 0: choose at least 1",
+        ),
         (("--judge", "language-model"), "needs --judge-model"),
         (("--judge", "language-model", "--judge-model", "m"), "OPENAI_API_KEY"),
         (("--nonsense",), "unrecognized"),

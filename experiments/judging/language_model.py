@@ -49,7 +49,8 @@ RETRIES = 5  # of a request that was refused for now, failed or took too long
 @dataclass(frozen=True)
 class Endpoint:
     """Where the model is and what it costs. ``base_url`` None is the client's own choice (OPENAI_BASE_URL, or OpenAI);
-    ``key`` is never written anywhere."""
+    ``key`` is never written anywhere. ``max_answer_tokens`` None leaves the length of an answer to the endpoint: small
+    models ramble up to its limit, large ones may think before they answer."""
 
     model: str
     base_url: str | None = None
@@ -57,6 +58,7 @@ class Endpoint:
     timeout_seconds: float = TIMEOUT_SECONDS
     retries: int = RETRIES
     parallel: int = 4
+    max_answer_tokens: int | None = None
 
     @property
     def address(self) -> str:
@@ -188,8 +190,10 @@ class LanguageModelJudge(Judge):
 
         send = partial(self.client.chat.completions.create, model=self.endpoint.model)
         where = f"the judge at {self.endpoint.address}"
+        most = self.endpoint.max_answer_tokens
+        limit_tokens = {} if most is None else {"max_completion_tokens": most}
         try:
-            completion: Any = send(messages=messages)
+            completion: Any = send(messages=messages, **limit_tokens)
         except openai.APITimeoutError as error:
             limit = self.endpoint.timeout_seconds
             raise UserError(f"{where} took longer than {limit:g} s, {self.endpoint.retries + 1} times") from error

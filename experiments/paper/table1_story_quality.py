@@ -117,6 +117,7 @@ def add_options(parser: ArgumentParser) -> None:
     group.add_argument("--repeats", type=int, default=1, help="asks about each story (default %(default)s)")
     group.add_argument("--retries", type=int, default=RETRIES, help="of a failing request (default %(default)s)")
     group.add_argument("--timeout-seconds", type=float, default=TIMEOUT_SECONDS, help="(default %(default)s)")
+    group.add_argument("--max-answer-tokens", type=int, help="of an answer (default: the endpoint's own limit)")
     group.add_argument("--dollars-per-million", type=float, nargs=2, default=(None, None), metavar=("IN", "OUT"))
     group.add_argument("--cache", type=Path, default=ANSWERS, help="folder of answers (default %(default)s)")
     group.add_argument("--yes", action="store_true", help="do not ask whether to go on after the estimate")
@@ -182,7 +183,16 @@ def judge_of(options: Namespace, material: Material) -> Judge:
         if not options.judge_model:
             raise UserError("--judge language-model needs --judge-model NAME: which model is to judge?")
         key = os.environ.get(options.key_variable)
-        endpoint = Endpoint(options.judge_model, options.base_url, key, options.timeout_seconds, options.retries)
+        if options.max_answer_tokens is not None and options.max_answer_tokens < 1:
+            raise UserError(f"--max-answer-tokens is {options.max_answer_tokens}: choose at least 1")
+        endpoint = Endpoint(
+            options.judge_model,
+            options.base_url,
+            key,
+            options.timeout_seconds,
+            options.retries,
+            max_answer_tokens=options.max_answer_tokens,
+        )
         return LanguageModelJudge(endpoint, options.cache, options.repeats)
     tokenizer = text_of(material.corpus)
     documents = documents_of(material.corpus.train, tokenizer.end_token, NUM_TRAINING_DOCUMENTS)

@@ -58,6 +58,7 @@ GOAL_COMPRESSION, GOAL_RATIO = 7.0, 1.01
 FLOAT, HALF = "float32", "bfloat16"
 STYLES = {name: (COLORS[color], marker) for name, (color, marker) in LOOKS.items()} | {"mixed": ("black", "*")}
 METHODS = ("dense", *STYLES)
+ROUNDED = ("int8", "int4", "mixed")
 
 
 @dataclass(frozen=True)
@@ -255,12 +256,14 @@ def markdown(table: pd.DataFrame) -> str:
     dense = table[table["embedding"] == "dense"].sort_values("documents").drop_duplicates("text", keep="last")
     losses = ", ".join(f"{row['text']} {row['loss_nats']:.3f}" for _, row in dense.iterrows())
     lines += ["", *verdicts(rows), ""]
-    most = f"{rows['documents'].min()} to {rows['documents'].max()} a text, at most {DOCUMENT_TOKENS} tokens of each"
+    least, most = rows["documents"].min(), rows["documents"].max()
+    number = f"{most}" if least == most else f"{least} to {most}"
+    read = f"{number} a text, at most {DOCUMENT_TOKENS} tokens of each"
     lines.append(
         f"{first['model']}, V = {first['vocabulary_size']:,}, D = {first['hidden_size']}: a tied model. Its output "
         "rows stay as they are where nothing else is said, so the whole model becomes smaller only if these follow. "
         f"Perplexity of the dense table = 1; its loss in nats a token: {losses}. In brackets 95% intervals over "
-        f"documents ({most}). Bytes against float32."
+        f"documents ({read}). Bytes against float32."
     )
     return "\n".join([*lines, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])
 
@@ -293,44 +296,56 @@ def verdicts(rows: pd.DataFrame) -> list[str]:
 
 
 def draw_texts(table: pd.DataFrame, path: Path) -> None:
-    """Perplexity against compression, one panel a text."""
+    """Perplexity against compression, one column a text: everything above, the rounded tables alone below."""
     rows = chosen(with_changes(table))
     texts = list(dict.fromkeys(table["text"]))
-    figure, axes = plt.subplots(1, len(texts), figsize=(2 * COLUMN_INCHES, 2.7), sharey=True, squeeze=False)
-    for axis, text in zip(axes[0], texts, strict=True):
-        draw_text(axis, rows[(rows["text"] == text) & (rows["side"] == "input")])
-        axis.set_title(text, fontsize=8)
-    axes[0][0].set_ylabel("Perplexity, dense = 1")
+    figure, axes = plt.subplots(2, len(texts), figsize=(2 * COLUMN_INCHES, 4.2), sharey="row", squeeze=False)
+    is_rounded = rows["embedding"].isin(ROUNDED)
+    for above, below, text in zip(*axes, texts, strict=True):
+        of_text = rows["text"] == text
+        draw_all(above, rows[of_text & (rows["side"] == "input")])
+        draw_rounded(below, rows[of_text & is_rounded])
+        above.set_title(text, fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Perplexity, dense = 1")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
     claims = " and ".join(f"{claim:.2f}x" for claim in PUBLISHED)
-    title = f"{table.iloc[0]['model']}, input embedding; 95% intervals over documents; dashed: {claims}, open: {HALF}"
+    title = (
+        f"{table.iloc[0]['model']}; 95% intervals over documents. Above: input embedding; dashed: {claims}; "
+        f"open: {HALF}.\nBelow: rounded tables; open: output rows too; dashed: the goal, {GOAL_RATIO} at "
+        f"{GOAL_COMPRESSION:.0f}x"
+    )
     figure.suptitle(title, fontsize=7)
     save(figure, path)
 
 
-def draw_text(axis: Axes, rows: pd.DataFrame) -> None:
-    """One panel."""
-    for method, (color, marker) in STYLES.items():
-        for numbers in (FLOAT, HALF):
-            of = rows[(rows["embedding"] == method) & (rows["numbers"] == numbers)].sort_values("compression")
-            if of.empty:
-                continue
-            mean, low, high = (
-                np.exp([getattr(change, name) for change in of["change"]]) for name in ("mean", "low", "high")
-            )
-            axis.errorbar(
-                of["compression"],
-                mean,
-                [mean - low, high - mean],
-                color=color,
-                marker=marker,
-                linestyle="-" if numbers == FLOAT else "",
-                markerfacecolor=color if numbers == FLOAT else "white",
-                capsize=1.5,
-                elinewidth=0.7,
-                label=method if numbers == FLOAT else None,
-            )
+def draw_series(axis: Axes, rows: pd.DataFrame, method: str, column: str, filled: str, line: str) -> None:
+    """The points of one method; those whose ``column`` is not ``filled`` are open and not joined."""
+    color, marker = STYLES[method]
+    for is_filled, of in rows[rows["embedding"] == method].groupby(rows[column] == filled):
+        of = of.sort_values("compression")
+        mean, low, high = (
+            np.exp([getattr(change, name) for change in of["change"]]) for name in ("mean", "low", "high")
+        )
+        axis.errorbar(
+            of["compression"],
+            mean,
+            [mean - low, high - mean],
+            color=color,
+            marker=marker,
+            linestyle=line if is_filled else "",
+            markerfacecolor=color if is_filled else "white",
+            capsize=1.5,
+            elinewidth=0.7,
+            label=method if is_filled else None,
+        )
+
+
+def draw_all(axis: Axes, rows: pd.DataFrame) -> None:
+    """Every method, both axes logarithmic."""
+    for method in STYLES:
+        draw_series(axis, rows, method, "numbers", FLOAT, "-")
     axis.axhline(1, color=GREY, linewidth=0.6)
     for claim in PUBLISHED:
         axis.axvline(claim, color=GREY, linewidth=0.6, linestyle="--")
@@ -338,6 +353,15 @@ def draw_text(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_yscale("log")
     axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
     axis.minorticks_off()
+
+
+def draw_rounded(axis: Axes, rows: pd.DataFrame) -> None:
+    """The methods whose loss is too small to be seen beside the others'."""
+    for method in ROUNDED:
+        draw_series(axis, rows, method, "side", "input", "")
+    axis.axhline(1, color=GREY, linewidth=0.6)
+    axis.axhline(GOAL_RATIO, color=GREY, linewidth=0.6, linestyle="--")
+    axis.axvline(GOAL_COMPRESSION, color=GREY, linewidth=0.6, linestyle="--")
     axis.set_xlabel("Compression of the embedding")
 
 

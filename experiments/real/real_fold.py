@@ -263,8 +263,9 @@ def rows_with(table: pd.DataFrame, folding: Folding) -> pd.DataFrame:
 
 
 SERIES = {
-    "linear": (replace(BASE, form="linear"), "linear scores", COLORS["blue"], "o"),
+    "mean": (replace(BASE, form="mean"), "mean rows, nothing learned", GREY, "v"),
     "network": (BASE, f"{WIDTH}-wide network", COLORS["green"], "^"),
+    "larger groups": (replace(BASE, size=768), "the same, groups of 768", COLORS["blue"], "o"),
     "no shortlist": (replace(BASE, shortlist=0), "the same, no shortlist", COLORS["orange"], "s"),
     "large shortlist": (replace(BASE, shortlist=8192), "the same, shortlist 8,192", COLORS["purple"], "D"),
 }
@@ -276,7 +277,9 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(1, len(texts), figsize=(2 * COLUMN_INCHES, 2.9), squeeze=False, sharey=True)
     for axis, text in zip(axes[0], texts, strict=True):
         for folding, label, color, marker in SERIES.values():
+            # None and one visited group cost equally many rows: a line needs one of them, the table has both.
             rows = rows_with(table[table["text"] == text], folding)
+            rows = rows.sort_values("added_nats").drop_duplicates("rows_a_token").sort_values("rows_a_token")
             bars = np.clip([rows["added_nats"] - rows["added_low"], rows["added_high"] - rows["added_nats"]], 0, None)
             axis.errorbar(
                 100 * rows["share_of_rows"],
@@ -284,11 +287,16 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
                 bars,
                 color=color,
                 marker=marker,
-                capsize=2,
+                capsize=1.5,
+                elinewidth=0.7,
                 label=label,
             )
-        axis.axvline(100 * SCREEN_SHARE, color=GREY, linestyle=":", label="bytes that the exact int8 screen reads")
-        axis.set(xscale="log", yscale="log", xlabel="Rows of the output layer read for a token (%)", title=text)
+        axis.axvline(100 * SCREEN_SHARE, color=GREY, linestyle=":", label="bytes that the exact screen reads")
+        axis.set(xscale="log", yscale="log", xlabel="Rows of the output layer read for a token (%)")
+        axis.set_title(text, fontsize=8)
+        axis.set_xticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+        axis.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
+        axis.minorticks_off()
     axes[0][0].set_ylabel("Loss above the model's (nats a token)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)

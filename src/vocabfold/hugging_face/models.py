@@ -85,6 +85,8 @@ def backbone(model: Any) -> nn.Module:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise UserError(f"{name} is not a model of transformers")
+    if hasattr(model, "peft_config"):
+        raise UserError(f"{name} wraps a model with adapters: fold before adapting, or merge_and_unload() them first")
     if config.is_encoder_decoder:
         raise UserError(f"{name} has an encoder: only decoders without one work here")
     if not model.can_generate():

@@ -36,6 +36,7 @@ underflow, at most D 2^-126, is then below t m, and nothing overflows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,7 @@ SMALLEST_ROW, SMALLEST_MARGIN, SMALLEST_STATE, LARGEST_LOGIT = 2.0**-100, 2.0**-
 INFLATION = 1 + 1e-6  # more than what computing a bound in float64 and storing it in float32 loses
 ROWS_AT_A_TIME = 4096
 BLOCK = 128  # rows in a block of bounds; their largest tells whether any of them matters
+PANEL = 512 * BLOCK  # rows of one int8 product: at most 8 MiB of sums for 16 states in halves, however large V is
 LARGEST_HIDDEN_SIZE = 65_536
 
 
@@ -75,6 +77,12 @@ class States:
     reach: Tensor
     in_range: Tensor
 
+    def one(self, index: int) -> States:
+        """The state ``index`` alone."""
+        batch, place = len(self.scale), slice(index, index + 1)
+        steps = torch.cat([self.steps[start + index, None] for start in range(0, len(self.steps), batch)])
+        return States(steps, self.scale[place], self.margin, self.reach[place], self.in_range[place])
+
 
 class QuantisedRows:
     """``rows`` [V, D], float32 or bfloat16 on a CPU, as int8.
@@ -97,7 +105,10 @@ class QuantisedRows:
         for start in range(0, self.num_rows, ROWS_AT_A_TIME):
             part = slice(start, min(start + ROWS_AT_A_TIME, self.num_rows))
             self._quantise(rows[part].double(), steps[part], part)
-        self.product = int8_product(steps, self.row_scale)
+        self.starts = range(0, self.num_padded, PANEL)
+        self.products = [
+            int8_product(steps[start : start + PANEL], self.row_scale[start : start + PANEL]) for start in self.starts
+        ]
 
     def _quantise(self, rows: Tensor, steps: Tensor, part: slice) -> None:
         largest = rows.abs().amax(dim=-1)
@@ -145,15 +156,28 @@ class QuantisedRows:
         reach = torch.where(in_range, reach * INFLATION, 0.0)
         return States(steps, scale, self.margins[parts], reach, in_range)
 
+    def product(self, steps: Tensor) -> Tensor:
+        """``steps`` [B, D] of States -> the rows times these, times the row's scale: [B, W] float32."""
+        parts = [product(steps) for product in self.products]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
     def upper_bounds(self, states: States) -> Tensor:
         """Bounds of the logits from above, divided by the state's ``scale``: [B, W] float32; see the class for W.
 
         The bound from below is this less ``2 reach margin``. Rows of states out of range hold nothing of use.
         """
-        upper = self.product(states.steps)
-        if len(upper) > len(states.scale):
-            high, low = upper.chunk(2)
-            upper = low.add_(high, alpha=256)
-        for row, reach in zip(upper, states.reach.tolist(), strict=True):
-            row.add_(states.margin, alpha=reach)
-        return upper
+        panels = [panel for _, panel in self.panels(states)]
+        return panels[0] if len(panels) == 1 else torch.cat(panels, dim=-1)
+
+    def panels(self, states: States) -> Iterator[tuple[int, Tensor]]:
+        """``upper_bounds``, PANEL rows at a time: (the first row, [B, at most PANEL])."""
+        reaches = states.reach.tolist()
+        for start, product in zip(self.starts, self.products, strict=True):
+            upper = product(states.steps)
+            if len(upper) > len(reaches):
+                high, low = upper.chunk(2)
+                upper = low.add_(high, alpha=256)
+            margin = states.margin[start : start + upper.shape[1]]
+            for row, reach in zip(upper, reaches, strict=True):
+                row.add_(margin, alpha=reach)
+            yield start, upper

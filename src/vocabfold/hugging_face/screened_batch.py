@@ -1,10 +1,15 @@
 """The likeliest tokens of a few hidden states together: ``screened_state``'s proof for k = 1, in a few calls of torch.
 
-Bounds are looked at by blocks: a block whose largest bound is too low holds no candidate. A state that needs more than
-a look at a few rows (see ``ScreenedState``) is left to it.
+Bounds come a panel of rows at a time and are forgotten after it, so that [B, V] of them are never held. The least that
+dense can give to the best row scored so far only rises from panel to panel: what lies below it now is no candidate at
+the end, and what is kept is compared once more with the last. Within a panel bounds are looked at by blocks: one whose
+largest bound is too low holds no candidate. A state that needs more than a look at a few rows (see ``ScreenedState``)
+is left to it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -22,22 +27,35 @@ MOST_BLOCKS, MOST_SCORED = 32, 256  # of a state: blocks with candidates, and ca
 LEFT = -1  # in place of a token: not decided here
 
 
-def likeliest(head: Screen, states: States, upper: Tensor, hidden: Tensor) -> Tensor:
-    """``upper`` [B, W] bounds of ``hidden`` [B, D] -> the token [B] that dense picks, or LEFT."""
-    blocks = upper.view(len(hidden), -1, BLOCK)
-    largest = blocks.amax(dim=-1)
-    first = largest.argmax(dim=-1)
-    rows = torch.arange(len(hidden))
-    seeds = first * BLOCK + blocks[rows, first].argmax(dim=-1)
-    seeds = seeds.clamp_(max=head.vocabulary_size - 1)  # a state out of range has no bounds
-    least = _least(head, states, seeds, hidden)
-    is_high = largest >= least.unsqueeze(-1)
-    is_left = ~states.in_range | (is_high.sum(dim=-1) > MOST_BLOCKS)
-    state, block = (is_high & ~is_left.unsqueeze(-1)).nonzero().unbind(dim=-1)
-    part, place = (blocks[state, block] >= least[state].unsqueeze(-1)).nonzero().unbind(dim=-1)
-    state, token = state[part], block[part] * BLOCK + place  # in the order of states, then of ids
+def likeliest(head: Screen, states: States, panels: Iterable[tuple[int, Tensor]], hidden: Tensor) -> Tensor:
+    """``panels`` of bounds (see ``QuantisedRows.panels``) of ``hidden`` [B, D] -> the token [B] that dense picks, or
+    LEFT."""
+    batch = torch.arange(len(hidden))
+    least = torch.full((len(hidden),), -torch.inf)
+    is_left = ~states.in_range
+    none = torch.empty(0, dtype=torch.long)
+    found = [(none, none, torch.empty(0))]
+    for start, upper in panels:
+        blocks = upper.view(len(hidden), -1, BLOCK)
+        largest = blocks.amax(dim=-1)
+        first = largest.argmax(dim=-1)
+        if not bool((largest[batch, first] >= least).any()):
+            continue
+        seeds = start + first * BLOCK + blocks[batch, first].argmax(dim=-1)
+        seeds = seeds.clamp_(max=head.vocabulary_size - 1)  # a state out of range has no bounds
+        least = torch.maximum(least, _least(head, states, seeds, hidden))
+        is_high = largest >= least.unsqueeze(-1)
+        is_left = is_left | (is_high.sum(dim=-1) > MOST_BLOCKS)
+        state, block = (is_high & ~is_left.unsqueeze(-1)).nonzero().unbind(dim=-1)
+        bounds = blocks[state, block]
+        part, place = (bounds >= least[state].unsqueeze(-1)).nonzero().unbind(dim=-1)
+        found.append((state[part], start + block[part] * BLOCK + place, bounds[part, place]))
+    state, token, bound = (torch.cat(each) for each in zip(*found, strict=True))
+    kept = (bound >= least[state]) & ~is_left[state]
+    state, token = state[kept], token[kept]
     number = torch.bincount(state, minlength=len(hidden))
-    tokens = torch.where(is_left | (number > MOST_SCORED), LEFT, seeds)
+    tokens = torch.full((len(hidden),), LEFT).scatter_(0, state, token)
+    tokens[is_left | (number > MOST_SCORED)] = LEFT
     is_open = (number > 1) & (tokens != LEFT)
     if bool(is_open.any()):
         kept = is_open[state]

@@ -26,9 +26,9 @@ class ScreenedHead(nn.Module):
     """``weight`` [V, D], float32 or bfloat16 on a CPU: kept as it is (not copied), beside an int8 copy.
 
     The names are those of ``vocabfold.heads.base.Head``; there is no loss, and ``topk`` returns logits in place of
-    log-probabilities, since a normaliser would need every row. At most STATES_AT_A_TIME states are looked at together,
-    so that no more than that times V bounds are held. Raises UserError for rows that cannot be screened, and
-    when rows were changed since.
+    log-probabilities, since a normaliser would need every row. At most STATES_AT_A_TIME states are looked at together.
+    Greedily their bounds are held a panel of rows at a time; top_k and draws hold those of all rows. Raises UserError
+    for rows that cannot be screened, and when rows were changed since.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -57,13 +57,19 @@ class ScreenedHead(nn.Module):
         self._check(hidden)
         tokens = [torch.empty(0, dtype=torch.long)]
         for some in hidden.split(STATES_AT_A_TIME) if len(hidden) else []:
-            states, upper = self.bounds(some)
+            states = self.quantised.round_states(some)
+            self.counts.products += 1
             self.counts.states += len(some)
-            best = likeliest(self, states, upper, some)
+            if len(some) == 1:  # [1, V] are less than a panel of 16: whole, for what is left
+                upper = self.quantised.upper_bounds(states)
+                best = likeliest(self, states, [(0, upper)], some)
+            else:
+                best = likeliest(self, states, self.quantised.panels(states), some)
             dense = DenseRows(some, self.weight)
             for index in (best == LEFT).nonzero().squeeze(-1).tolist():
-                state = ScreenedState(self, states, index, upper[index], some[index], dense)
-                best[index] = state.topk(1)[1]
+                if len(some) > 1:
+                    upper = self._again(states, index)
+                best[index] = ScreenedState(self, states, index, upper[0], some[index], dense).topk(1)[1]
             tokens.append(best)
         return torch.cat(tokens)
 
@@ -130,6 +136,13 @@ class ScreenedHead(nn.Module):
         self.counts.products += 1
         states = self.quantised.round_states(hidden)
         return states, self.quantised.upper_bounds(states)
+
+    def _again(self, states: States, index: int) -> Tensor:
+        """The bounds [1, W] of one of ``states``, whose panels are forgotten; out of range it has none."""
+        if not bool(states.in_range[index]):
+            return states.margin.unsqueeze(0)
+        self.counts.products += 1
+        return self.quantised.upper_bounds(states.one(index))
 
     def _screened(self, hidden: Tensor) -> Iterator[ScreenedState]:
         for some in hidden.split(STATES_AT_A_TIME) if len(hidden) else []:
