@@ -39,7 +39,7 @@ from experiments.study.measuring import (
 )
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
-from vocabfold.heads import Head
+from vocabfold.heads import FullHead, Head
 from vocabfold.heads.sampling import draw_from_sorted
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
@@ -78,7 +78,9 @@ def load_runs(folders: list[Path], device: torch.device) -> list[Run]:
         row = finished_row(folder)
         if row is None:
             raise UserError(f"{folder} holds no finished run: train it to its end, or name another folder")
-        run = Run(str(row["head"]), row, load_run(folder, device))
+        model = load_run(folder, device)
+        # One full softmax is compared with, whatever its preset is called.
+        run = Run(FULL if isinstance(model.head, FullHead) else str(row["head"]), row, model)
         if run.name in runs:
             raise UserError(f"two of the runs are both {run.name}: name the folders to compare on the command line")
         runs[run.name] = run
