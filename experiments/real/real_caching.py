@@ -298,7 +298,7 @@ def draw_picture(table: pd.DataFrame, memory: pd.DataFrame | None, path: Path) -
     for axis, (rows, label, values) in zip(axes, panels, strict=True):
         draw_panel(axis, rows, names, values)
         axis.set_xlabel(label)
-        axis.set_xlim(left=0)
+        axis.set_xlim(left=0, right=1.05 * axis.get_xlim()[1])
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
