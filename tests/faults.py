@@ -77,7 +77,7 @@ FAULTS = [
     Fault("heads/kernels.py", "values.masked_fill(~counted, 0)", "values", "test_fixed_shapes.py"),
     Fault("heads/nested.py", "if not has_fixed_shapes(hidden):", "if True:", "test_fixed_shapes.py"),
     Fault(
-        "heads/triton_kernels.py", "total *= tl.load(factor)", "total *= 2 * tl.load(factor)", "test_triton_kernels.py"
+        "heads/triton_programs.py", "total *= tl.load(factor)", "total *= 2 * tl.load(factor)", "test_triton_kernels.py"
     ),
     Fault("heads/scorers.py", ".masked_fill(~counted, -1)", "", "test_heads.py"),
     Fault("heads/scorers.py", ".masked_fill(~self.slot_exists, -torch.inf)", "", "test_heads.py"),
