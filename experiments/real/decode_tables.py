@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,53 +80,54 @@ def _goals(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+Row = Callable[[pd.DataFrame, dict[str, list[float]], str], list[str]]
+
+
 def _decoding(table: pd.DataFrame) -> str:
+    def numbers(rows: pd.DataFrame, seconds: dict[str, list[float]], method: str) -> list[str]:
+        median = float(np.median(seconds[method]))
+        return [
+            f"{1e3 * median:.1f}",
+            f"{float(rows['batch'].iloc[0]) / median:.1f}",
+            _ratio(ratio_summary(seconds, "transformers", method)),
+            _number(rows["same_tokens"].iloc[0]),
+        ]
+
     lines = [
         "Whole decoding. The last column: how many of the tokens are those of transformers' greedy decoding.\n",
         "| model | type | batch | sampling | method | exact | ms a step | tokens a second "
         "| transformers takes times as long | same tokens |",
         "|---" * 10 + "|",
     ]
-    for key, rows in table[table["part"] == "decode"].groupby(KEYS, sort=False):
-        seconds = seconds_of(rows)
-        for method in ORDER:
-            median = float(np.median(seconds[method]))
-            ratio = ratio_summary(seconds, "transformers", method)
-            same = rows[rows["method"] == method]["same_tokens"].iloc[0]
-            cells = [
-                *_words(key),
-                method,
-                "no" if method == NOT_EXACT else "yes",
-                f"{1e3 * median:.1f}",
-                f"{float(rows['batch'].iloc[0]) / median:.1f}",
-                _ratio(ratio),
-                _number(same),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_by_method(table, "decode", numbers)])
 
 
 def _layers(table: pd.DataFrame) -> str:
+    def numbers(rows: pd.DataFrame, seconds: dict[str, list[float]], method: str) -> list[str]:
+        counts = ("mib_a_call", "rows_scored_a_token", "dense_products_a_call")
+        return [
+            f"{1e3 * float(np.median(seconds[method])):.2f}",
+            _ratio(ratio_summary(seconds, "dense", method)),
+            *(_number(rows[name].iloc[0]) for name in counts),
+        ]
+
     lines = [
         "The output layer alone, a call for the whole batch.\n",
         "| model | type | batch | sampling | method | exact | ms a call | dense takes times as long | MiB read a call "
         "| rows scored a token | dense products a call |",
         "|---" * 11 + "|",
     ]
-    for key, rows in table[table["part"] == "head"].groupby(KEYS, sort=False):
+    return "\n".join([*lines, *_by_method(table, "head", numbers)])
+
+
+def _by_method(table: pd.DataFrame, part: str, numbers: Row) -> Iterator[str]:
+    """A line for each case of a part and method in it; ``numbers``: of its rows, with the seconds of all methods."""
+    for key, rows in table[table["part"] == part].groupby(KEYS, sort=False):
         seconds = seconds_of(rows)
         for method in (name for name in ORDER if name in seconds):
-            first = rows[rows["method"] == method].iloc[0]
-            cells = [
-                *_words(key),
-                method,
-                "no" if method == NOT_EXACT else "yes",
-                f"{1e3 * float(np.median(seconds[method])):.2f}",
-                _ratio(ratio_summary(seconds, "dense", method)),
-                *(_number(first[name]) for name in ("mib_a_call", "rows_scored_a_token", "dense_products_a_call")),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            exact = "no" if method == NOT_EXACT else "yes"
+            cells = [*_words(key), method, exact, *numbers(rows[rows["method"] == method], seconds, method)]
+            yield f"| {' | '.join(cells)} |"
 
 
 def _steps(table: pd.DataFrame) -> str:

@@ -34,22 +34,23 @@ def token_order(
 ) -> Tensor | None:
     """``vocabulary_order``, clustered by the run that the settings name where they name one. An order learned from
     ``tokens`` is kept in ``cache_dir``, where one is given. Raises UserError where that run cannot be read too."""
-    source = settings.partition.clustered_from
-    if wanted_order(settings) in ("clustered", "exchanged") and source is not None:
+    source, order = settings.partition.clustered_from, wanted_order(settings)
+    if order in ("clustered", "exchanged") and source is not None:
         return vocabulary_order(settings, vocabulary_size, tokens, saved_embedding(Path(source), vocabulary_size))
 
     def learn() -> Tensor | None:
         return vocabulary_order(settings, vocabulary_size, tokens)
 
-    wanted = settings.mixture if settings.type == "mixture" else [wanted_order(settings)]
-    if cache_dir is None or not any(str(order).startswith(("clustered", "exchanged")) for order in wanted):
+    mixture = settings.mixture if settings.type == "mixture" else []
+    wanted = mixture or [str(order)]
+    if cache_dir is None or not any(one.startswith(("clustered", "exchanged")) for one in wanted):
         return learn()
     key = {
         "learning_version": LEARNING_VERSION,
         "tokens_sha256": _stream_sha256(tokens),
         "vocabulary_size": vocabulary_size,
         "partition": asdict(settings.partition),
-        "mixture": settings.mixture if settings.type == "mixture" else [],
+        "mixture": mixture,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return _kept(cache_dir.expanduser() / f"order-{digest[:16]}.npy", vocabulary_size, learn)
