@@ -25,8 +25,9 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-# Without triton too, which the others ask for before they import this one.
-IMPORTABLE = [module for module in MODULES if module != "vocabfold.heads.triton_kernels"]
+# Without triton too, which the others ask for before they import these.
+OF_TRITON = ("vocabfold.heads.triton_kernels", "vocabfold.heads.triton_programs")
+IMPORTABLE = [module for module in MODULES if module not in OF_TRITON]
 
 
 def imported(module: str) -> set[str]:
