@@ -161,6 +161,7 @@ def test_runs_of_other_settings_are_refused_in_one_line() -> None:
 def test_group_sizes_far_from_the_root_have_arms_of_their_own() -> None:
     assert arm_of("paper", "scale_shift", 225, V) == "paper" and arm_of("full", None, math.nan, V) == "full"
     assert arm_of("adaptive", None, 40_257, V) == "adaptive"
+    assert arm_of("linear_clustered", "linear_sorted", 225, math.nan) == "linear_clustered"  # a table before the column
     (name,) = LARGE_GROUPS
     assert arm_of("paper", "scale_shift", equal_partition(V, 3864).num_slots, V) == name
 

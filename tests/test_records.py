@@ -19,13 +19,14 @@ from vocabfold.files import replacing, write_text
 from vocabfold.runs.checkpoint import CHECKPOINT_NAME, load_checkpoint, load_weights, save_checkpoint, save_weights
 from vocabfold.runs.record import (
     RunRecord,
+    beside_others,
     collect,
     finished_row,
     finished_runs,
     read_metrics,
 )
 from vocabfold.runs.settings import CONFIG_FOLDER, load_settings
-from vocabfold.runs.tables import ORIGIN_COLUMNS, RUN_COLUMNS, read_table, write_table
+from vocabfold.runs.tables import ORIGIN_COLUMNS, RUN_COLUMNS, read_rows, read_table, write_table
 
 CPU = torch.device("cpu")
 RESULTS = REPOSITORY / "results"
@@ -107,6 +108,14 @@ def test_a_table_refuses_rows_that_its_key_does_not_tell_apart(tmp_path: Path) -
     assert len(pd.read_csv(write_table(rows, tmp_path / "table.csv", ("run", "document")))) == 3
 
 
+def test_a_hash_that_looks_like_a_number_stays_as_it_is_written(tmp_path: Path) -> None:
+    hashes = {"run": "0012345678", "commit": "745e176", "corpus_sha256": "1" * 64}
+    path = write_table(pd.DataFrame([row_of(**hashes)]), tmp_path / "stories" / "sweep.csv")
+    assert read_table("sweep", "stories", tmp_path)[list(hashes)].to_dict("records") == [hashes]
+    others = beside_others(pd.DataFrame([row_of(run="9")]), path)
+    assert others["run"].tolist() == ["0012345678", "9"] and others["commit"][0] == "745e176"
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_committed_tables_have_a_row_a_run_and_lose_none_when_they_are_written_again(
     path: Path, tmp_path: Path
@@ -115,7 +124,7 @@ def test_committed_tables_have_a_row_a_run_and_lose_none_when_they_are_written_a
     key = KEYS.get(path.stem, ("run",))
     assert not table.duplicated(list(key)).any() and table["run"].notna().all()
     assert (table["corpus"] == path.parent.name).all() and table["corpus_sha256"].str.fullmatch("[0-9a-f]{64}").all()
-    again = pd.read_csv(write_table(table, tmp_path / path.name, key))
+    again = read_rows(write_table(table, tmp_path / path.name, key))
     again, table = (frame.sort_values(list(key)).reset_index(drop=True) for frame in (again, table))
     pd.testing.assert_frame_equal(again[table.columns], table)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.cards.rows import OK
+from vocabfold.runs.tables import read_rows
 
 COUNTS = ("vocabulary_size", "hidden_size", "num_tokens", "batch_size", "sequence_length")
 
@@ -18,7 +19,7 @@ def read_part(path: Path) -> pd.DataFrame | None:
     """A part's table; None where there is none."""
     if not path.is_file():
         return None
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return read_rows(path)
 
 
 def summary_of(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from experiments.cards.gpu_summary import (
 )
 from experiments.cards.rows import OK
 from vocabfold.machine import BYTES_PER_GIB
-from vocabfold.runs.tables import RESULTS
+from vocabfold.runs.tables import RESULTS, read_rows
 
 COST = RESULTS / "cost"
 QUARTER, STEP_GOAL, MEMORY_GOAL = 0.25, 1.15, 1.1
@@ -184,7 +184,7 @@ def simulated_gib(row: pd.Series, expected: pd.DataFrame | None) -> float:
         path = COST / "table2_memory.csv"
         if not path.is_file():
             return math.nan
-        table = pd.read_csv(path)
+        table = read_rows(path)
         sizes = ("hidden_size", "batch_size", "sequence_length", "vocabulary_size")
         same = {name: row[name] for name in sizes} | {"model": gpu_steps.PAPER_CODE[row["side"]]}
         found = table[table["setting"] == "paper_code"]

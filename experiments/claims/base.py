@@ -12,7 +12,7 @@ from experiments.paper.figure3_group_size import read_reference
 from experiments.paper.main_comparison import MARGIN_NATS
 from experiments.study.statistics import Difference
 from vocabfold.errors import UserError
-from vocabfold.runs.tables import RESULTS
+from vocabfold.runs.tables import RESULTS, read_rows
 
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
 UNTESTABLE, NOT_RUN = "cannot be tested here", "not run"
@@ -132,7 +132,7 @@ def measured(folder: str, name: str, command: str, columns: tuple[str, ...]) -> 
     path = RESULTS / folder / f"{name}.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing: run {command} first")
-    return with_columns(pd.read_csv(path), str(path), columns)
+    return with_columns(read_rows(path), str(path), columns)
 
 
 def rows_where(table: pd.DataFrame, name: str, **values: object) -> pd.DataFrame:

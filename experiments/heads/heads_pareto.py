@@ -29,7 +29,7 @@ from experiments.study.statistics import difference_over_seeds, mean_and_interva
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.measure.speed import ratio_summary, tokens_per_second
-from vocabfold.runs.tables import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_rows, read_table
 
 HEADS = {
     "full": ("full softmax, tied", COLORS["orange"], "s"),
@@ -99,7 +99,7 @@ def heads_of(table: pd.DataFrame, corpus: str) -> dict[str, Trained]:
     path = RESULTS / corpus / "heads_cost.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing: run `python -m experiments heads_cost measure` first")
-    timed = pd.read_csv(path)
+    timed = read_rows(path)
     backbone_flops = float(timed.loc[timed["method"] == NO_HEAD, "flops_per_token"].iloc[0])
     heads = {}
     for head in HEADS:

@@ -53,7 +53,7 @@ from experiments.study.measuring import (
 from vocabfold.data.corpora import load_corpus
 from vocabfold.files import write_text
 from vocabfold.machine import origin
-from vocabfold.runs.tables import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_rows, read_table
 
 NAME, COST_NAME = "heads_scaling", "heads_scaling_cost"
 # The paper's head at the largest group size of its Figure 3: 13 groups of 3,866 are what 3,864 comes to.
@@ -113,7 +113,7 @@ def draw(corpus: str) -> None:
     """Write one corpus' pictures, one a hidden size, and its table in words."""
     table = read_table(NAME, corpus)
     cost_path = RESULTS / corpus / f"{COST_NAME}.csv"
-    timed = pd.read_csv(cost_path) if cost_path.is_file() else None
+    timed = read_rows(cost_path) if cost_path.is_file() else None
     sizes = sorted(int(size) for size in table["hidden_size"].unique())
     parts = []
     for size in sizes:

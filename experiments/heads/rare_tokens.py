@@ -50,6 +50,8 @@ SHOWN = {
     "paper, S = 3,866": ("paper's head, S = 3,866", GREY, "+", "--"),
     "linear_clustered_counts": ("linear, clustered, count biases", COLORS["blue"], "v", "--"),
     "conditioned_clustered": ("conditioned on the group", COLORS["green"], "o", "-"),
+    "conditioned_exchanged": ("folded (conditioned, exchanged)", COLORS["green"], "^", "-."),
+    "conditioned_tied": ("the same, tied", COLORS["purple"], "v", "--"),
 }
 
 

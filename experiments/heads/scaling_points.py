@@ -41,8 +41,9 @@ class Cost:
 
 
 def arm_of(head: str, scorer: object, group_size: float, vocabulary_size: float) -> str:
-    """What a line of a picture stands for: the head, with its group size where that is far from the root of V."""
-    if not isinstance(scorer, str) or math.isnan(group_size):
+    """What a line of a picture stands for: the head, with its group size where that is far from the root of V (NaN of
+    both: not known)."""
+    if not isinstance(scorer, str) or math.isnan(group_size) or math.isnan(vocabulary_size):
         return head
     ratio = group_size / math.sqrt(vocabulary_size)
     return head if 1 / ROOT_FACTOR < ratio < ROOT_FACTOR else f"{head}, S = {group_size:,.0f}"

@@ -56,11 +56,11 @@ from vocabfold.runs.tables import RESULTS
 VOCABULARY_SIZES = (10_000, 50_257, 100_277, 500_000, 1_000_000)
 LINEAR = "linear_sorted tied"
 LOOKS = {
-    FULL: (COLORS["red"], "s", "-"),
-    CHUNKED: (COLORS["orange"], "^", "--"),
-    LINEAR: (COLORS["green"], "D", "-."),
-    SCALE_SHIFT: (COLORS["blue"], "o", "-"),
-    NO_HEAD: (GREY, ".", ":"),
+    FULL: ("full softmax", COLORS["red"], "s", "-"),
+    CHUNKED: ("full, linear_cross_entropy", COLORS["orange"], "^", "--"),
+    LINEAR: ("a linear layer a group, tied", COLORS["green"], "D", "-."),
+    SCALE_SHIFT: ("one layer, scale and shift", COLORS["blue"], "o", "-"),
+    NO_HEAD: ("no head", GREY, ".", ":"),
 }
 SLOW_SECONDS = 3.0  # a head whose step takes longer is not run at larger vocabularies
 MOST_GROWTH = 0.6  # the goal: a folded head's time grows no faster than V to this power
@@ -168,14 +168,14 @@ def draw_growth(table: pd.DataFrame, path: Path) -> None:
     """Head time, step time and memory against V."""
     panels = (("head_seconds", "Head alone (s)"), ("seconds", "Training step (s)"), ("peak_memory_gib", "Peak (GiB)"))
     figure, axes = plt.subplots(1, 3, figsize=(2 * COLUMN_INCHES, 2.5))
-    for axis, (column, label) in zip(axes, panels, strict=True):
-        for name, (color, marker, line) in LOOKS.items():
+    for axis, (column, quantity) in zip(axes, panels, strict=True):
+        for name, (label, color, marker, line) in LOOKS.items():
             values = medians(table, name, column)
             if len(values) > 0:
-                axis.plot(values.index, values, color=color, marker=marker, linestyle=line, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="Vocabulary V", ylabel=label)
+                axis.plot(values.index, values, color=color, marker=marker, linestyle=line, label=label)
+        axis.set(xscale="log", yscale="log", xlabel="Vocabulary V", ylabel=quantity)
     handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     first = table.iloc[0]
     figure.suptitle(
         f"Hidden {first['hidden_size']}, {first['num_layers']} layers, {first['tokens']:,} Zipf tokens a step",

@@ -29,7 +29,7 @@ from experiments.study.statistics import summarise
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.runs.record import collect
-from vocabfold.runs.tables import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_rows, read_table
 
 VOCABULARY_SIZE = 50_257
 BASELINES = {
@@ -141,7 +141,7 @@ def read_reference(path: Path, remedy: str) -> pd.DataFrame:
     """A table that is drawn beside ours. Raises UserError where it is missing."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {remedy}")
-    return pd.read_csv(path)
+    return read_rows(path)
 
 
 def draw_ours(axis: Axes, folded: pd.DataFrame, column: str) -> None:

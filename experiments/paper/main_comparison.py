@@ -34,7 +34,7 @@ from experiments.study.statistics import (
 )
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.tables import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_rows, read_table
 
 MODELS = {"gpt2": "GPT-2", "gpt_neo": "GPT-Neo"}
 LABELS = {"full": "full softmax", "paper": "the paper's head"}
@@ -170,7 +170,7 @@ def read_documents(corpus: str, table: pd.DataFrame) -> pd.DataFrame | None:
     path = RESULTS / corpus / "document_losses.csv"
     if not path.is_file():
         return None
-    documents = pd.read_csv(path)
+    documents = read_rows(path)
     run = [*KEY, "seed"]
     if missing := [name for name in (*run, "document", "tokens", "loss_nats") if name not in documents.columns]:
         raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure again")

@@ -26,7 +26,7 @@ from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.runs.tables import RESULTS, read_table
+from vocabfold.runs.tables import RESULTS, read_rows, read_table
 
 TABLES = ("shapes_curves", "shapes_full_curves")
 EXPERIMENTS = ("shapes", "shapes_full")
@@ -88,7 +88,7 @@ def ceilings_of(corpus: str, classes: int) -> dict[str, float]:
     """The best accuracy and group accuracy that pictures which look alike leave. Raises UserError where figure1_shapes
     has not measured them."""
     path = RESULTS / corpus / "figure1_shapes.csv"
-    rows = pd.read_csv(path).query("classes == @classes") if path.is_file() else pd.DataFrame()
+    rows = read_rows(path).query("classes == @classes") if path.is_file() else pd.DataFrame()
     if rows.empty:
         raise UserError(f"{path} has no {classes} classes: run `python -m experiments figure1_shapes measure` first")
     best = rows[rows["quantity"].str.startswith("best ")].set_index("quantity")["value"]
@@ -170,7 +170,11 @@ def markdown(ends: pd.DataFrame, ceilings: dict[str, float]) -> str:
             interval = "" if pd.isna(half_width) else f" ± {form.format(half_width)}"
             cells.append("" if pd.isna(mean) else form.format(mean) + interval)
         lines.append(f"| {HEADS[str(head)][0]}, {learning_rate:g} | " + " | ".join(cells) + f" | {len(rows)} |")
-    notes = [f"At step {ends['step'].max():,}; mean ± 95% interval (Student's t) over seeds.", *difference(ends)]
+    notes = [
+        f"At step {ends['step'].max():,}; mean ± 95% interval (Student's t) over seeds. Pictures/s of runs that were "
+        "trained one by one, not interleaved: no ratio is meant.",
+        *difference(ends),
+    ]
     return "\n".join([*lines, "", *notes, f"Best possible accuracy: {ceilings['accuracy']:.4f}.", ""])
 
 

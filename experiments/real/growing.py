@@ -20,7 +20,7 @@ from vocabfold.files import write_text
 from vocabfold.hugging_face.fetch import DEFAULT_FOLDER, SMOLLM2
 from vocabfold.hugging_face.models import find_model
 from vocabfold.machine import origin
-from vocabfold.runs.tables import RESULTS
+from vocabfold.runs.tables import RESULTS, read_rows
 
 REAL = RESULTS / "real"
 DEFAULT_MODEL = DEFAULT_FOLDER / SMOLLM2.file_name
@@ -100,12 +100,12 @@ class GrowingTable:
     def __init__(self, name: str, path: Path | None = None) -> None:
         self.path = path or REAL / f"{name}.csv"
         self.name = name
-        self.runs = set(pd.read_csv(self.path, dtype=str)["run"]) if self.path.is_file() else set[str]()
+        self.runs = set(read_rows(self.path)["run"]) if self.path.is_file() else set[str]()
 
     def add(self, run: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append the rows of one part of the measurement, with where they come from."""
         table = pd.DataFrame([{"run": run, "experiment": self.name, **row, **origin()} for row in rows])
         if self.path.is_file():
-            table = pd.concat([pd.read_csv(self.path, keep_default_na=False, na_values=[""]), table])
+            table = pd.concat([read_rows(self.path), table])
         write_text(self.path, table.to_csv(index=False))
         self.runs.add(run)

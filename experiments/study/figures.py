@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from vocabfold.errors import UserError
 from vocabfold.files import replacing, write_text
-from vocabfold.runs.tables import RESULTS
+from vocabfold.runs.tables import RESULTS, read_rows
 
 # Okabe and Ito's palette: told apart by colour-blind readers too. Every series also has a marker or dash of its own.
 COLORS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7"}
@@ -73,7 +73,7 @@ def read_measured(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     ``columns``."""
     if not path.is_file():
         raise UserError(f"{path} is missing: run `python -m experiments {path.stem} measure` first")
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    table = read_rows(path)
     if missing := [name for name in columns if name not in table.columns]:
         raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure again")
     return table

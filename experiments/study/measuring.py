@@ -25,7 +25,7 @@ from vocabfold.runs.distributed import choose_device
 from vocabfold.runs.identity import OUTSIDE_DATA, RUN_DIGITS
 from vocabfold.runs.record import beside_others, collect, finished_runs
 from vocabfold.runs.settings import Settings
-from vocabfold.runs.tables import RESULTS
+from vocabfold.runs.tables import RESULTS, read_rows
 
 COST = RESULTS / "cost"  # tables of what depends on no text
 SETTINGS_HELP = "settings of training, which choose the text: data=NAME data.KEY=VALUE (default: the embedded stories)"
@@ -110,7 +110,7 @@ def is_measured(path: Path, measurement: str, column: str = "run", *, timed: boo
     """
     if not path.is_file():
         return False
-    table = pd.read_csv(path, usecols=lambda name: name in (column, "hardware"), dtype=str)
+    table = read_rows(path)
     if column not in table or measurement not in set(table[column]):
         return False
     machines = set(table.loc[table[column] == measurement].get("hardware", ()))

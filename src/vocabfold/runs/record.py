@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vocabfold.errors import UserError, needed
 from vocabfold.files import write_text
 from vocabfold.runs.settings import Settings
-from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS, SORTED_BY, WHOLE_COLUMNS, write_table
+from vocabfold.runs.tables import IDENTITY_COLUMNS, RESULTS, SORTED_BY, WHOLE_COLUMNS, read_rows, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -215,7 +215,7 @@ def beside_others(rows: pd.DataFrame, path: Path, column: str = "run") -> pd.Dat
 
     if not path.is_file():
         return rows
-    table = pd.read_csv(path)
+    table = read_rows(path)
     if column not in table.columns:
         raise UserError(f"{path} has no column {column}: another version wrote it; move it away")
     others = table[~table[column].isin(rows[column])]

@@ -52,6 +52,8 @@ RUN_COLUMNS = [
 ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
 # Whole numbers that some rows do not have: without this a table would show them as fractions.
 WHOLE_COLUMNS = ["corpus_documents", "corpus_tokens", "group_size", "num_groups", "shortlist"]
+# Digits and a letter: a program that guesses reads 745e176 and 0012345678 as numbers.
+HASH_COLUMNS = ["run", "measurement", "commit", "corpus_sha256"]
 # What tells rows apart for a person: they are sorted by it.
 SORTED_BY = [
     "experiment",
@@ -81,15 +83,21 @@ def write_table(rows: pd.DataFrame, path: Path, key: Sequence[str] = ("run",)) -
     return path
 
 
+def read_rows(path: Path) -> pd.DataFrame:
+    """Any table of rows that our programs wrote: hashes are text, an empty cell is missing, a word such as "none" is a
+    value."""
+    import pandas as pd  # half a second of import time that a run without tables need not pay
+
+    return pd.read_csv(path, dtype=dict.fromkeys(HASH_COLUMNS, str), keep_default_na=False, na_values=[""])
+
+
 def read_table(experiment: str, corpus: str, results: Path = RESULTS) -> pd.DataFrame:
     """The committed or collected table of an experiment on a text. Raises UserError where there is none or it is
     another version's."""
     path = results / corpus / f"{experiment}.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing: `make help` says what writes it")
-    import pandas as pd  # half a second of import time that a run without tables need not pay
-
-    table = pd.read_csv(path)
+    table = read_rows(path)
     if missing := [name for name in RUN_COLUMNS + ORIGIN_COLUMNS if name not in table.columns]:
         raise UserError(f"{path} has no column {missing[0]}: another version wrote it; measure it again")
     return table
