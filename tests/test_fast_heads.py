@@ -16,6 +16,7 @@ from vocabfold.heads import (
     TokenScorer,
     equal_partition,
     kernels,
+    linear,
     linear_blocks,
 )
 from vocabfold.heads.linear import LinearKernel
@@ -51,6 +52,25 @@ def batch(layout: Layout, num_rows: int = 40) -> tuple[Tensor, Tensor]:
 def gradients(loss: Tensor, hidden: Tensor, model: nn.Module, retain: bool = False) -> list[Tensor]:
     inputs = [hidden, *model.parameters()]
     return list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True, retain_graph=retain))
+
+
+@pytest.mark.parametrize("kind", ["sorted_free", "sorted_tied", "conditioned_free", "conditioned_tied"])
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), Layout(401, 9, shuffled=True)], ids=str)
+def test_blocks_of_groups_hold_each_group(kind: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens' log-probabilities in windows over the rows are those of a group at a time, and so are gradients."""
+    monkeypatch.setattr(linear, "GROUPS_A_BLOCK", 3)
+    head, model = make_head(kind, layout)
+    assert isinstance(head, FoldedHead)
+    hidden = make_hidden(4).requires_grad_()
+    groups = torch.arange(head.partition.num_groups).expand(4, -1)
+    by_group = head.scorer.group_log_prob(hidden, groups)[:, head.partition.slot_exists]
+    log_prob = head.scorer.position_log_prob(hidden)
+    torch.testing.assert_close(log_prob, by_group, rtol=1e-12, atol=1e-12)
+    weights = make_hidden(4 * layout.vocabulary_size)[:, 0].view(4, -1)
+    expected, found = (
+        gradients((weights * table).sum() + hidden.sum(), hidden, model) for table in (by_group, log_prob)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @every_fast_kind

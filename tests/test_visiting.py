@@ -12,7 +12,7 @@ from torch import Tensor
 from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, every_pair, make_head, make_hidden
 from test_head_sampling import GroupCounter, cut_distribution
 from vocabfold.heads import FoldedHead, ScaleShiftScorer, visiting
-from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus
+from vocabfold.heads.visiting import TemperedGroups, cut_to_nucleus, draw, is_surely_in_nucleus
 
 TEMPERATURES = (0.05, 0.4, 0.9, 1.0, 1.3, 4.0, float("inf"))
 TOP_P = (1e-6, 0.1, 0.5, 0.9, 0.999)
@@ -68,10 +68,22 @@ def test_membership_of_every_token(layout: Layout, temperature: float, weight_st
     tokens = torch.arange(vocabulary_size).repeat(2)
     many = groups.select(rows)
     for top_p in TOP_P:
-        inside = is_in_nucleus(many, tokens, log_weights[rows, tokens], top_p).view(2, -1)
-        is_clear = (share_before - top_p).abs() > 1e-9
-        assert torch.equal(inside[is_clear], (share_before < top_p)[is_clear])
-        assert inside.any(dim=-1).all()
+        surely = is_surely_in_nucleus(many, tokens, log_weights[rows, tokens], top_p).view(2, -1)
+        kept = cut_to_nucleus(many, tokens, log_weights[rows, tokens], top_p, torch.Generator().manual_seed(7))
+        is_clear, inside = (share_before - top_p).abs() > 1e-9, share_before < top_p
+        assert not (surely & ~inside)[is_clear].any()
+        assert torch.equal(kept.view(2, -1)[is_clear & inside], tokens.view(2, -1)[is_clear & inside])
+        assert (share_before.gather(-1, kept.view(2, -1)) < top_p + 1e-9).all()
+
+
+def replaced_draws(
+    groups: TemperedGroups, log_weights: Tensor, top_p: float, num_draws: int, generator: torch.Generator
+) -> Tensor:
+    """[N, num_draws] of what each row's least likely token is replaced by."""
+    worst = ranked_mass(log_weights)[0][:, -1:]
+    many = groups.select(torch.arange(len(worst)).repeat_interleave(num_draws))
+    tokens, weights = (of_row.expand(-1, num_draws).flatten() for of_row in (worst, log_weights.gather(-1, worst)))
+    return cut_to_nucleus(many, tokens, weights, top_p, generator).view(-1, num_draws)
 
 
 @every_layout_and_temperature
@@ -79,15 +91,14 @@ def test_draws_stay_in_the_nucleus_and_reach_all_of_it(layout: Layout, temperatu
     num_draws = 60
     groups, log_weights = tempered(layout, temperature, weight_std)
     order, before = ranked_mass(log_weights)
-    many = groups.select(torch.arange(len(order)).repeat_interleave(num_draws))
     for top_p in TOP_P:
-        tokens = draw_from_nucleus(many, top_p, torch.Generator().manual_seed(2)).view(-1, num_draws)
+        tokens = replaced_draws(groups, log_weights, top_p, num_draws, torch.Generator().manual_seed(2))
         share_before = torch.empty_like(before).scatter(-1, order, before)
         assert (share_before.gather(-1, tokens) < top_p + 1e-9).all()
         size = (before < top_p).sum(dim=-1)
         for row in (size == 1).nonzero().flatten().tolist():
             assert (tokens[row] == order[row, 0]).all()
-        for row in (size > 8).nonzero().flatten().tolist():
+        for row in ((size > 8) & (before[:, -1] >= top_p)).nonzero().flatten().tolist():
             assert tokens[row].unique().numel() > 1
 
 
@@ -211,12 +222,13 @@ def test_a_nucleus_among_many_groups(temperature: float, top_p: float, weight_st
     """80 groups, of which a few settle the nucleus while the mass of the others is known by its bounds alone."""
     head, _ = make_head("scale_shift", Layout(401, 5, shuffled=True), weight_std)
     assert isinstance(head, FoldedHead)
-    hidden = make_hidden(1).expand(1500, -1)
-    log_prob = head.log_prob(hidden[:1])[0]
-    log_ratio = head.group_log_prob(hidden) - log_prob.max()
-    groups = TemperedGroups(head.partition, head.scorer, hidden, log_ratio.detach(), temperature)
-    draws = draw_from_nucleus(groups, top_p, torch.Generator().manual_seed(5))
-    expected = torch.tensor(cut_distribution(log_prob.tolist(), temperature, top_p=top_p), dtype=torch.float64)
+    hidden = make_hidden(1)
+    log_prob = head.log_prob(hidden).detach()
+    log_ratio = (head.group_log_prob(hidden) - log_prob.max()).detach()
+    groups = TemperedGroups(head.partition, head.scorer, hidden, log_ratio, temperature)
+    log_weights = (log_prob - log_prob.max()) / temperature
+    draws = replaced_draws(groups, log_weights, top_p, 1500, torch.Generator().manual_seed(5))[0]
+    expected = torch.tensor(cut_distribution(log_prob[0].tolist(), temperature, top_p=top_p), dtype=torch.float64)
     assert chi_squared_p(draws, expected) > 1e-5
 
 
@@ -230,8 +242,7 @@ def test_a_nucleus_goes_on_into_groups_not_yet_seen() -> None:
     assert isinstance(head.scorer, ScaleShiftScorer)
     head.scorer.scale.data.zero_()
     head.scorer.shift.data.zero_()
-    groups = TemperedGroups(head.partition, head.scorer, hidden, head.group_log_prob(hidden).detach(), 1.0)
-    draws = draw_from_nucleus(groups, 0.99999, torch.Generator().manual_seed(5))
+    draws = head.sample(hidden, top_p=0.99999, generator=torch.Generator().manual_seed(5))
     expected = torch.tensor(cut_distribution(head.log_prob(hidden[:1])[0].tolist(), top_p=0.99999))
     assert chi_squared_p(draws, expected.double()) > 1e-5
     assert (draws >= 16).any()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vocabfold.heads.kernels import has_fixed_shapes
 from vocabfold.heads.linear import SortedLinearScorer
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.readers import checked_width, normed
@@ -115,21 +114,11 @@ class ConditionedLinearScorer(SortedLinearScorer):
         num_groups, width = self.group_embedding.shape
         return super()._numbers_a_row() + num_groups * (width + self.weight.shape[1])
 
-    def _group_logits(self, hidden: Tensor, places: Tensor) -> Tensor:
-        index = torch.arange(len(places), device=hidden.device)[:, None]
-        seen = self._seen(hidden, self._read(hidden), index)  # [M, N, D]
-        rows = self.weight[self.partition.multi_tokens[places] if self.tied else places]
-        return (torch.bmm(seen, rows.transpose(1, 2)) + self.bias[places].unsqueeze(1)).transpose(0, 1)
+    def _states(self, hidden: Tensor, groups: slice) -> Tensor:
+        index = torch.arange(len(self.group_embedding), device=hidden.device)[groups, None]
+        return self._seen(hidden, self._read(hidden), index)
 
-    def _all_log_prob(self, hidden: Tensor) -> Tensor:
-        if has_fixed_shapes(hidden):
-            return super()._all_log_prob(hidden)
-        read = self._read(hidden)
-        indices = torch.arange(len(self.partition.multi_groups), device=hidden.device).split(1)
-        return torch.cat(
-            [
-                self._log_softmax(F.linear(self._seen(hidden, read, index), *layer))
-                for index, layer in zip(indices, self._layers(), strict=True)
-            ],
-            dim=-1,
-        )
+    def _group_logits(self, hidden: Tensor, places: Tensor) -> Tensor:
+        rows = self.weight[self.partition.multi_tokens[places] if self.tied else places]
+        products = torch.bmm(self._states(hidden, slice(None)), rows.transpose(1, 2))
+        return (products + self.bias[places].unsqueeze(1)).transpose(0, 1)

@@ -30,7 +30,7 @@ from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_ca
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.readers import GroupReader
 from vocabfold.heads.scorers import TokenScorer
-from vocabfold.heads.visiting import TemperedGroups, draw, draw_from_nucleus, is_in_nucleus, topk_by_visits
+from vocabfold.heads.visiting import TemperedGroups, cut_to_nucleus, draw, topk_by_visits
 
 
 class FoldedHead(Head):
@@ -212,9 +212,7 @@ class FoldedHead(Head):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """See Head.sample. On CUDA from whole rows, as ``topk``. Elsewhere exact without [N, V]: with ``top_k`` through
-        ``topk``; otherwise a group is drawn, then a
-        token. With ``top_p``, one that is outside the nucleus is replaced by a draw from the nucleus itself: a token v
-        of a nucleus of mass m then comes with p(v) + (1 - m) p(v) / m = p(v) / m."""
+        ``topk``; otherwise a group is drawn, then a token, which with ``top_p`` is cut to the nucleus."""
         self.check_sampling(temperature, top_k, top_p)
         if has_fixed_shapes(hidden):
             rows = self._few_rows(hidden)
@@ -228,7 +226,5 @@ class FoldedHead(Head):
         groups = TemperedGroups(self.partition, self.scorer, hidden, log_ratio, max(temperature, 1e-100))
         tokens, log_weights = draw(groups, generator)
         if top_p is not None and top_p < 1:
-            outside = (~is_in_nucleus(groups, tokens, log_weights, top_p)).nonzero().squeeze(-1)
-            if len(outside) > 0:
-                tokens[outside] = draw_from_nucleus(groups.select(outside), top_p, generator)
+            return cut_to_nucleus(groups, tokens, log_weights, top_p, generator)
         return tokens

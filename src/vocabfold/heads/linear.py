@@ -27,6 +27,8 @@ from vocabfold.heads.loss_options import rowwise_product
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import FastTokenScorer, SortedTargets, TokenScorer
 
+GROUPS_A_BLOCK = 64  # whose products are one batch on a CPU
+GATHERED_PAIRS = 32  # of a hidden state and a group on a CPU: copying their rows is then cheaper than a loop
 GATHERED_ELEMENTS = 1 << 22  # numbers of weight rows copied together at a time when few groups are asked for
 
 
@@ -120,7 +122,7 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
         return self.weight, self.bias
 
     def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
-        if index.device.type == "cpu":
+        if index.device.type == "cpu" and index.numel() > GATHERED_PAIRS:
             return self._slot_log_prob_by_group(hidden, index)
         num_slots, num_rows = self.partition.num_slots, len(self.weight)
         if index.numel() * num_slots >= num_rows:  # reading every row once is cheaper than copying these
@@ -134,14 +136,14 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
         log_probs = []
         for start in range(0, len(index), step):
             part = slice(start, start + step)
-            weight = self.weight[rows[part]].flatten(1, 2)
+            weight = F.embedding(rows[part], self.weight).flatten(1, 2)
             logits = torch.bmm(weight, hidden[part].unsqueeze(-1)).view_as(bias[part])
             log_probs.append(log_softmax(logits + bias[part]))
         return torch.cat(log_probs) if log_probs else bias
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:
         if not has_fixed_shapes(hidden):
-            return super()._all_log_prob(hidden)
+            return self._log_prob_by_group(hidden)
         partition = self.partition
         exists, tokens = partition.multi_slot_exists, partition.multi_tokens
         columns = torch.arange(exists.shape[1], device=hidden.device)
@@ -152,6 +154,42 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
             for rows in hidden.split(max(1, FIXED_CHUNK_ELEMENTS // max(1, self._numbers_a_row())))
         ]
         return torch.cat(parts)
+
+    def _states(self, hidden: Tensor, groups: slice) -> Tensor:
+        """What the layers of ``groups``, B of the M, read: ``hidden`` [N, D] -> [B, N, D]."""
+        return hidden.expand(len(self.partition.multi_groups[groups]), -1, -1)
+
+    def _log_prob_by_group(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [N, D] -> [N, V'], a batched product for each block of groups of nearly equal sizes."""
+        sizes = self.partition.sizes[self.partition.multi_groups]
+        if sizes.max() - sizes.min() > 1:
+            parts = [
+                self._log_softmax(F.linear(self._states(hidden, slice(group, group + 1))[0], *layer))
+                for group, layer in enumerate(self._layers())
+            ]
+            return torch.cat(parts, dim=-1)
+        blocks = range(0, len(sizes), GROUPS_A_BLOCK)
+        distance = int(sizes.min())
+        return torch.cat(
+            [self._log_prob_of_block(hidden, slice(first, first + GROUPS_A_BLOCK), distance) for first in blocks]
+        ).t()
+
+    def _log_prob_of_block(self, hidden: Tensor, groups: slice, distance: int) -> Tensor:
+        """``hidden`` [N, D] -> [tokens of these groups, N]. They start nearly ``distance`` rows after each other:
+        windows on the rows at that distance, so much longer that each holds its group, are a batch without a copy."""
+        states = self._states(hidden, groups)
+        edges = self.partition.multi_starts[groups.start : groups.start + len(states) + 1]
+        start, stop = self.partition.multi_bounds[groups.start], self.partition.multi_bounds[groups.start + len(states)]
+        length = stop - start - distance * (len(states) - 1)
+        tokens = self.partition.multi_tokens[start:stop]
+        rows = F.embedding(tokens, self.weight) if self.tied else self.weight[start:stop]
+        windows, bias = (tensor.unfold(0, length, distance) for tensor in (rows, self.bias[start:stop]))
+        begin = start + distance * torch.arange(len(states), device=hidden.device)
+        row = begin[:, None] + torch.arange(length, device=hidden.device)
+        is_own = (row >= edges[:-1, None]) & (row < edges[1:, None])
+        bias = bias.where(is_own, -torch.inf).unsqueeze(-1)
+        logits = torch.baddbmm(bias, windows.transpose(1, 2), states.transpose(1, 2))  # [B, length, N]
+        return self._log_softmax(logits.transpose(1, 2)).transpose(1, 2)[is_own]
 
     def _numbers_a_row(self) -> int:
         """What ``_group_logits`` holds for each hidden state."""

@@ -15,12 +15,14 @@ All weights are held as logarithms in float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vocabfold.heads.partition import Partition
+from vocabfold.heads.sampling import within_nucleus
 from vocabfold.heads.scorers import TokenScorer
 
 GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first; twice as many each time after,
@@ -76,25 +78,23 @@ def _topk_of_whole_rows(
     best = group_log_prob.new_empty(len(hidden), k)
     tokens = torch.empty(best.shape, dtype=torch.int64, device=hidden.device)
     group_at = partition.group_of[partition.order]
-    most = WHOLE_ROWS_ELEMENTS_ON_GPU if hidden.is_cuda else WHOLE_ROWS_ELEMENTS
-    step = max(1, most // partition.vocabulary_size)
-    for start in range(0, len(hidden), step):
-        part = slice(start, start + step)
+    for part in _whole_rows(len(hidden), hidden, partition):
         log_prob = scorer.position_log_prob(hidden[part]) + group_log_prob[part].index_select(1, group_at)
         best[part], places = log_prob.topk(k, dim=-1)
         tokens[part] = partition.order[places]
     return best, tokens
 
 
+def _whole_rows(number: int, hidden: Tensor, partition: Partition) -> Iterator[slice]:
+    """Slices of ``number`` rows of which all tokens may be held at once."""
+    most = WHOLE_ROWS_ELEMENTS_ON_GPU if hidden.is_cuda else WHOLE_ROWS_ELEMENTS
+    step = max(1, most // partition.vocabulary_size)
+    return (slice(start, start + step) for start in range(0, number, step))
+
+
 def _tokens_at(partition: Partition, groups: Tensor, places: Tensor) -> Tensor:
     """The tokens in the slots ``places`` mod S of ``groups``; a slot without a token repeats the group's last."""
     return partition.token_at(groups, torch.minimum(places % partition.num_slots, partition.sizes[groups] - 1))
-
-
-def tokens_of(partition: Partition, groups: Tensor) -> Tensor:
-    """The token in each slot of each group, ``groups`` [...] -> [..., S]; a slot without a token repeats the last."""
-    groups = groups.unsqueeze(-1).expand(*groups.shape, partition.num_slots)
-    return _tokens_at(partition, groups, torch.arange(partition.num_slots, device=groups.device).expand(groups.shape))
 
 
 def _wider(width: int, num_rows: int, partition: Partition) -> int:
@@ -126,6 +126,12 @@ class TemperedGroups:
         log_prob = self.scorer.group_log_prob(self.hidden, groups).double()
         ratio = log_prob + self.log_ratio.gather(-1, groups).unsqueeze(-1)
         return self._tempered(ratio).clamp(max=0.0)
+
+    def whole(self) -> Tensor:
+        """log w of every token, by its id: [N, V], in the scorer's own precision."""
+        log_prob = self.scorer.position_log_prob(self.hidden).index_select(1, self.partition.position_of)
+        log_prob += self.log_ratio.to(log_prob.dtype).index_select(1, self.partition.group_of)
+        return self._tempered(log_prob).clamp_(max=0.0)
 
     def token_bound(self) -> Tensor:
         """At least log w of any token of each group, [N, G]."""
@@ -194,12 +200,30 @@ def draw(groups: TemperedGroups, generator: torch.Generator | None) -> tuple[Ten
     return tokens, log_weights
 
 
-def is_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, top_p: float) -> Tensor:
-    """Whether each row's token [N] is among the likeliest that hold ``top_p`` of the mass: [N] bool.
+def cut_to_nucleus(
+    groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """Each row's drawn token [N] if it is among the likeliest that hold ``top_p`` of the mass, else a draw from those.
 
-    It is if the tokens before it (likelier, or as likely with a smaller id) hold less than top_p Z, Z the sum of all
+    A token v of a nucleus of mass m then comes with p(v) + (1 - m) p(v) / m = p(v) / m. Rows for which a few visits do
+    not settle it are looked at as a whole, at most WHOLE_ROWS_ELEMENTS tokens at a time.
+    """
+    tokens = tokens.clone()
+    left = (~is_surely_in_nucleus(groups, tokens, log_weights, top_p)).nonzero().squeeze(-1)
+    for part in _whole_rows(len(left), groups.hidden, groups.partition):
+        rows = left[part]
+        probability = groups.select(rows).whole().softmax(dim=-1)
+        tokens[rows] = within_nucleus(probability, tokens[rows], top_p, generator)
+    return tokens
+
+
+def is_surely_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, top_p: float) -> Tensor:
+    """Of each row's token [N] whether a few visits show that it belongs to the nucleus: [N] bool.
+
+    It does if the tokens before it (likelier, or as likely with a smaller id) hold less than top_p Z, Z the sum of all
     M. Unvisited groups put both between bounds: a group whose token bound is below the token's own weight has nothing
-    before it, any other at most its M. A row is left as soon as the bounds decide; with every group visited they do.
+    before it, any other at most its M. A row is left as soon as the bounds decide, or once so many groups may hold
+    something before the token that the row had better be taken as a whole.
     """
     partition = groups.partition
     result = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -208,20 +232,25 @@ def is_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, t
     # Not as logarithms: no M is above n, and Z is no less than about 1, so that what underflows does not matter.
     low, high = (bound.exp() for bound in groups.mass_bounds())
     before_low = torch.zeros_like(low)
-    before_high = high.masked_fill(groups.token_bound() < own_weight, 0.0)
+    may_be_before = groups.token_bound() >= own_weight
+    before_high = high.where(may_be_before, 0.0)
     singles, ids, weights = groups.singles()
     if len(singles) > 0:
         is_before = (weights > own_weight) | ((weights == own_weight) & (ids < own[:, :1]))
         is_before &= ids != own[:, :1]
         before_low[:, singles] = before_high[:, singles] = weights.exp() * is_before
     ranked = groups.ranked()
+    wanted = may_be_before[:, partition.multi_groups].sum(dim=-1)
     rows = torch.arange(len(tokens), device=tokens.device)
     start, width = 0, GROUPS_A_VISIT
     while True:
         inside = before_high.sum(dim=-1) < top_p * low.sum(dim=-1)
         outside = before_low.sum(dim=-1) >= top_p * high.sum(dim=-1)
         result[rows] = inside
-        undecided = (~(inside | outside)).nonzero().squeeze(-1)
+        undecided = ~(inside | outside)
+        if start > 0:
+            undecided &= wanted[rows] - start <= WHOLE_ROWS_SHARE * ranked.shape[1]
+        undecided = undecided.nonzero().squeeze(-1)
         if len(undecided) == 0 or start >= ranked.shape[1]:
             return result
         if len(undecided) < len(rows):
@@ -242,59 +271,3 @@ def is_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Tensor, t
         for table, value in ((low, mass), (high, mass), (before_low, before), (before_high, before)):
             table.scatter_(-1, visited, value)
         start, width = start + width, _wider(width, len(rows), partition)
-
-
-def draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """A token of each row from its likeliest tokens that hold ``top_p`` of the mass: [N].
-
-    Groups are visited until the tokens seen settle the nucleus: ranked by weight, a seen token belongs to it if those
-    before it hold less than top_p Z. That is settled once the lower and the upper bound of Z say the same of every
-    seen token, and the last that belongs is likelier than any token of an unvisited group can be: then no unseen
-    token can come before it, and what comes after it, seen or not, has at least top_p Z before it.
-    """
-    tokens = torch.zeros(len(groups.hidden), dtype=torch.int64, device=groups.hidden.device)
-    step = max(1, WHOLE_ROWS_ELEMENTS // groups.partition.vocabulary_size)
-    for start in range(0, len(tokens), step):
-        rows = torch.arange(start, min(start + step, len(tokens)), device=tokens.device)
-        tokens[rows] = _draw_from_nucleus(groups.select(rows), top_p, generator)
-    return tokens
-
-
-def _draw_from_nucleus(groups: TemperedGroups, top_p: float, generator: torch.Generator | None) -> Tensor:
-    ranked, bound = groups.ranked(), groups.token_bound()
-    num_rows, num_ranked = ranked.shape
-    result = torch.zeros(num_rows, dtype=torch.int64, device=ranked.device)
-    low, high = (bound.clone() for bound in groups.mass_bounds())
-    _, tokens, seen = groups.singles()
-    seen_tokens = tokens.expand(num_rows, -1)
-    rows = torch.arange(num_rows, device=ranked.device)
-    start, width = 0, GROUPS_A_VISIT
-    while len(rows) > 0:
-        visited = ranked[rows, start : start + width]
-        weights = groups.select(rows).visit(visited)
-        mass = log_sum(weights)
-        low[rows], high[rows] = (table[rows].scatter(-1, visited, mass) for table in (low, high))
-        seen_tokens = torch.cat([seen_tokens, tokens_of(groups.partition, visited).flatten(1)], dim=-1)
-        # By weight, and by id where weights are equal: the nucleus that is_in_nucleus means.
-        seen_tokens, by_id = seen_tokens.sort(dim=-1)
-        seen = torch.cat([seen, weights.flatten(1)], dim=-1).gather(-1, by_id)
-        seen, by_weight = seen.sort(dim=-1, descending=True, stable=True)
-        seen_tokens = seen_tokens.gather(-1, by_weight)
-        start, width = start + width, _wider(width, len(rows), groups.partition)
-        probability = (seen - seen[:, :1]).exp()
-        before = probability.cumsum(dim=-1) - probability
-        least, most = (top_p * (log_sum(table[rows]).unsqueeze(-1) - seen[:, :1]).exp() for table in (low, high))
-        belongs = before < least
-        if start >= num_ranked:
-            settled = torch.ones_like(rows, dtype=torch.bool)
-        else:
-            last = seen.gather(-1, (belongs.sum(dim=-1, keepdim=True) - 1).clamp(min=0)).squeeze(-1)
-            unseen = bound[rows].gather(-1, ranked[rows, start].unsqueeze(-1)).squeeze(-1)
-            # Where all that was seen belongs, tokens not seen may belong too.
-            settled = (belongs == (before < most)).all(dim=-1) & (last > unseen) & ~belongs[:, -1]
-        done = settled.nonzero().squeeze(-1)
-        if len(done) > 0:
-            choice = torch.multinomial(probability[done] * belongs[done], 1, generator=generator)
-            result[rows[done]] = seen_tokens[done].gather(-1, choice).squeeze(-1)
-        rows, seen, seen_tokens = rows[~settled], seen[~settled], seen_tokens[~settled]
-    return result
