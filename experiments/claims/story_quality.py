@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from experiments.claims.base import Claim, Finding, at_least, reference, rows_where, with_columns
-from experiments.paper.table1_story_quality import COUNTERPARTS, EXPERIMENT, MARKS, PUBLISHED_COLUMNS, TRAINED
+from experiments.paper.table1_story_quality import EXPERIMENT
+from experiments.paper.table1_words import COUNTERPARTS, MARKS, PUBLISHED_COLUMNS, TRAINED
 from vocabfold.errors import UserError
 from vocabfold.runs.tables import read_table
 
