@@ -16,6 +16,7 @@ import torch
 
 from vocabfold.machine import usable_cores
 
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).with_name("matplotlibrc"))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels, those of its own included, in NumPy
 torch.set_num_threads(1)

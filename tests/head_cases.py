@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,6 +106,31 @@ def every_pair(*axes: Iterable[Any]) -> list[Any]:
         (row, column, turns[(i + j) % len(turns)]) for i, row in enumerate(rows) for j, column in enumerate(columns)
     ]
     return [pytest.param(*(value for _, value in case), id="-".join(name for name, _ in case)) for case in cases]
+
+
+def one_case_a_kind(axis: Mapping[str, Any] | Sequence[Any], kinds: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """For a test of (kind, value, ...): a case for each kind that takes all values of ``axis`` one after the other, as
+    cases cost more time than such small heads. What fails is told with its value."""
+
+    def decorate(test: Callable[..., None]) -> Any:
+        first, second, *_ = inspect.signature(test).parameters
+
+        @functools.wraps(test)
+        def every(**given: Any) -> None:
+            for name in axis:
+                value = axis[name] if isinstance(axis, Mapping) else name
+                try:
+                    test(**given, **{second: value})
+                except BaseException as error:
+                    error.add_note(f"{second}: {name}")
+                    raise
+
+        signature = inspect.signature(test)
+        kept = [each for each in signature.parameters.values() if each.name != second]
+        every.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+        return pytest.mark.parametrize(first, kinds or KINDS)(every)
+
+    return decorate
 
 
 def adaptive_cutoffs(vocabulary_size: int) -> list[int]:
