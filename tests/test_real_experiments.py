@@ -34,11 +34,6 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_embeddings_are_compared_and_not_twice(folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ways, kinds = list(real_embedding.ways()), dict[tuple[str, str, str], list[Way]]()
-    for way in ways:
-        kinds.setdefault((way.method, way.numbers, way.side), []).append(way)
-    ends = [end for kind in kinds.values() for end in (kind[0], kind[-1])]  # of the sizes between them each is alike
-    monkeypatch.setattr(real_embedding, "ways", lambda: [way for way in ways if way in ends])
     words = ("real_embedding", "measure", "--model", str(folder), "--text", f"cats={text}", "--documents", "5")
     assert experiment(monkeypatch, *words, "--only", "dense", "int8") == 0
     path = Path("results/real/real_embedding.csv")
