@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from process_cases import start_program
-from run_cases import TINY, call, write_corpus
+from run_cases import TINY, call, start, write_corpus
 from vocabfold import compress as compressing
 from vocabfold import train
 from vocabfold.coding.damage import DamagedStream
@@ -115,11 +114,10 @@ def test_another_process_decodes_with_other_threads(
     assert program(run, monkeypatch, str(tmp_path / "f")) == 0
     torch.set_num_threads(1)
     assert segments((tmp_path / "f.vftm").read_bytes()) == ["model"]
-    words = ("--model", "run", "--output", "back", "--decompress")
-    process = start_program(tmp_path / "printed", "vocabfold.compress", str(tmp_path / "f.vftm"), *words)
-    process.join(timeout=120)
-    printed = (tmp_path / "printed").read_text()
-    assert process.exitcode == 0 and "bytes ->" in printed, printed
+    done = start(
+        run, "-m", "vocabfold.compress", str(tmp_path / "f.vftm"), "--model", "run", "--output", "back", "--decompress"
+    )
+    assert done.returncode == 0 and "bytes ->" in done.stdout, done.stderr
     assert (run / "back").read_text() == (tmp_path / "f").read_text()
 
 
