@@ -75,7 +75,7 @@ def trained(head: Head, model: torch.nn.Module, hidden: Tensor, targets: Tensor)
     return result, list(torch.autograd.grad(3 * result.loss, inputs, allow_unused=True, materialize_grads=True))
 
 
-@one_case_a_kind(LAYOUTS, CAPTURABLE)
+@one_case_a_kind(LAYOUTS, kinds=CAPTURABLE)
 def test_same_numbers_without_waiting(kind: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     head, model = made(kind, layout)
     assert head.capturable
@@ -150,7 +150,7 @@ def test_operations_are_counted_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert count_flops(lambda: trained(head, model, hidden, targets)) == counted > 0
 
 
-@one_case_a_kind(LAYOUTS, [kind for kind in CAPTURABLE if kind not in FULL_KINDS])
+@one_case_a_kind(LAYOUTS, kinds=[kind for kind in CAPTURABLE if kind not in FULL_KINDS])
 def test_whole_rows_are_those_that_visits_find(kind: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     head, _ = made(kind, layout)
     hidden = make_hidden(9)

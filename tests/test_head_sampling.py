@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from head_cases import FOLDED_KINDS, KINDS, LAYOUTS, Layout, every_pair, make_head, make_hidden, one_case_a_kind
+from head_cases import FOLDED_KINDS, KINDS, LAYOUTS, Layout, make_head, make_hidden, one_case_a_kind
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead
 from vocabfold.heads.sampling import draw_from_sorted
@@ -25,7 +25,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.mark.parametrize(("kind", "layout", "weight_std"), every_pair(KINDS, LAYOUTS, [0.1, 1.0, 5.0]))
+@one_case_a_kind(LAYOUTS, [0.1, 1.0, 5.0])
 def test_topk_is_exact(kind: str, layout: Layout, weight_std: float) -> None:
     head, _ = make_head(kind, layout, weight_std)
     hidden = make_hidden(12)
@@ -84,7 +84,7 @@ def cut_distribution(
     return [weights[token] / total / mass if token in kept else 0.0 for token in range(len(weights))]
 
 
-@pytest.mark.parametrize(("kind", "settings", "group_size"), every_pair(KINDS, SAMPLING, [6, 1, 29]))
+@one_case_a_kind(SAMPLING, [6, 1, 29])
 def test_samples_follow_the_distribution(kind: str, settings: dict[str, Any], group_size: int) -> None:
     head, _ = make_head(kind, Layout(29, group_size, shuffled=True), weight_std=0.5)
     hidden = make_hidden(1)

@@ -19,7 +19,6 @@ from head_cases import (
     KINDS,
     LAYOUTS,
     Layout,
-    every_pair,
     make_head,
     make_hidden,
     naive_groups,
@@ -69,7 +68,7 @@ def test_log_prob_is_the_definition_and_sums_to_one(kind: str, layout: Layout) -
     assert head.log_prob(hidden[:0]).shape == (0, layout.vocabulary_size)
 
 
-@one_case_a_kind(LAYOUTS, [*FOLDED_KINDS, "adaptive"])
+@one_case_a_kind(LAYOUTS, kinds=[*FOLDED_KINDS, "adaptive"])
 def test_slots_without_a_token_get_no_probability(kind: str, layout: Layout) -> None:
     head, _ = make_head(kind, layout)
     assert isinstance(head, FoldedHead)
@@ -86,7 +85,7 @@ def test_the_layouts_leave_slots_empty() -> None:
         assert not head.partition.slot_exists.all()
 
 
-@pytest.mark.parametrize(("kind", "layout", "pattern"), every_pair(KINDS, LAYOUTS, TARGETS))
+@one_case_a_kind(LAYOUTS, TARGETS)
 def test_loss_and_gradients_are_those_of_the_definition(kind: str, layout: Layout, pattern: str) -> None:
     head, module = make_head(kind, layout)
     targets = make_targets(pattern, layout)

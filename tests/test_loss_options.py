@@ -106,13 +106,13 @@ def check(
     assert result.num_targets == (targets != IGNORE_INDEX).sum()
 
 
-@one_case_a_kind(LAYOUTS)
-def test_values_and_gradients_are_those_of_the_definition(kind: str, layout: Layout) -> None:
-    """The options take turns, each with each kind and with each layout; the last has rows that are weighted."""
-    turn = (KINDS.index(kind) + list(LAYOUTS.values()).index(layout)) % (len(OPTIONS) + 1)
-    options = [*OPTIONS.values(), OPTIONS["both_each"]][turn]
-    weights = torch.linspace(-1, 3, 8, dtype=torch.float64) if turn == len(OPTIONS) else None
-    check(kind, layout, make_targets(layout), options, weights)
+@one_case_a_kind(LAYOUTS, [*OPTIONS, "weighted"])
+def test_values_and_gradients_are_those_of_the_definition(kind: str, layout: Layout, name: str) -> None:
+    if name == "weighted":
+        weights = torch.linspace(-1, 3, 8, dtype=torch.float64)
+        check(kind, layout, make_targets(layout), OPTIONS["both_each"], weights)
+    else:
+        check(kind, layout, make_targets(layout), OPTIONS[name])
 
 
 @one_case_a_kind(["all", "empty"])
@@ -122,7 +122,7 @@ def test_without_a_target_that_counts_the_loss_is_zero(kind: str, ignored: str) 
         check(kind, layout, make_targets(layout, ignored), options)
 
 
-@one_case_a_kind(LAYOUTS, CAPPED_KINDS)
+@one_case_a_kind(LAYOUTS, kinds=CAPPED_KINDS)
 def test_softcap(kind: str, layout: Layout) -> None:
     cap = 0.9  # low enough to bend most logits
     check(kind, layout, make_targets(layout), OPTIONS["both_summed"], softcap=cap)
