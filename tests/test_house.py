@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,10 +31,15 @@ OF_TRITON = ("vocabfold.heads.triton_kernels", "vocabfold.heads.triton_programs"
 IMPORTABLE = [module for module in MODULES if module not in OF_TRITON]
 
 
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
 def imported(module: str) -> set[str]:
     """The names of the modules that a module imports anywhere, inside functions and for type checks too."""
     names = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -44,7 +50,10 @@ def imported(module: str) -> set[str]:
     return names
 
 
-IMPORTS = {module: imported(module) for module in MODULES}
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Of every module; asked for where these tests run, and not by each worker that collects them."""
+    return {module: imported(module) for module in MODULES}
 
 
 def belongs(module: str, package: str) -> bool:
@@ -68,7 +77,7 @@ def test_a_circle_is_found() -> None:
 
 
 def test_no_circle_of_modules() -> None:
-    assert circle({module: IMPORTS[module] & set(MODULES) - {module} for module in MODULES}) == []
+    assert circle({module: imports()[module] & set(MODULES) - {module} for module in MODULES}) == []
 
 
 def test_no_circle_of_rooms() -> None:
@@ -77,7 +86,7 @@ def test_no_circle_of_rooms() -> None:
 
     rooms: dict[str, set[str]] = {room(module): set() for module in MODULES}
     for module in MODULES:
-        rooms[room(module)] |= {room(name) for name in IMPORTS[module] & set(MODULES)} - {room(module)}
+        rooms[room(module)] |= {room(name) for name in imports()[module] & set(MODULES)} - {room(module)}
     assert circle(rooms) == []
 
 
@@ -85,7 +94,7 @@ def test_the_library_rooms_know_no_runs() -> None:
     wrong = [
         f"{module} imports {name}"
         for module in MODULES
-        for name in IMPORTS[module]
+        for name in imports()[module]
         if any(belongs(module, f"vocabfold.{room}") for room in LIBRARY_ROOMS)
         and any(belongs(name, package) for package in OUTSIDE_LIBRARY)
     ]
@@ -96,7 +105,7 @@ def test_the_library_never_imports_experiments() -> None:
     assert not [
         module
         for module in MODULES
-        if belongs(module, "vocabfold") and any(belongs(name, "experiments") for name in IMPORTS[module])
+        if belongs(module, "vocabfold") and any(belongs(name, "experiments") for name in imports()[module])
     ]
 
 
@@ -188,7 +197,7 @@ for mode in ('disabled', 'offline'):
 
 def head_comparisons(module: str) -> Iterator[int]:
     """Lines of a module that compare ``..head.name``, ``..head.type`` or ``head`` itself with a word."""
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(module)):
         if not isinstance(node, ast.Compare):
             continue
         sides = [node.left, *node.comparators]
