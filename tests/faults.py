@@ -77,7 +77,8 @@ FAULTS = [
     Fault("heads/linear_blocks.py", "[places].masked_fill(~exists, -torch.inf)", "[places]", "test_fast_heads.py"),
     Fault("heads/linear_blocks.py", "(ends - blocks)[groups] * BLOCK_ROWS", "ends[groups]", "test_fast_heads.py"),
     Fault("heads/kernels.py", "values.masked_fill(~counted, 0)", "values", "test_fixed_shapes.py"),
-    Fault("heads/nested.py", "if not has_fixed_shapes(hidden):", "if True:", "test_fixed_shapes.py"),
+    Fault("heads/nested.py", "== groups) & counted).sum()", "== groups)).sum()", "test_nested.py"),
+    Fault("heads/nested.py", "places, counted)[0]", "places, counted)[0] * 0", "test_nested.py"),
     Fault(
         "heads/triton_programs.py", "total *= tl.load(factor)", "total *= 2 * tl.load(factor)", "test_triton_kernels.py"
     ),
