@@ -21,8 +21,9 @@ def step():
 
 def page_faults():
     step()
+    step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(2):
+    for _ in range(4):
         step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -36,6 +37,6 @@ print(by_default, page_faults())
 def test_training_steps_reuse_their_pages() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
     by_default, kept = map(int, done.stdout.split())
-    if by_default < 200:
+    if by_default < 400:
         pytest.skip("this system does not take large blocks back")
     assert kept < 0.5 * by_default
