@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import os
 import re
@@ -39,20 +40,24 @@ CONFIGURATIONS = Path(__file__).resolve().parents[1] / "conf" / "experiment"
 # In the configuration of an experiment that only trains: whose table its runs are in.
 ELSEWHERE = re.compile(r"^# Its runs are measured and drawn by (\w+)\.$", re.MULTILINE)
 ACTIONS = ("measure", "draw")
+SIGNATURES = {"measure": ["arguments"], "draw": ["corpus"]}
 USAGE = "python -m experiments NAME measure|draw [options]        (python -m experiments NAME --help: its options)"
 
 
+@functools.cache
 def experiments() -> dict[str, tuple[str, str]]:
     """(room, first line of the docstring) of each experiment, by name. Nothing is imported to find out."""
     found = {}
     for room in ROOMS:
         for path in sorted((Path(__file__).parent / room).glob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            if not any(f"\ndef {name}(" in text for name in SIGNATURES):
+                continue  # parsing takes longer than reading
+            tree = ast.parse(text)
             defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-            signatures = {"measure": ["arguments"], "draw": ["corpus"]}
             if any(
                 name in defined and [argument.arg for argument in defined[name].args.args] == names
-                for name, names in signatures.items()
+                for name, names in SIGNATURES.items()
             ):
                 found[path.stem] = (room, (ast.get_docstring(tree) or "").partition("\n")[0])
     return found

@@ -6,19 +6,14 @@ import gc
 import os
 import signal
 import threading
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it once
-
 from pathlib import Path
 
 import pytest
-import torch
 
-from vocabfold.machine import usable_cores
+from vocabfold.limits import usable_cores
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels, those of its own included, in NumPy
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it once
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).with_name("matplotlibrc"))
 # What a shell starts in the background ignores Ctrl-C, and so would every program that a test interrupts.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +24,24 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Of ``-n auto``: one for each core that this process may use, none for a few named files, which need no start."""
     few_files = len(config.args) < 4 and all(Path(name.partition("::")[0]).is_file() for name in config.args)
     return 0 if few_files else min(MOST_WORKERS, usable_cores())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run: what only hands them out to workers is spared torch's seconds, for which these would wait."""
+    if config.getoption("numprocesses", None):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels, those of its own, in NumPy
+    torch.set_num_threads(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """A program that a test calls may have asked for two threads: left so, all that follow wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:

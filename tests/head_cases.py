@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,14 +98,48 @@ LAYOUTS = {
 def every_pair(*axes: Iterable[Any]) -> list[Any]:
     """Cases of three axes for ``parametrize`` in which each value meets each value of the other axes: all pairs of the
     first two, while the third, which is no longer than either, takes turns. A mapping gives its values, by name."""
-    rows, columns, turns = (
-        [(str(name), axis[name] if isinstance(axis, Mapping) else name) for name in axis] for axis in axes
-    )
+    rows, columns, turns = map(_named, axes)
     assert len(turns) <= min(len(rows), len(columns))
     cases = [
         (row, column, turns[(i + j) % len(turns)]) for i, row in enumerate(rows) for j, column in enumerate(columns)
     ]
     return [pytest.param(*(value for _, value in case), id="-".join(name for name, _ in case)) for case in cases]
+
+
+def one_case_a_kind(
+    axis: Mapping[str, Any] | Sequence[Any],
+    turns: Mapping[str, Any] | Sequence[Any] = (),
+    kinds: Sequence[str] = KINDS,
+) -> Callable[[Any], Any]:
+    """For a test of (kind, value, ...): a case for each kind that takes all values of ``axis`` one after the other, as
+    cases cost more time than such small heads. Its third argument, where there are ``turns``, takes turns as in
+    ``every_pair``. What fails is told with its values."""
+    values, others = _named(axis), _named(turns)
+    assert len(others) <= min(len(kinds), len(values))
+
+    def decorate(test: Callable[..., None]) -> Any:
+        signature = inspect.signature(test)
+        first, *looped = list(signature.parameters)[: 3 if others else 2]
+
+        @functools.wraps(test)
+        def every(**given: Any) -> None:
+            for number, (name, value) in enumerate(values, start=kinds.index(given[first])):
+                turn = [others[number % len(others)]] if others else []
+                try:
+                    test(**given, **dict(zip(looped, [value, *(each for _, each in turn)], strict=True)))
+                except BaseException as error:
+                    error.add_note(", ".join([name, *(its_name for its_name, _ in turn)]))
+                    raise
+
+        kept = [each for each in signature.parameters.values() if each.name not in looped]
+        every.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+        return pytest.mark.parametrize(first, kinds)(every)
+
+    return decorate
+
+
+def _named(axis: Mapping[str, Any] | Iterable[Any]) -> list[tuple[str, Any]]:
+    return [(str(name), axis[name] if isinstance(axis, Mapping) else name) for name in axis]
 
 
 def adaptive_cutoffs(vocabulary_size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Functions run in several gloo processes at once, for the tests of what is spread over processes.
+"""Functions run in several gloo processes at once, for the tests of what is spread over processes; and programs.
 
 They fork from one server that has imported what they need: a start takes a tenth of a second, not the seconds that
 torch takes to import.
@@ -13,8 +13,10 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,29 @@ def start_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
+
+
+def start_program(printed: Path, module: str, *arguments: str) -> BaseProcess:
+    """``python -m module arguments`` in the current folder, but for the start of an interpreter: what it prints goes to
+    the file ``printed``."""
+    start_server()
+    place = (str(Path.cwd()), dict(os.environ), str(printed))
+    process = CONTEXT.Process(target=_become, args=(place, module, arguments), daemon=True)
+    process.start()
+    return process
+
+
+def _become(place: tuple[str, dict[str, str], str], module: str, arguments: tuple[str, ...]) -> None:
+    folder, environment, printed = place
+    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [module, *arguments]
+    import_module(module).main()
 
 
 def _answer(end: Connection) -> tuple[str, Any]:

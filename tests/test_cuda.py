@@ -20,7 +20,8 @@ from vocabfold.heads import FullHead, HeadSettings, PartitionSettings, build_hea
 from vocabfold.heads.fused import FusedHead
 from vocabfold.tokens import IGNORE_INDEX
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA runs on")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU that CUDA runs on", allow_module_level=True)
 
 DEVICE = "cuda"
 PRESETS = Path(__file__).resolve().parents[1] / "conf" / "head"

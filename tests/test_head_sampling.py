@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from head_cases import FOLDED_KINDS, KINDS, LAYOUTS, Layout, every_pair, make_head, make_hidden
+from head_cases import FOLDED_KINDS, KINDS, LAYOUTS, Layout, make_head, make_hidden, one_case_a_kind
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead
 from vocabfold.heads.sampling import draw_from_sorted
@@ -23,10 +23,9 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "all": {"temperature": 1.3, "top_k": 7, "top_p": 0.9},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-@pytest.mark.parametrize(("kind", "layout", "weight_std"), every_pair(KINDS, LAYOUTS, [0.1, 1.0, 5.0]))
+@one_case_a_kind(LAYOUTS, [0.1, 1.0, 5.0])
 def test_topk_is_exact(kind: str, layout: Layout, weight_std: float) -> None:
     head, _ = make_head(kind, layout, weight_std)
     hidden = make_hidden(12)
@@ -85,7 +84,7 @@ def cut_distribution(
     return [weights[token] / total / mass if token in kept else 0.0 for token in range(len(weights))]
 
 
-@pytest.mark.parametrize(("kind", "settings", "group_size"), every_pair(KINDS, SAMPLING, [6, 1, 29]))
+@one_case_a_kind(SAMPLING, [6, 1, 29])
 def test_samples_follow_the_distribution(kind: str, settings: dict[str, Any], group_size: int) -> None:
     head, _ = make_head(kind, Layout(29, group_size, shuffled=True), weight_std=0.5)
     hidden = make_hidden(1)
@@ -121,8 +120,7 @@ def test_rows_are_drawn_from_their_own_distribution(kind: str) -> None:
         assert torch.equal(head.sample(hidden, **settings)[sure], likeliest.indices[sure])
 
 
-@every_kind
-@every_layout
+@one_case_a_kind(LAYOUTS)
 def test_cold_samples_are_the_likeliest_tokens(kind: str, layout: Layout) -> None:
     head, _ = make_head(kind, layout)
     head.float()
@@ -133,8 +131,7 @@ def test_cold_samples_are_the_likeliest_tokens(kind: str, layout: Layout) -> Non
         assert torch.equal(head.sample(hidden, **settings), likeliest)
 
 
-@every_kind
-@pytest.mark.parametrize("settings", SAMPLING.values(), ids=SAMPLING)
+@one_case_a_kind(SAMPLING)
 def test_a_seed_fixes_the_draw(kind: str, settings: dict[str, Any]) -> None:
     head, _ = make_head(kind, LAYOUTS["prime"], weight_std=0.1)
     hidden = make_hidden(50)
@@ -162,8 +159,7 @@ def test_top_p_of_one_keeps_every_token(monkeypatch: pytest.MonkeyPatch) -> None
     assert [probability.count_nonzero() for probability in drawn_from] == [3, 1]
 
 
-@every_kind
-@pytest.mark.parametrize("k", [0, -1, 98])
+@one_case_a_kind([0, -1, 98])
 def test_k_outside_the_vocabulary_is_refused(kind: str, k: int) -> None:
     head, _ = make_head(kind, LAYOUTS["prime"])
     with pytest.raises(UserError, match=f"k is {k}: choose between 1 and the vocabulary size 97"):
@@ -172,19 +168,19 @@ def test_k_outside_the_vocabulary_is_refused(kind: str, k: int) -> None:
         head.sample(make_hidden(2), top_k=k)
 
 
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -0.5}, "temperature is -0.5: choose 0"),
+    ({"temperature": float("nan")}, "temperature is nan"),
+    ({"top_p": 0.0}, "top_p is 0.0: choose more than 0"),
+    ({"top_p": 1.01}, "top_p is 1.01"),
+    ({"top_p": float("nan")}, "top_p is nan"),
+    ({"temperature": 0.0, "top_p": -1.0}, "top_p is -1.0"),
+]
+
+
 @every_kind
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": -0.5}, "temperature is -0.5: choose 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_p": 0.0}, "top_p is 0.0: choose more than 0"),
-        ({"top_p": 1.01}, "top_p is 1.01"),
-        ({"top_p": float("nan")}, "top_p is nan"),
-        ({"temperature": 0.0, "top_p": -1.0}, "top_p is -1.0"),
-    ],
-)
-def test_impossible_sampling_settings_are_refused(kind: str, settings: dict[str, Any], message: str) -> None:
+def test_impossible_sampling_settings_are_refused(kind: str) -> None:
     head, _ = make_head(kind, LAYOUTS["prime"])
-    with pytest.raises(UserError, match=message):
-        head.sample(make_hidden(2), **settings)
+    for settings, message in IMPOSSIBLE:
+        with pytest.raises(UserError, match=message):
+            head.sample(make_hidden(2), **settings)

@@ -19,20 +19,17 @@ from head_cases import (
     KINDS,
     LAYOUTS,
     Layout,
-    every_pair,
     make_head,
     make_hidden,
     naive_groups,
     naive_log_prob,
+    one_case_a_kind,
 )
 from vocabfold.heads import FoldedHead, FullHead, MixtureHead, loss_options, visiting
 from vocabfold.tokens import IGNORE_INDEX
 
 TARGETS = ("mixed", "one_group", "some_ignored", "all_ignored", "empty", "one_row")
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_folded_kind = pytest.mark.parametrize("kind", [*FOLDED_KINDS, "adaptive"])
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-every_target = pytest.mark.parametrize("pattern", TARGETS)
 
 
 def make_targets(pattern: str, layout: Layout) -> Tensor:
@@ -60,8 +57,7 @@ def gradients(loss: Tensor, hidden: Tensor, module: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [hidden, *module.parameters()], allow_unused=True, materialize_grads=True))
 
 
-@every_kind
-@every_layout
+@one_case_a_kind(LAYOUTS)
 def test_log_prob_is_the_definition_and_sums_to_one(kind: str, layout: Layout) -> None:
     head, _ = make_head(kind, layout)
     hidden = make_hidden(5)
@@ -72,8 +68,7 @@ def test_log_prob_is_the_definition_and_sums_to_one(kind: str, layout: Layout) -
     assert head.log_prob(hidden[:0]).shape == (0, layout.vocabulary_size)
 
 
-@every_folded_kind
-@every_layout
+@one_case_a_kind(LAYOUTS, kinds=[*FOLDED_KINDS, "adaptive"])
 def test_slots_without_a_token_get_no_probability(kind: str, layout: Layout) -> None:
     head, _ = make_head(kind, layout)
     assert isinstance(head, FoldedHead)
@@ -90,7 +85,7 @@ def test_the_layouts_leave_slots_empty() -> None:
         assert not head.partition.slot_exists.all()
 
 
-@pytest.mark.parametrize(("kind", "layout", "pattern"), every_pair(KINDS, LAYOUTS, TARGETS))
+@one_case_a_kind(LAYOUTS, TARGETS)
 def test_loss_and_gradients_are_those_of_the_definition(kind: str, layout: Layout, pattern: str) -> None:
     head, module = make_head(kind, layout)
     targets = make_targets(pattern, layout)
@@ -113,8 +108,7 @@ def test_loss_and_gradients_are_those_of_the_definition(kind: str, layout: Layou
         assert result.loss == 0
 
 
-@every_kind
-@every_target
+@one_case_a_kind(TARGETS)
 def test_float32_is_close_to_float64(kind: str, pattern: str) -> None:
     layout = LAYOUTS["prime"]
     head, module = make_head(kind, layout)
@@ -131,11 +125,12 @@ def test_float32_is_close_to_float64(kind: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("chunked")])
 def test_gradcheck(kind: str) -> None:
+    """Along one direction of each input: test_loss_and_gradients_are_those_of_the_definition compares all numbers."""
     layout = Layout(7, 3, shuffled=True)
     head, _ = make_head(kind, layout)
     targets = torch.tensor([0, IGNORE_INDEX, 6, 3])
     inputs = (make_hidden(4).requires_grad_(), *head.parameters())
-    assert torch.autograd.gradcheck(lambda hidden, *_: head.loss(hidden, targets).loss, inputs)
+    assert torch.autograd.gradcheck(lambda hidden, *_: head.loss(hidden, targets).loss, inputs, fast_mode=True)
 
 
 @every_kind
@@ -157,8 +152,7 @@ def test_ignored_rows_change_nothing(kind: str) -> None:
     assert torch.equal(head.loss(elsewhere, targets).loss, result.loss)
 
 
-@every_kind
-@every_layout
+@one_case_a_kind(LAYOUTS)
 def test_parts(kind: str, layout: Layout) -> None:
     head, _ = make_head(kind, layout)
     targets = make_targets("some_ignored", layout)
@@ -188,8 +182,7 @@ def test_parts(kind: str, layout: Layout) -> None:
         assert float(result.parts[name]) == pytest.approx(hits / len(counted))
 
 
-@every_kind
-@pytest.mark.parametrize("target", [-1, LAYOUTS["prime"].vocabulary_size])
+@one_case_a_kind([-1, LAYOUTS["prime"].vocabulary_size])
 def test_a_target_outside_the_vocabulary_is_refused(kind: str, target: int) -> None:
     head, _ = make_head(kind, LAYOUTS["prime"])
     for method in (head.loss, head.target_log_prob):
@@ -220,8 +213,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 }
 
 
-@every_kind
-@pytest.mark.parametrize("method", ["loss", "accuracy", "target_log_prob", *SAMPLING])
+@one_case_a_kind(["loss", "accuracy", "target_log_prob", *SAMPLING])
 def test_only_the_full_head_builds_n_times_v(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, num_rows = Layout(4099, None), 256
     monkeypatch.setattr(loss_options, "ROW_CHUNK_ELEMENTS", 16 * layout.vocabulary_size)

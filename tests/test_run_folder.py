@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from process_cases import start_program
 from test_train import TINY, settings_of, without_clocks
 from vocabfold import train as training
 from vocabfold.command_line import Interrupted
@@ -131,16 +132,15 @@ def test_equal_weights_are_equal_files() -> None:
 
 
 def test_the_program_ends_with_the_status_of_its_signal() -> None:
-    command = [sys.executable, "-m", "vocabfold.train", *TINY, "run_dir=run", "budget.steps=100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (Path("run/metrics.jsonl").is_file() and Path("run/metrics.jsonl").stat().st_size):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
-        process.terminate()
-        assert process.stderr is not None
-        lines = process.stderr.read().splitlines()
-        assert process.wait() == 143
+    process = start_program(Path("printed"), "vocabfold.train", *TINY, "run_dir=run", "budget.steps=100000")
+    deadline = time.monotonic() + 60
+    while not (Path("run/metrics.jsonl").is_file() and Path("run/metrics.jsonl").stat().st_size):
+        assert time.monotonic() < deadline and process.is_alive()
+        time.sleep(0.01)
+    process.terminate()
+    process.join(timeout=60)
+    assert process.exitcode == 143
+    lines = Path("printed").read_text().splitlines()
     step = torch.load("run/checkpoint.pt", weights_only=True)["step"]
     assert lines[-1] == f"interrupted at step {step}: the same command continues from there"
     assert "Traceback" not in "".join(lines)

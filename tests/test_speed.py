@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vocabfold import machine
+from vocabfold import limits, machine
 from vocabfold.errors import UserError
 from vocabfold.measure.flops import count_flops, training_flops_per_token
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary, tokens_per_second
@@ -78,9 +78,9 @@ def test_speed_says_what_is_wrong() -> None:
 
 
 def test_hardware_names_this_machine() -> None:
-    assert machine.usable_cores() >= 1
-    assert f"{machine.usable_cores()} cores" in machine.hardware()
-    assert f"{machine.memory_bytes() / 2**30:.0f} GiB" in machine.hardware()
+    assert limits.usable_cores() >= 1
+    assert f"{limits.usable_cores()} cores" in machine.hardware()
+    assert f"{limits.memory_bytes() / 2**30:.0f} GiB" in machine.hardware()
     assert "\n" not in machine.hardware()
     assert machine.torch_version() == torch.__version__
 

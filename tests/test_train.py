@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from process_cases import on_ranks, start_program
 from vocabfold import train as training
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.zipf import unigram_entropy_nats, zipf_law
@@ -124,13 +126,13 @@ def test_a_killed_run_resumes_to_the_same_bits() -> None:
     overrides = ["head=paper", "budget.steps=24", "checkpoint_every=5", "evaluate_every=8", "model.dropout=0.1"]
     training.train(settings_of(*overrides, "run_dir=whole"), "")
     killed = Path("killed")
-    command = [sys.executable, "-m", "vocabfold.train", *TINY, *overrides, "run_dir=killed"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_program(Path("printed"), "vocabfold.train", *TINY, *overrides, "run_dir=killed")
     deadline = time.monotonic() + 60
     while len(read_metrics(killed)) < 8 and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (killed / "row.json").exists()
     assert 5 <= torch.load(killed / "checkpoint.pt", weights_only=True)["step"] < 24
     training.train(settings_of(*overrides, "run_dir=killed"), "")
@@ -147,11 +149,23 @@ def test_the_same_command_twice_trains_once() -> None:
     assert (Path("run") / "row.json").stat().st_mtime_ns == written
 
 
-def assert_two_processes_equal_one(*overrides: str, base: list[str]) -> None:
-    training.train(composed_settings([*base, *overrides, "budget.steps=5", "run_dir=one"]), "")
-    command = [*TORCHRUN, "vocabfold.train", *base, *overrides, "budget.steps=5", "run_dir=two"]
+def train_on(rank: int, world_size: int, words: list[str]) -> None:
+    """Train in this process of several."""
+    training.train(composed_settings(words), "")
+
+
+def torchrun(words: list[str]) -> None:
+    """The same in two processes, as a person starts them."""
+    command = [*TORCHRUN, "vocabfold.train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def assert_two_processes_equal_one(
+    *overrides: str, base: list[str], in_two: Callable[[list[str]], object] = lambda words: on_ranks(2, train_on, words)
+) -> None:
+    training.train(composed_settings([*base, *overrides, "budget.steps=5", "run_dir=one"]), "")
+    in_two([*base, *overrides, "budget.steps=5", "run_dir=two"])
     runs = [without_clocks(Path(folder)) for folder in ("one", "two")]
     assert len(runs[0]) == 5
     for first, second in zip(*runs, strict=True):
@@ -160,9 +174,9 @@ def assert_two_processes_equal_one(*overrides: str, base: list[str]) -> None:
         assert second == pytest.approx(first, rel=2e-5)
 
 
-@pytest.mark.slow  # with different numbers of targets the quick tests ask the same
+@pytest.mark.slow  # with different numbers of targets, and without torchrun, the quick tests ask the same
 def test_two_processes_give_the_losses_of_one() -> None:
-    assert_two_processes_equal_one("head=paper", "gradient_accumulation=2", base=TINY)
+    assert_two_processes_equal_one("head=paper", "gradient_accumulation=2", base=TINY, in_two=torchrun)
 
 
 def test_two_processes_with_different_numbers_of_targets_give_the_losses_of_one() -> None:

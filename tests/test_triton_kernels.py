@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from head_cases import LAYOUTS, Layout, make_head, make_hidden
+from head_cases import LAYOUTS, Layout, every_pair, make_head, make_hidden
 from vocabfold.heads import equal_partition, kernels
 from vocabfold.heads.kernels import Late, Rows, SoftmaxKernel
 from vocabfold.heads.linear import LinearKernel
@@ -23,7 +23,6 @@ pytest.importorskip("triton", reason="needs triton: pip install -e '.[kernels]' 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of values and, relative to their norm, of gradients: some roundings of the dtype, 2^-24, 2^-8 and 2^-11.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 GROUPED = {name: layout for name, layout in LAYOUTS.items() if layout.group_size != 1} | {
     "more_slots_than_a_tile": Layout(400, 170, shuffled=True, shortlist=3)
 }
@@ -100,10 +99,10 @@ def softmax_reference(inputs: list[Tensor], targets: Tensor, weights: Tensor) ->
     return log_prob.detach(), logits.argmax(-1) == targets, list(gradients)
 
 
-@every_dtype
-@pytest.mark.parametrize("num_choices", [1, 5, 97, 300])
-@pytest.mark.parametrize("given", ["mixed", "half"])
-def test_softmax(dtype: torch.dtype, num_choices: int, given: str) -> None:
+@pytest.mark.parametrize(
+    ("num_choices", "dtype", "given"), every_pair([1, 5, 97, 300], list(TOLERANCES), ["mixed", "half"])
+)
+def test_softmax(num_choices: int, dtype: torch.dtype, given: str) -> None:
     torch.manual_seed(num_choices)
     num_rows, hidden_size = 23, 13
     inputs = [
@@ -127,10 +126,10 @@ def test_softmax(dtype: torch.dtype, num_choices: int, given: str) -> None:
         assert_near(made(rows, 0.5), [0.5 * gradient for gradient in gradients], tolerance)
 
 
-@every_dtype
-@pytest.mark.parametrize("layout", GROUPED.values(), ids=GROUPED)
-@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
-def test_linear_scorer(layout: Layout, tied: bool, dtype: torch.dtype, module: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("layout", "dtype", "tied"), every_pair(GROUPED, list(TOLERANCES), {"free": False, "tied": True})
+)
+def test_linear_scorer(layout: Layout, dtype: torch.dtype, tied: bool, module: ModuleType) -> None:
     torch.manual_seed(0)
     partition = equal_partition(layout.vocabulary_size, layout.group_size, layout.order(), layout.shortlist)
     num_tokens, num_rows, hidden_size = len(partition.multi_tokens), 90, 37

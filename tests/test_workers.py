@@ -47,7 +47,14 @@ def is_running(number: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are found through Linux's /proc")
-@pytest.mark.parametrize(("program", "number"), [(TOKENISE, signal.SIGKILL), (DRAW, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("program", "number"),
+    [
+        (TOKENISE, signal.SIGKILL),
+        (TOKENISE, signal.SIGTERM),
+        pytest.param(DRAW, signal.SIGTERM, marks=pytest.mark.slow),  # the same pool, but three starts of torch
+    ],
+)
 def test_no_worker_outlives_its_parent(tmp_path: Path, program: str, number: signal.Signals) -> None:
     (tmp_path / "program.py").write_text(program)
     with subprocess.Popen(

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from vocabfold.limits import memory_bytes, usable_cores
+
 BYTES_PER_MIB = 2**20
 BYTES_PER_GIB = 2**30
 CPU_INFORMATION = Path("/proc/cpuinfo")
-CONTROL_GROUP = Path("/sys/fs/cgroup")
 GIT_TIMEOUT_SECONDS = 5.0
 # The folders of a checkout that decide what is measured: tables and pages that a program rewrites are no part of it.
 MEASURING = ("src", "conf", "experiments")
@@ -42,31 +43,6 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine() or "unknown CPU"
-
-
-def _control_group_limit(file_name: str) -> list[str]:
-    try:
-        return (CONTROL_GROUP / file_name).read_text().split()
-    except OSError:
-        return []
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, a container's quota included; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    match _control_group_limit("cpu.max"):
-        case [quota, period] if quota.isdigit():
-            cores = min(cores, round(int(quota) / int(period)))
-    return max(cores, 1)
-
-
-def memory_bytes() -> int:
-    """Bytes of physical memory, or a container's limit where that is less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    match _control_group_limit("memory.max"):
-        case [limit] if limit.isdigit():
-            return min(physical, int(limit))
-    return physical
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from vocabfold.coding.base import SegmentCoder
 from vocabfold.coding.coders import CODERS
 from vocabfold.coding.damage import DamagedStream
 from vocabfold.errors import UserError
-from vocabfold.machine import usable_cores
+from vocabfold.limits import usable_cores
 
 MAGIC = b"VFTC"
 VERSION = 1

@@ -19,7 +19,7 @@ from vocabfold.data.composing import Chances, Undrawn, chances
 from vocabfold.data.drawing import Classes, classes_of, picture
 from vocabfold.data.workers import worker_processes
 from vocabfold.errors import UserError
-from vocabfold.machine import usable_cores
+from vocabfold.limits import usable_cores
 from vocabfold.tokens import IGNORE_INDEX
 
 SMALLEST_SIDE = 16
