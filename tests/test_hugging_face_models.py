@@ -7,6 +7,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,10 +163,18 @@ def of_another_layer() -> Any:
     return model
 
 
+def adapted() -> Any:
+    model = llama()
+    model.lm_head.base_layer = torch.nn.Identity()  # PEFT's layers keep the one that they stand for
+    return model
+
+
 class Adapted(torch.nn.Module):
     """As PEFT wraps a model: what it does not know itself it asks the model."""
 
-    peft_config: dict[str, Any] = {}  # noqa: RUF012
+    peft_config: dict[str, Any] = {  # noqa: RUF012
+        "default": SimpleNamespace(peft_type="PeftType.PROMPT_TUNING", is_prompt_learning=True)
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +200,8 @@ REFUSED = {
         lambda: MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1)),
         "no decoder with a key/value cache",
     ),
-    "adapters around it": (Adapted, "Adapted wraps a model with adapters: .* merge_and_unload"),
+    "virtual tokens": (Adapted, r"Adapted has adapters \(PROMPT_TUNING\) that work by PEFT's own forward alone"),
+    "an adapted layer": (adapted, "has an adapter on its output layer: merge_and_unload"),
     "quantised": (quantised, "has a quantised output layer"),
     "another layer": (of_another_layer, "or one of its own kind"),
     "sharded": (sharded, "is spread over devices"),
