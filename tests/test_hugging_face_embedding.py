@@ -62,12 +62,15 @@ def test_output_rows_stay_unless_they_are_asked_to_follow(is_tied: bool) -> None
     assert torch.equal(model.get_output_embeddings().weight, embedding.rows(0, VOCABULARY))
 
 
-def test_int4_has_groups_of_32_where_they_fit_and_costs_seven_times_less() -> None:
+def test_the_default_is_4_bits_in_the_largest_groups_of_64_32_and_16_that_fit() -> None:
     model = llama()
     table = model.get_input_embeddings().weight.detach().clone()
-    embedding = compress_embedding(model, "int4")
+    embedding = compress_embedding(model)
     assert embedding.compression == pytest.approx(32 / 4.5)
     assert 0.01 < relative_error(embedding, table) < 0.12
+    for size, group in ((128, 64), (96, 32), (48, 16)):
+        wide = LlamaForCausalLM(LlamaConfig(**SMALL | {"hidden_size": size}))
+        assert compress_embedding(wide).compression == pytest.approx(32 / (4 + 16 / group))
     odd = LlamaForCausalLM(LlamaConfig(**SMALL | {"hidden_size": 24}))
     assert compress_embedding(odd, "int4").compression == pytest.approx(32 / (4 + 16 / 24))
 
