@@ -75,6 +75,17 @@ def test_the_default_is_4_bits_in_the_largest_groups_of_64_32_and_16_that_fit() 
     assert compress_embedding(odd, "int4").compression == pytest.approx(32 / (4 + 16 / 24))
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_folded_model_reads_the_compressed_rows_and_keeps_its_head(is_tied: bool) -> None:
+    model, expected = (fold(llama(tie_word_embeddings=is_tied), group_size=20) for _ in range(2))
+    embedding = compress_embedding(model)
+    with torch.no_grad():
+        wanted = expected(inputs_embeds=embedding.rows(0, VOCABULARY)[IDS], labels=IDS).loss
+        torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, wanted)
+    with pytest.raises(UserError, match="output rows of its own"):
+        compress_embedding(expected, outputs=True)
+
+
 def test_greedy_texts_come_from_the_compressed_rows() -> None:
     model = llama(tie_word_embeddings=True)
     compress_embedding(model, "low_rank", rank=1)

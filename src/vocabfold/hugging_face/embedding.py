@@ -66,7 +66,7 @@ def compress_embedding(model: Any, method: str = "int4", outputs: bool = False, 
     embedding.requires_grad_(False)
     if outputs:
         table.copy_(rows_of(embedding))
-    if is_tied:
+    if is_tied or model.config.tie_word_embeddings:  # of a folded model the head has the rows
         # From here on these are two tables: nobody may tie them again.
         for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any
             warnings.simplefilter("ignore")  # of conversions that say nothing about the result
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
             tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-    except (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError, struct.error) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"transformers cannot read {path}: {reason or type(error).__name__}") from None
     return model.eval(), tokenizer
@@ -126,6 +127,8 @@ def output_layer(model: Any, use: str) -> nn.Linear:
     layer = model.get_output_embeddings()
     if layer is None:
         raise UserError(f"{name} has no output layer (lm_head): there is nothing to {use}")
+    if model.config.model_type == "vocabfold_folded":
+        raise UserError(f"{name} is folded: its model.head is what decodes it, and unfold gives the output layer back")
     if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
         raise UserError(f"{name} has an adapter on its output layer: merge_and_unload() it first")
     # Not model.is_quantized: it is true of GGUF files too, whose rows transformers has turned into floats.
