@@ -62,14 +62,28 @@ def test_output_rows_stay_unless_they_are_asked_to_follow(is_tied: bool) -> None
     assert torch.equal(model.get_output_embeddings().weight, embedding.rows(0, VOCABULARY))
 
 
-def test_int4_has_groups_of_32_where_they_fit_and_costs_seven_times_less() -> None:
+def test_the_default_is_4_bits_in_the_largest_groups_of_64_32_and_16_that_fit() -> None:
     model = llama()
     table = model.get_input_embeddings().weight.detach().clone()
-    embedding = compress_embedding(model, "int4")
+    embedding = compress_embedding(model)
     assert embedding.compression == pytest.approx(32 / 4.5)
     assert 0.01 < relative_error(embedding, table) < 0.12
+    for size, group in ((128, 64), (96, 32), (48, 16)):
+        wide = LlamaForCausalLM(LlamaConfig(**SMALL | {"hidden_size": size}))
+        assert compress_embedding(wide).compression == pytest.approx(32 / (4 + 16 / group))
     odd = LlamaForCausalLM(LlamaConfig(**SMALL | {"hidden_size": 24}))
     assert compress_embedding(odd, "int4").compression == pytest.approx(32 / (4 + 16 / 24))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_folded_model_reads_the_compressed_rows_and_keeps_its_head(is_tied: bool) -> None:
+    model, expected = (fold(llama(tie_word_embeddings=is_tied), group_size=20) for _ in range(2))
+    embedding = compress_embedding(model)
+    with torch.no_grad():
+        wanted = expected(inputs_embeds=embedding.rows(0, VOCABULARY)[IDS], labels=IDS).loss
+        torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, wanted)
+    with pytest.raises(UserError, match="output rows of its own"):
+        compress_embedding(expected, outputs=True)
 
 
 def test_greedy_texts_come_from_the_compressed_rows() -> None:

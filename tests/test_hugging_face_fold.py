@@ -308,14 +308,3 @@ def test_adapters_on_the_backbone_learn_and_unfolding_keeps_them() -> None:
     plain = unfold(model)
     assert isinstance(plain.model.layers[0].self_attn.q_proj, Adapter)
     assert plain(input_ids=ids).logits.shape == (3, 7, VOCABULARY)
-
-
-def test_peft_trains_its_adapters(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = fold(small_llama(), group_size=10)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    ids = texts()
-    adapted(input_ids=ids, labels=ids).loss.backward()
-    assert all("lora" in name for name, each in adapted.named_parameters() if each.grad is not None)
-    adapted.save_pretrained(tmp_path)
-    assert adapted.generate(input_ids=ids, max_new_tokens=2, pad_token_id=0).shape == (3, 9)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +37,7 @@ from transformers import (
 )
 
 from vocabfold.errors import UserError
-from vocabfold.hugging_face import custom_generate, generate, load, models, screen
+from vocabfold.hugging_face import custom_generate, fold, generate, load, models, screen
 from vocabfold.hugging_face.fetch import PackedModel, fetch, main, unpack
 
 VOCABULARY = 500
@@ -162,10 +164,24 @@ def of_another_layer() -> Any:
     return model
 
 
+def without_head() -> Any:
+    model = llama()
+    model.lm_head = None  # type: ignore[assignment]
+    return model
+
+
+def adapted() -> Any:
+    model = llama()
+    model.lm_head.base_layer = torch.nn.Identity()  # PEFT's layers keep the one that they stand for
+    return model
+
+
 class Adapted(torch.nn.Module):
     """As PEFT wraps a model: what it does not know itself it asks the model."""
 
-    peft_config: dict[str, Any] = {}  # noqa: RUF012
+    peft_config: dict[str, Any] = {  # noqa: RUF012
+        "default": SimpleNamespace(peft_type="PeftType.PROMPT_TUNING", is_prompt_learning=True)
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,6 +197,8 @@ class Adapted(torch.nn.Module):
 REFUSED = {
     "no model of transformers": (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
     "no lm_head": (lambda: LlamaModel(LlamaConfig(**SMALL)), "LlamaModel is no causal language model"),
+    "an lm_head that is none": (without_head, "LlamaForCausalLM has no output layer"),
+    "folded": (lambda: fold(llama()), "is folded"),
     "encoder": (lambda: BertModel(BertConfig(**SMALL)), "BertModel is no causal language model"),
     "encoder with a head": (lambda: BertLMHeadModel(BertConfig(**SMALL)), "BertLMHeadModel is an encoder"),
     "encoder and decoder": (
@@ -191,7 +209,8 @@ REFUSED = {
         lambda: MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1)),
         "no decoder with a key/value cache",
     ),
-    "adapters around it": (Adapted, "Adapted wraps a model with adapters: .* merge_and_unload"),
+    "virtual tokens": (Adapted, r"Adapted has adapters \(PROMPT_TUNING\) that work by PEFT's own forward alone"),
+    "an adapted layer": (adapted, "has an adapter on its output layer: merge_and_unload"),
     "quantised": (quantised, "has a quantised output layer"),
     "another layer": (of_another_layer, "or one of its own kind"),
     "sharded": (sharded, "is spread over devices"),
@@ -237,14 +256,17 @@ def test_screening_leaves_the_model_as_it_was() -> None:
 def test_a_folder_is_loaded_and_what_is_no_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
         tmp_path / "nothing": "there is no",
-        tmp_path: "no config.json and 0 GGUF files",
+        tmp_path / "empty": "no config.json and 0 GGUF files",
     }
+    (tmp_path / "empty").mkdir()
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "model.gguf").write_bytes(b"PK\x03\x04 not this")
     refused[tmp_path / "wrong"] = "is not a GGUF file"
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "model.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(40))
     refused[tmp_path / "cut" / "model.gguf"] = "transformers cannot read"
+    (tmp_path / "early.gguf").write_bytes(b"GGUF\x03\0\0\0" + (0).to_bytes(8, "little") + b"\x01" + bytes(11))
+    refused[tmp_path / "early.gguf"] = "transformers cannot read"
     BertModel(BertConfig(**SMALL)).save_pretrained(tmp_path / "encoder")
     refused[tmp_path / "encoder"] = "holds BertModel: only causal"
     llama().save_pretrained(tmp_path / "without tokenizer")
@@ -264,6 +286,20 @@ def test_a_folder_is_loaded_and_what_is_no_model_is_one_line(tmp_path: Path, mon
         )
         with pytest.raises(UserError, match=f"package {missing} is missing: pip install 'vocabfold\\[hf\\]'"):
             load(tmp_path / "cut")
+
+
+def test_without_transformers_one_line_says_so() -> None:
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from vocabfold.hugging_face import compress_embedding, fold, load, pretrained, screen\n"
+        "from vocabfold.errors import UserError\n"
+        "from vocabfold.hugging_face.text import load_text_model\n"
+        "for use in (load, fold, load_text_model):\n"
+        "    try:\n        use('nothing')\n"
+        "    except UserError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == 3 * "the package transformers is missing: pip install 'vocabfold[hf]'\n", done.stderr
 
 
 def packed(tmp_path: Path, content: bytes) -> tuple[Path, PackedModel]:

@@ -3,7 +3,7 @@
 A text is cut into pieces of at most ``context`` + 1 tokens that share one token, the last input of which is the first
 of the next: every token but the text's first is predicted exactly once, a later piece's first ones with little before
 them. Checks on SmolLM2-135M-Instruct (Q4_1): 2.216 nats a token on the first 98 stories of TinyStories' validation text
-(20,118 predicted tokens), 2.825 on the first five articles of WikiText-2's (24,089).
+(20,118 predicted tokens), 2.825 on the first five articles of WikiText-2's (24,089; cut otherwise: docs/measuring.md).
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vocabfold.errors import UserError
 
@@ -26,6 +25,8 @@ class ByteTokens:
     """
 
     def __init__(self, tokenizer: Any, vocabulary_size: int) -> None:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode  # not above: it may be missing
+
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer: only these give every byte back")

@@ -58,7 +58,15 @@ def generate(
         return head.sample(hidden, temperature, top_k, top_p, generator)
 
     return _decode(
-        backbone(model), next_tokens, input_ids, attention_mask, max_new_tokens, ends, padding, None, with_own_steps
+        backbone(model, with_adapters=True),
+        next_tokens,
+        input_ids,
+        attention_mask,
+        max_new_tokens,
+        ends,
+        padding,
+        None,
+        with_own_steps,
     )
 
 
@@ -129,8 +137,9 @@ def custom_generate(
         padding = generation_config.pad_token_id
         padding = padding if padding is not None else ends[0] if ends else 0
         length = generation_config.max_length - input_ids.shape[1]
+        base = backbone(model, with_adapters=True)
         return _decode(
-            backbone(model), next_tokens, input_ids, mask, length, torch.tensor(ends), padding, streamer, with_own_steps
+            base, next_tokens, input_ids, mask, length, torch.tensor(ends), padding, streamer, with_own_steps
         )
 
     return decode

@@ -128,6 +128,8 @@ def unfold(model: Any, drop_trained: bool = False) -> Any:
 
     from vocabfold.hugging_face.folded_model import FoldedForCausalLM
 
+    if hasattr(model, "peft_config"):
+        raise UserError(f"{type(model).__name__} has adapters: merge_and_unload() them first")
     if not isinstance(model, FoldedForCausalLM):
         raise UserError(f"{type(model).__name__} is not a folded model: there is nothing to unfold")
     head, config = model.head, model.config

@@ -23,8 +23,12 @@ from vocabfold.hugging_face.fold_head import RescoredHead
 from vocabfold.tokens import IGNORE_INDEX
 
 NO_ROWS = (
-    "a folded model has no output layer with a row for each token: train through forward(labels=...), read "
-    "log-probabilities from logits, or take the model apart with vocabfold.hugging_face.unfold"
+    "a folded model has no output layer with a row for each token: train through forward(labels=...) or "
+    "vocabfold.hugging_face.metrics, read log-probabilities from logits, or unfold the model"
+)
+TIED = (
+    "the folded head shares the embedding's rows: leave the embedding out of what PEFT adapts, trains or saves, or "
+    "fold the model with rows of its own"
 )
 
 
@@ -72,20 +76,23 @@ class FoldedConfig(PretrainedConfig):
         return boundaries
 
 
-class NoOutputRows:
-    """What a folded model gives those who ask for its output layer: any use of it says that there is none."""
+class NoRows(UserError, AttributeError):
+    """Of an AttributeError too: who asks whether there are rows is told no."""
 
-    @property
-    def weight(self) -> NoReturn:
+
+class NoOutputRows(nn.Module):
+    """What a folded model gives those who ask for its output layer: any use of it says that there is none.
+
+    A module without parameters, so that those who leave the output layer out find one to leave out.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            raise NoRows(NO_ROWS)
+        return super().__getattr__(name)
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
         """Raises UserError."""
-        raise UserError(NO_ROWS)
-
-    @property
-    def bias(self) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(NO_ROWS)
-
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise UserError(NO_ROWS)
 
 
@@ -112,6 +119,7 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AutoModel.from_config(config.text_config) if backbone is None else backbone
         self.head = _new_head(config, self.model.get_input_embeddings()) if head is None else head
+        self.no_output_rows = NoOutputRows()
         if config.tie_word_embeddings:
             table = self.model.get_input_embeddings().weight
             names = [name for name, parameter in self.model.named_parameters() if parameter is table]
@@ -153,6 +161,8 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if kwargs.pop("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
             raise UserError(f"a folded head leaves out labels of {IGNORE_INDEX}: use that in place of ignore_index")
+        if self.config.tie_word_embeddings and not isinstance(self.get_input_embeddings(), nn.Embedding):
+            raise UserError(TIED)
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
@@ -204,12 +214,12 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> NoOutputRows:
         """A stand-in whose use raises UserError: losses of other libraries read its rows, which would be wrong ones."""
-        return NoOutputRows()
+        return self.no_output_rows
 
     @property
     def lm_head(self) -> NoOutputRows:
         """See get_output_embeddings."""
-        return NoOutputRows()
+        return self.no_output_rows
 
     def set_output_embeddings(self, new_embeddings: Any) -> NoReturn:
         """Raises UserError."""
@@ -227,6 +237,10 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("loss_function", "lm_head"):  # where a module is set, a property would not be asked
             raise UserError(f"a folded model computes its own loss, which another {name} cannot change")
+        if name == "forward" and str(getattr(value, "__module__", "")).startswith("liger_kernel."):
+            raise UserError("Liger's fused loss multiplies with rows of lm_head: fused_linear_cross_entropy=False")
+        if name == "peft_config" and any("lm_head" in _named_by(adapter) for adapter in value.values()):
+            raise UserError("a folded model has no lm_head for PEFT, which would leave it out: name head, or neither")
         super().__setattr__(name, value)
 
     def tie_weights(self, *arguments: Any, **options: Any) -> None:
@@ -236,6 +250,12 @@ class FoldedForCausalLM(PreTrainedModel, GenerationMixin):
         super().tie_weights(*arguments, **options)
         # transformers lengthens a bias beside tied rows to one number a row: here it is of grouped tokens alone.
         bias.data = values
+
+
+def _named_by(adapter: Any) -> list[str]:
+    """The last names of the modules that an adapter's config asks for, but for those of a pattern."""
+    asked = [getattr(adapter, each, None) for each in ("target_modules", "modules_to_save")]
+    return [name.rpartition(".")[2] for names in asked if names and not isinstance(names, str) for name in names]
 
 
 def _new_head(config: FoldedConfig, embedding: nn.Module) -> RescoredHead:

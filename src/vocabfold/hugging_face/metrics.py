@@ -1,6 +1,7 @@
 """What training and judging a language model ask of its logits, without logits [N, V].
 
-For models of transformers as they are, folded ones, and, where no gradient is wanted, with a screened output layer.
+For models of transformers as they are, folded ones, both with PEFT's adapters too, and, where no gradient is wanted,
+with a screened output layer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vocabfold.heads.base import Head
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.loss_options import ROW_CHUNK_ELEMENTS
 from vocabfold.hugging_face.full_head import full_head
-from vocabfold.hugging_face.models import backbone
+from vocabfold.hugging_face.models import backbone, without_wrapper
 from vocabfold.hugging_face.screened_head import ScreenedHead
 from vocabfold.tokens import IGNORE_INDEX
 
@@ -81,8 +82,10 @@ def accuracy(
 
 def head_of(model: Any) -> Head:
     """The output layer of a model as a head. Raises UserError for a model that has no plain one."""
-    head = getattr(model, "head", None)
-    return head if isinstance(head, Head) else full_head(model, "measure")
+    head = getattr(without_wrapper(model), "head", None)
+    # PEFT's modules_to_save=["head"] lends the methods of the head that is in use.
+    head = getattr(getattr(head, "target_log_prob", None), "__self__", None)
+    return head if isinstance(head, Head) else full_head(model, "measure", with_adapters=True)
 
 
 def _states_and_targets(
@@ -96,7 +99,9 @@ def _states_and_targets(
         # A text that is padded on the left begins after padding, which says nothing of its first token.
         padded = (attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0)
         targets = targets.masked_fill(padded, IGNORE_INDEX)
-    output = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    output = backbone(model, with_adapters=True)(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
+    )
     return output.last_hidden_state[:, :-1], targets
 
 

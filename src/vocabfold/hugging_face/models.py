@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any
             warnings.simplefilter("ignore")  # of conversions that say nothing about the result
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
             tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-    except (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError, struct.error) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"transformers cannot read {path}: {reason or type(error).__name__}") from None
     return model.eval(), tokenizer
@@ -79,14 +80,18 @@ def find_model(path: Path) -> tuple[Path, Path | None]:
     return find_model(found[0])
 
 
-def backbone(model: Any) -> nn.Module:
-    """The part of a causal language model below its output layer. Raises UserError for other models."""
+def backbone(model: Any, with_adapters: bool = False) -> nn.Module:
+    """The part of a causal language model below its output layer; ``with_adapters``: also where PEFT put some into it.
+
+    Raises UserError for other models.
+    """
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise UserError(f"{name} is not a model of transformers")
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") and not with_adapters:
         raise UserError(f"{name} wraps a model with adapters: fold before adapting, or merge_and_unload() them first")
+    model = without_wrapper(model)
     if config.is_encoder_decoder:
         raise UserError(f"{name} has an encoder: only decoders without one work here")
     if not model.can_generate():
@@ -100,6 +105,19 @@ def backbone(model: Any) -> nn.Module:
     return base
 
 
+def without_wrapper(model: Any) -> Any:
+    """The model of transformers that PEFT wraps, its adapters in it; any other as it is.
+
+    Raises UserError for adapters that do more than change the layers below: what they do is in the wrapper.
+    """
+    for adapter in getattr(model, "peft_config", {}).values():
+        kind = str(getattr(adapter, "peft_type", "")).rpartition(".")[2]
+        if adapter.is_prompt_learning or kind in WRAPPED or getattr(adapter, "alora_invocation_tokens", None):
+            raise UserError(f"{type(model).__name__} has adapters ({kind}) that work by PEFT's own forward alone")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+WRAPPED = ("POLY", "XLORA", "SHADOW")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text", "megatron-bert", "rembert")
 
 
@@ -109,6 +127,10 @@ def output_layer(model: Any, use: str) -> nn.Linear:
     layer = model.get_output_embeddings()
     if layer is None:
         raise UserError(f"{name} has no output layer (lm_head): there is nothing to {use}")
+    if model.config.model_type == "vocabfold_folded":
+        raise UserError(f"{name} is folded: its model.head is what decodes it, and unfold gives the output layer back")
+    if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
+        raise UserError(f"{name} has an adapter on its output layer: merge_and_unload() it first")
     # Not model.is_quantized: it is true of GGUF files too, whose rows transformers has turned into floats.
     if type(layer) is not nn.Linear or not isinstance(layer.weight, nn.Parameter):
         raise UserError(f"{name} has a quantised output layer, or one of its own kind: load it in float32 or bfloat16")
@@ -161,7 +183,7 @@ def screen(model: Any) -> ScreenedHead:
     are its last hidden states times these rows. Raises UserError, one line, for a model that is not a causal language
     model on a CPU in float32 or bfloat16 with a plain output layer.
     """
-    base = backbone(model)
+    base = backbone(model, with_adapters=True)
     rows = output_rows(model)
     head = ScreenedHead(rows)
     check_logits(model, base, lambda hidden: F.linear(hidden, rows))

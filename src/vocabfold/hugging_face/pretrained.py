@@ -18,8 +18,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from vocabfold.errors import UserError
 from vocabfold.heads.full import FullHead
@@ -74,40 +72,12 @@ class PretrainedBackbone(nn.Module):
             raise UserError(
                 f"a batch of {batch_size} does not continue a cache of {cache.batch_size}: call new_cache({batch_size})"
             )
-        layers = Cache(layers=[KeptLayer(layer) for layer in cache.layers])
+        from vocabfold.hugging_face.kept_layers import cache_of  # not above: importing that needs transformers
+
+        layers = cache_of(cache)
         hidden = self.base(input_ids=tokens, past_key_values=layers, use_cache=True).last_hidden_state
         cache.length += length
         return hidden
-
-
-class KeptLayer(CacheLayerMixin):
-    """One layer of our cache, as transformers asks for it."""
-
-    is_sliding = False
-
-    def __init__(self, layer: LayerCache) -> None:
-        super().__init__()
-        self.layer = layer
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: our layers take memory when something comes in."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take in [B, heads, T, head size]; return all positions."""
-        return self.layer.extend(key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(how many keys there will be, the position of the first)."""
-        return self.layer.end + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Positions that are kept."""
-        return self.layer.end
-
-    def get_max_length(self) -> int:
-        """See CacheLayerMixin: no limit of its own."""
-        return -1
 
 
 class PretrainedModel(ModelWithHead):

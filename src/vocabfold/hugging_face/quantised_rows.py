@@ -166,8 +166,12 @@ class QuantisedRows:
 
         The bound from below is this less ``2 reach margin``. Rows of states out of range hold nothing of use.
         """
-        panels = [panel for _, panel in self.panels(states)]
-        return panels[0] if len(panels) == 1 else torch.cat(panels, dim=-1)
+        if len(self.starts) == 1:
+            return next(self.panels(states))[1]
+        upper = torch.empty(len(states.scale), self.num_padded)
+        for start, panel in self.panels(states):  # one by one: each holds both of its halves
+            upper[:, start : start + panel.shape[1]] = panel
+        return upper
 
     def panels(self, states: States) -> Iterator[tuple[int, Tensor]]:
         """``upper_bounds``, PANEL rows at a time: (the first row, [B, at most PANEL])."""

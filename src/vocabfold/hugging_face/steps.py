@@ -48,6 +48,8 @@ def is_known(base: Any) -> bool:
         return False
     for module in base.modules():
         # Libraries that offload, quantise or adapt put hooks, a forward or a class of their own in the way.
+        if type(module).__module__.startswith("peft."):
+            return False
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return False
         if any(name.endswith("_proj") and type(child) is not nn.Linear for name, child in module.named_children()):
