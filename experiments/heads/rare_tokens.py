@@ -145,11 +145,12 @@ def draw(corpus: str) -> None:
     axes[0].set_xticks(list(names), list(names.values()), rotation=30, ha="right")
     axes[0].set(xlabel="Rank of the target in the training text", ylabel="Validation loss (nats)")
     axes[1].set_xticks(range(1, NUM_DECILES + 1))
-    axes[1].set(xlabel="Decile of targets, rarest token first", ylabel=f"Loss minus {SHOWN[reference][0]} (nats)")
+    axes[1].set(xlabel="Decile of targets, rarest token first", ylabel="Loss minus full softmax's (nats)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=6)
     seeds = seeds_of(table[table["head"].isin(shown)])
-    figure.suptitle(f"{trained_on(table)}; {seeds}, 95% intervals", fontsize=7)
+    intervals = ", 95% intervals" if table["seed"].nunique() > 1 else ""
+    figure.suptitle(f"{trained_on(table)}; {seeds}{intervals}; right: minus {SHOWN[reference][0]}", fontsize=7)
     save(figure, RESULTS / corpus / "rare_tokens.png")
     path = RESULTS / corpus / "rare_tokens.md"
     write_text(path, markdown(by_rank))
@@ -187,12 +188,16 @@ def markdown(by_rank: pd.DataFrame) -> str:
     lines = ["| head | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
     for head in sorted(set(by_rank["head"].astype(str))):
         rows = summarise(by_rank[by_rank["head"] == head], ["class"], "validation_loss_nats")
-        cells = [f"{mean:.3f} ± {half_width:.3f}" for mean, half_width in rows[["mean", "half_width"]].to_numpy()]
+        cells = [
+            f"{mean:.3f}" if np.isnan(half_width) else f"{mean:.3f} ± {half_width:.3f}"
+            for mean, half_width in rows[["mean", "half_width"]].to_numpy()
+        ]
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
     share = by_rank[by_rank["head"] == by_rank["head"].iloc[0]].groupby("class")["targets"].first()
     lines.append("| share of targets | " + " | ".join(f"{share[number] / share.sum():.1%}" for number in names) + " |")
+    interval = "mean ± 95% interval (Student's t) over " if by_rank["seed"].nunique() > 1 else ""
     note = (
-        "Validation loss in nats per token by the rank of the target in the training text; mean ± 95% interval "
-        f"(Student's t) over {seeds_of(by_rank)}."
+        "Validation loss in nats per token by the rank of the target in the training text; "
+        f"{interval}{seeds_of(by_rank)}."
     )
     return "\n".join([*lines, "", note, ""])

@@ -43,7 +43,8 @@ STYLE: dict[str, Any] = {
 def seeds_of(table: pd.DataFrame) -> str:
     """How many seeds each head has, in words: a range where they differ."""
     counts = table.groupby("head")["seed"].nunique()
-    return f"{counts.max()} seeds" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()} seeds"
+    most = "1 seed" if counts.max() == 1 else f"{counts.max()} seeds"
+    return most if counts.min() == counts.max() else f"{counts.min()} to {most}"
 
 
 def of_largest_budget(table: pd.DataFrame) -> pd.DataFrame:
