@@ -277,17 +277,15 @@ def markdown(table: pd.DataFrame, speeds: pd.DataFrame | None) -> str:
                 f"| {row['bits_per_byte_with_model']:,.3f} | {own} | {whole} | {speed_cells(speeds, row['coder'])} |"
             )
     first, told = words_of(table)
-    lines += [
-        "",
-        *told,
-        "",
-        "Both directions of a model compute on one thread, whatever number they are given: on two, ",
-    ]
-    lines[-1] += f"{first['integers_changed_by_threads']:.1%} of the integers of a code of {first['coder']} are "
-    lines[-1] += (
-        "others, and one of them ends it. Whether these texts or some like them were among what it was trained "
-    )
-    lines[-1] += "on is not known."
+    text = "Both directions of a model compute on one thread, whatever number they are given, since one changed "
+    text += "integer of a code ends it. "
+    if changed := first["integers_changed_by_threads"]:
+        text += f"On two threads {changed:.1%} of {first['coder']}'s are others. "
+    else:
+        text += f"On two threads none of {first['coder']}'s was another in {PROBED_STEPS} steps here; nothing promises "
+        text += "that of longer texts and other machines. "
+    text += "Whether these texts or some like them were among what it was trained on is not known."
+    lines += ["", *told, "", text]
     return "\n".join([*lines, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])
 
 
@@ -298,7 +296,7 @@ def words_of(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
     real = table[(table["model_bytes"] > 0) & ~is_ours].set_index("text")
     best = general.groupby("text")["coded_bytes"].min()
     saved = 1 - real["coded_bytes"] / best
-    excess = real["bits_per_byte"] / real["own_bits_per_byte"] - 1
+    excess = real["coded_bytes"] - real["own_bits_per_byte"] * real["bytes"] / 8
     whole = (8 * general["whole_coded_bytes"] / general["whole_bytes"]).groupby(general["text"]).min()
     ahead = whole - real["bits_per_byte"]
     first = real.iloc[0]
@@ -309,7 +307,8 @@ def words_of(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
         f"takes of the beginning. At that rate its own bytes are won back after about "
         f"{8 * first['model_bytes'] / ahead.max() / 1e6:,.0f} to {8 * first['model_bytes'] / ahead.min() / 1e6:,.0f} "
         "MB of text.",
-        f"* Its coded bytes are {excess.min():.2%} to {excess.max():.2%} above its cross entropy.",
+        f"* Its files are {excess.min():.0f} to {excess.max():.0f} bytes above its cross entropy, most of them the "
+        "header and the coder's states, which do not grow with a text.",
     ]
     if len(ours):
         parts = []
