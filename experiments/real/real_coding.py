@@ -300,15 +300,14 @@ def words_of(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
     whole = (8 * general["whole_coded_bytes"] / general["whole_bytes"]).groupby(general["text"]).min()
     ahead = whole - real["bits_per_byte"]
     first = real.iloc[0]
+    megabytes = 8 * first["model_bytes"] / ahead[ahead > 0] / 1e6
     lines = [
-        f"* {first['coder']} takes {saved.min():.0%} to {saved.max():.0%} fewer bytes than the best of the general "
-        f"compressors, its own {first['model_bytes'] / 1e6:.0f} MB left out. These gain from longer texts: where they "
-        f"code the whole file, the best takes {ahead.min():.2f} to {ahead.max():.2f} bits a byte more than the model "
-        f"takes of the beginning. At that rate its own bytes are won back after about "
-        f"{8 * first['model_bytes'] / ahead.max() / 1e6:,.0f} to {8 * first['model_bytes'] / ahead.min() / 1e6:,.0f} "
-        "MB of text.",
-        f"* Its files are {excess.min():.0f} to {excess.max():.0f} bytes above its cross entropy, most of them the "
-        "header and the coder's states, which do not grow with a text.",
+        f"* {first['coder']} takes {span(saved, '.0%')} fewer bytes than the best of the general compressors, its own "
+        f"{first['model_bytes'] / 1e6:.0f} MB left out. These gain from longer texts: where they code the whole file, "
+        f"the best takes {span(ahead, '.2f')} bits a byte more than the model takes of the beginning. At that rate the "
+        f"model's bytes are won back after about {span(megabytes, ',.0f')} MB of text.",
+        f"* Its files are {span(excess, '.0f')} bytes above its cross entropy, most of them the header and the coder's "
+        "states, which do not grow with a text.",
     ]
     if len(ours):
         parts = []
@@ -325,6 +324,11 @@ def words_of(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
     threads = " and ".join(str(first["decoded_with_threads"]).split())
     lines.append(f"* Every model's codes were decoded in other processes on {threads} threads: the same bytes.")
     return first, lines
+
+
+def span(values: pd.Series, form: str) -> str:
+    """The least and the largest of some numbers in words, once where they read the same."""
+    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (values.min(), values.max())))
 
 
 def draw_coders(table: pd.DataFrame, path: Path) -> None:

@@ -203,10 +203,9 @@ def verdict(rows: pd.DataFrame) -> str:
     words += f"last, so this is {'one' if is_measure else 'none'} here."
     runs = rows[~rows["name"].isin(REFERENCES)].dropna(subset=["loss"])
     if len(runs) > 2:
-        rank = runs["mean"].corr(runs["loss"], method="spearman")
-        words += (
-            f" Over the {len(runs)} kinds of runs its rank correlation with their own validation loss is {rank:.2f}."
-        )
+        ranks = [runs[unit].corr(runs["loss"], method="spearman") for unit in ("mean", "bits_per_byte")]
+        words += f" Over the {len(runs)} kinds of runs the rank correlation with their own validation loss is "
+        words += f"{ranks[0]:.2f} by token and {ranks[1]:.2f} by byte."
     return words
 
 
@@ -214,15 +213,16 @@ def draw_losses(table: pd.DataFrame, path: Path) -> None:
     """The loss of each writer, one panel a text."""
     rows = summary(table)
     corpora = list(dict.fromkeys(rows["corpus"]))
-    most = max(len(rows[rows["corpus"] == corpus]) for corpus in corpora)
-    size = (2 * COLUMN_INCHES, 0.9 + 0.2 * most * len(corpora))
-    figure, axes = plt.subplots(len(corpora), 1, figsize=size, sharex=True, squeeze=False)
+    heights = [len(rows[rows["corpus"] == corpus]) for corpus in corpora]
+    size = (2 * COLUMN_INCHES, 0.6 + 0.3 * len(corpora) + 0.18 * sum(heights))
+    figure, axes = plt.subplots(len(corpora), 1, figsize=size, sharex=True, squeeze=False, height_ratios=heights)
     for axis, corpus in zip(axes[:, 0], corpora, strict=True):
         of = rows[rows["corpus"] == corpus].iloc[::-1]
         for place, (_, row) in enumerate(of.iterrows()):
             color, marker = STYLES.get(row["name"], ("blue", "o"))
             axis.errorbar(row["mean"], place, xerr=row["half_width"], color=COLORS[color], marker=marker, capsize=2)
         axis.set_yticks(range(len(of)), of["name"])
+        axis.set_ylim(-0.6, len(of) - 0.4)
         axis.set_title(corpus, fontsize=8)
     axes[-1, 0].set_xlabel(f"Loss of the continuation under {table.iloc[0]['model']} (nats a token)")
     figure.suptitle("95% intervals over beginnings", fontsize=7)
