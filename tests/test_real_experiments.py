@@ -83,7 +83,9 @@ def test_texts_are_coded_and_decoded_on_one_thread_and_two(
     words = ("real_coding", "measure", "--model", str(folder), "--text", f"cats={text}", "--kilobytes", "1")
     assert experiment(monkeypatch, *words) == 0
     table = pd.read_csv("results/real/real_coding.csv")
-    assert list(table["coder"]) == ["xz -9e", "bzip2 -9", "zstd -22", "brotli -11", folder.name]
+    general = ["xz -9e", "bzip2 -9", "zstd -22", "brotli -11"]
+    assert list(table["coder"]) == [*general, folder.name]
+    assert (table["whole_bytes"].iloc[:4] == len((TEXT * 40).encode())).all() and pd.isna(table["whole_bytes"].iloc[4])
     row = table.iloc[-1]
     assert row["bytes"] == len(TEXT.encode()) * (1000 // len(TEXT.encode())) and row["decoded_with_threads"] == "1 2"
     assert row["model_bytes"] == sum(path.stat().st_size for path in real_coding.weight_files(folder))
@@ -97,6 +99,43 @@ def test_texts_are_coded_and_decoded_on_one_thread_and_two(
     assert experiment(monkeypatch, "real_coding", "draw") == 0
     told = Path("results/real/real_coding.md").read_text()
     assert "on 1 and 2 threads: the same bytes" in told and Path("results/real/real_coding.png").is_file()
+    assert "our own small models" not in told
+
+
+def test_texts_are_coded_by_small_models_of_ours_too(
+    folder: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text.write_text("the cat sat on that mat and ate\n" * 40)
+    monkeypatch.setenv("VOCABFOLD_CACHE", str(tmp_path / "cache"))
+    write_corpus(tmp_path)
+    assert call(train.main, monkeypatch, *TINY, "head=full", "run_dir=small") == 0
+
+    def decoded_here(coded: Path, model: Path, threads: int) -> bytes:
+        decompress(coded, back := coded.with_suffix(f".{threads}"), real_coding.load_text_model(model), lambda *_: None)
+        return back.read_bytes()
+
+    monkeypatch.setattr(real_coding, "decoded_elsewhere", decoded_here)
+    words = ("real_coding", "measure", "--model", str(folder), "--text", f"cats={text}", "--kilobytes", "1")
+    assert experiment(monkeypatch, *words) == 0
+    before = pd.read_csv("results/real/real_coding.csv")
+    assert experiment(monkeypatch, *words, "--run", "small") == 0
+    table = pd.read_csv("results/real/real_coding.csv")
+    pd.testing.assert_frame_equal(table.iloc[:5][before.columns], before, check_dtype=False)
+    row = table.iloc[5]
+    assert len(table) == 6 and row["coder"].startswith("ours: full, ") and row["decoded_with_threads"] == "1 2"
+    assert row["model_bytes"] == Path("small/model.safetensors").stat().st_size
+    assert 0 < row["own_bits_per_byte"] < 8
+    assert experiment(monkeypatch, *words[:-2], "--run", "small", "--speed", "--rounds", "1") == 0
+    speeds = pd.read_csv("results/real/real_coding_speed.csv")
+    assert len(speeds) == 12 and row["coder"] in set(speeds["coder"])
+    assert experiment(monkeypatch, "real_coding", "draw") == 0
+    assert "our own small models" in Path("results/real/real_coding.md").read_text()
+    assert experiment(monkeypatch, *words, "--run", "nowhere") == 2
+    assert "nowhere holds no finished run" in capsys.readouterr().err
 
 
 def test_the_coder_is_near_what_its_model_expects(folder: Path) -> None:

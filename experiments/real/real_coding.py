@@ -1,18 +1,19 @@
 """A real model as a compressor of texts: bits a byte, kB a second, and the same bytes on one and two threads.
 
-    python -m experiments real_coding measure --text NAME=FILE [--text ...] [--kilobytes 30]
-    python -m experiments real_coding measure --speed --text NAME=FILE [--rounds 3]
+    python -m experiments real_coding measure --text NAME=FILE [--text ...] [--run RUN_FOLDER ...] [--kilobytes 30]
+    python -m experiments real_coding measure --speed --text NAME=FILE [--run RUN_FOLDER ...] [--rounds 3]
     python -m experiments real_coding draw
 
-The beginning of each text is coded with the model and by general compressors; every code is decoded, that of the model
-twice in processes of their own, with one thread and with two, which take the same bytes. ``measure`` writes
-results/real/real_coding.csv, one row a text and coder; ``--speed`` real_coding_speed.csv, one row a coder, direction
-and round, on a shorter beginning of the first text; ``draw`` makes real_coding.png and .md.
+The beginning of each text is coded with the model, with small models of finished runs and by general compressors; every
+code is decoded, that of a model twice in processes of their own, with one thread and with two, which take the same
+bytes. ``measure`` writes results/real/real_coding.csv, one row a text and coder; ``--speed`` real_coding_speed.csv, one
+row a coder, direction and round, on a shorter beginning of the first text; ``draw`` makes real_coding.png and .md.
 """
 
 from __future__ import annotations
 
 import bz2
+import hashlib
 import lzma
 import math
 import os
@@ -43,12 +44,15 @@ from experiments.real.growing import (
 )
 from experiments.study.figures import COLORS, COLUMN_INCHES, read_measured, save
 from experiments.study.measuring import add_rounds, at_least_one, identity
+from experiments.tokens.model_coding import cross_entropy_bits
+from vocabfold.compress import load_text_model
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
-from vocabfold.hugging_face.text import load_text_model
-from vocabfold.inference.model_coder import ModelSteps, Rows, decode_tokens, encode_tokens, one_thread
+from vocabfold.inference.model_coder import ModelSteps, decode_tokens, encode_tokens, one_thread
 from vocabfold.inference.text_file import TextModel, compress
 from vocabfold.measure.speed import interleaved_seconds
+from vocabfold.runs.checkpoint import WEIGHTS_NAME
+from vocabfold.runs.record import finished_row
 from vocabfold.runs.tables import RESULTS
 
 NAME, SPEED = "real_coding", "real_coding_speed"
@@ -87,22 +91,22 @@ def excerpt(path: Path, num_bytes: int) -> bytes:
     return whole
 
 
-@torch.inference_mode()
-def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
-    """What the model itself expects of the coder's rows, in all: whole windows, no cache, no integers.
+def described_run(folder: Path) -> dict[str, str]:
+    """The columns that say which run of ours a row is about. Raises UserError where it has not finished."""
+    row, weights = finished_row(folder), folder / WEIGHTS_NAME
+    if row is None or not weights.is_file():
+        raise UserError(f"{folder} holds no finished run with its weights")
+    return {
+        "model": f"ours: {row['head']}, {row['tokens'] / 1e6:.1f} M tokens of {row['corpus']}",
+        "model_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+        "trained_run": row["run"],
+    }
 
-    For rows within the model's positions, which those of short texts are. Raises UserError for longer ones.
-    """
-    rows = Rows(len(tokens), coder.num_rows(len(tokens)))
-    if rows.length > coder.model.gpt.config.max_positions:
-        raise UserError(f"rows of {rows.length} tokens are longer than a context: code less text")
-    total = 0.0
-    for first in range(0, len(tokens), rows.length):
-        row = torch.tensor([coder.tokenizer.end_token, *tokens[first : first + rows.length].tolist()])
-        hidden = coder.model.gpt(row[None, :-1])[0]
-        for some, targets in zip(hidden.split(256), row[1:].split(256), strict=True):
-            total -= float(coder.model.head.target_log_prob(some, targets).double().sum())
-    return total / math.log(2)
+
+def bytes_of_model(path: Path) -> int:
+    """Of the files of a model of transformers, or of a run's weights."""
+    files = [path / WEIGHTS_NAME] if finished_row(path) is not None else weight_files(path)
+    return sum(file.stat().st_size for file in files)
 
 
 @torch.inference_mode()
@@ -153,7 +157,7 @@ def measure_model(text: bytes, coder: TextModel, model: Path) -> dict[str, Any]:
     own_bits = cross_entropy_bits(coder, tokens)
     return {
         "coded_bytes": code_bytes,
-        "model_bytes": sum(file.stat().st_size for file in weight_files(model)),
+        "model_bytes": bytes_of_model(model),
         "tokens": len(tokens),
         "rows": coder.num_rows(len(tokens)),
         "own_bits_per_byte": own_bits / len(text),
@@ -166,66 +170,85 @@ def add_options(parser: ArgumentParser) -> None:
     """The model, its texts, and what is measured of them."""
     add_model(parser)
     add_texts(parser)
+    parser.add_argument("--run", type=Path, nargs="+", default=[], help="folders of finished runs, which code too")
     parser.add_argument("--kilobytes", type=int, default=30, help="of each text (default %(default)s)")
     parser.add_argument("--speed", action="store_true", help="measure kB a second instead, on the first text")
     add_rounds(parser, 3)
 
 
 def measure(arguments: Namespace) -> None:
-    """Sizes of every text that has no rows yet, or speeds."""
+    """Sizes of every text and model that have no rows yet, or speeds."""
     at_least_one(arguments, "kilobytes", "rounds")
     texts, of_model = texts_of(arguments), described(arguments.model)
+    models = {arguments.model: of_model} | {folder: described_run(folder) for folder in arguments.run}
     if arguments.speed:
-        measure_speed(arguments, *next(iter(texts.items())), of_model)
+        measure_speed(arguments.rounds, *next(iter(texts.items())), models)
         return
-    table = GrowingTable(NAME)
-    coder: TextModel | None = None
+    table, sizes = GrowingTable(NAME), Namespace(kilobytes=arguments.kilobytes)
+    coders: dict[Path, TextModel] = {}
     for name, path in texts.items():
-        run = identity(NAME, Namespace(kilobytes=arguments.kilobytes), of_model["model_sha256"], name, sha256_of(path))
-        if run in table.runs:
-            print(f"{name}: measured before")
-            continue
-        coder = coder or load_text_model(arguments.model)
         text = excerpt(path, 1000 * arguments.kilobytes)
         lead = {"text": name, "text_sha256": sha256_of(path), "bytes": len(text)}
-        rows: list[dict[str, Any]] = []
-        for compressor, (encode, decode) in general_compressors(len(text)).items():
-            if decode(code := encode(text)) != text:
+        for model, columns in models.items():
+            run = identity(NAME, sizes, columns["model_sha256"], name, sha256_of(path))
+            if run in table.runs:
+                print(f"{name}, {columns['model']}: measured before")
+                continue
+            rows = general_rows(text, path.read_bytes()) if columns is of_model else []
+            coder = coders[model] = coders.get(model) or load_text_model(model)
+            rows.append({"coder": columns["model"], **columns, **measure_model(text, coder, model)})
+            for row in rows:
+                row["bits_per_byte"] = 8 * row["coded_bytes"] / len(text)
+                row["bits_per_byte_with_model"] = 8 * (row["coded_bytes"] + row["model_bytes"]) / len(text)
+            table.add(run, [lead | row for row in rows])
+
+
+def general_rows(text: bytes, whole: bytes) -> list[dict[str, Any]]:
+    """The columns of each general compressor on the beginning of a text, and on the whole of it."""
+    rows: list[dict[str, Any]] = []
+    for compressor in general_compressors(len(text)):
+        sizes = []
+        for one in (text, whole):
+            encode, decode = general_compressors(len(one))[compressor]
+            if decode(code := encode(one)) != one:
                 raise AssertionError(f"{compressor} does not give back what it was given")
-            rows.append({"coder": compressor, "coded_bytes": len(code), "model_bytes": 0})
-        rows.append({"coder": of_model["model"], **of_model, **measure_model(text, coder, arguments.model)})
-        for row in rows:
-            row["bits_per_byte"] = 8 * row["coded_bytes"] / len(text)
-            row["bits_per_byte_with_model"] = 8 * (row["coded_bytes"] + row["model_bytes"]) / len(text)
-        table.add(run, [lead | row for row in rows])
+            sizes.append(len(code))
+        row = {"coder": compressor, "coded_bytes": sizes[0], "model_bytes": 0}
+        rows.append(row | {"whole_bytes": len(whole), "whole_coded_bytes": sizes[1]})
+    return rows
 
 
-def measure_speed(arguments: Namespace, name: str, path: Path, of_model: dict[str, str]) -> None:
+def measure_speed(rounds: int, name: str, path: Path, models: dict[Path, dict[str, str]]) -> None:
     """Both directions of every coder in turns, on a beginning of one text."""
     table = GrowingTable(SPEED)
-    run = identity(SPEED, Namespace(rounds=arguments.rounds), of_model["model_sha256"], name, sha256_of(path))
+    digests = [columns["model_sha256"] for columns in models.values()]
+    run = identity(SPEED, Namespace(rounds=rounds), *digests, name, sha256_of(path))
     if run in table.runs:
         print(f"{table.path}: measured before")
         return
-    coder = load_text_model(arguments.model)
     text = excerpt(path, SPEED_BYTES)
-    tokens, end = coder.tokenizer.encode_bytes(text), coder.tokenizer.end_token
-    num_rows = 16  # as in a text of more than 8,192 tokens
-    code = encode_tokens(coder.model, tokens, end, num_rows=num_rows)
-    calls: dict[str, Callable[[], Any]] = {
-        f"{of_model['model']} encode": lambda: encode_tokens(coder.model, tokens, end, num_rows=num_rows),
-        f"{of_model['model']} decode": lambda: decode_tokens(coder.model, code, len(tokens), end, num_rows=num_rows),
-    }
-    for compressor, (encode, decode) in general_compressors(len(text)).items():
-        calls |= {f"{compressor} encode": partial(encode, text), f"{compressor} decode": partial(decode, encode(text))}
+    calls: dict[str, Callable[[], Any]] = {}
+    num_rows: dict[str, int] = {}
+    for model, columns in models.items():
+        coder = load_text_model(model)
+        tokens, end = coder.tokenizer.encode_bytes(text), coder.tokenizer.end_token
+        most = coder.most_rows  # as in a long text
+        encode = partial(encode_tokens, coder.model, tokens, end, num_rows=most)
+        decode = partial(decode_tokens, coder.model, encode(), len(tokens), end, num_rows=most)
+        calls |= {f"{columns['model']} encode": encode, f"{columns['model']} decode": decode}
+        num_rows[columns["model"]] = most
+    for compressor, (shorten, restore) in general_compressors(len(text)).items():
+        code = shorten(text)
+        calls |= {f"{compressor} encode": partial(shorten, text), f"{compressor} decode": partial(restore, code)}
     with one_thread():
-        seconds = interleaved_seconds(calls, arguments.rounds, 0, torch.device("cpu"), progress=True)
-    rows = []
+        seconds = interleaved_seconds(calls, rounds, 0, torch.device("cpu"), progress=True)
+    measured = []
     for call, values in seconds.items():
         compressor, direction = call.rsplit(" ", 1)
         lead = {"text": name, "bytes": len(text), "coder": compressor, "direction": direction}
-        rows += [lead | {"round": index, "seconds": value} for index, value in enumerate(values)]
-    table.add(run, [row | {"threads": 1, "rows": num_rows} for row in rows])
+        lead |= {"threads": 1, "rows": num_rows.get(compressor)}
+        measured += [lead | {"round": index, "seconds": value} for index, value in enumerate(values)]
+    table.add(run, measured)
 
 
 def speed_cells(speeds: pd.DataFrame | None, coder: str) -> str:
@@ -238,72 +261,91 @@ def speed_cells(speeds: pd.DataFrame | None, coder: str) -> str:
     return " | ".join(cells)
 
 
-def small_models(text: str) -> list[str]:
-    """Lines of our own small models on the same text, from their table."""
-    path = RESULTS / text / "model_coding.csv"
-    if not path.is_file():
-        return []
-    table = read_measured(path, ("coder", "bits_per_byte"))
-    return [
-        f"| {text}, {row['bytes']:,} bytes | ours: {row['coder'].removeprefix('model, ')} "
-        f"| {row['bits_per_byte']:.3f} | {row['bits_per_byte_with_model']:,.1f} | | | |"
-        for _, row in table[table["model_bytes"] > 0].iterrows()
-    ]
-
-
 def markdown(table: pd.DataFrame, speeds: pd.DataFrame | None) -> str:
     """Every coder on every text."""
     lines = [
-        "| text | coder | bits a byte | with the model's bytes | the model's own | encode (kB/s) | decode (kB/s) |"
+        "| text | coder | bits a byte | with the model's bytes | the model's own | of the whole file | encode (kB/s) "
+        "| decode (kB/s) |"
     ]
-    lines.append("|---" * 7 + "|")
+    lines.append("|---" * 8 + "|")
     for text, rows in table.groupby("text", sort=False):
         for _, row in rows.sort_values("bits_per_byte").iterrows():
             own = "" if pd.isna(row["own_bits_per_byte"]) else f"{row['own_bits_per_byte']:.3f}"
+            whole = "" if pd.isna(row["whole_bytes"]) else f"{8 * row['whole_coded_bytes'] / row['whole_bytes']:.3f}"
             lines.append(
                 f"| {text}, {row['bytes']:,} bytes | {row['coder']} | {row['bits_per_byte']:.3f} "
-                f"| {row['bits_per_byte_with_model']:,.3f} | {own} | {speed_cells(speeds, row['coder'])} |"
+                f"| {row['bits_per_byte_with_model']:,.3f} | {own} | {whole} | {speed_cells(speeds, row['coder'])} |"
             )
-        lines += small_models(str(text))
-    models = table[table["model_bytes"] > 0]
-    best = table[table["model_bytes"] == 0].groupby("text")["coded_bytes"].min()
-    saved = 1 - models.set_index("text")["coded_bytes"] / best
-    share = models["own_bits_per_byte"] / models["bits_per_byte"]
-    first = models.iloc[0]
-    bits_saved = (best / table.groupby("text")["bytes"].first() - models.set_index("text")["coded_bytes"]
-                  / models.set_index("text")["bytes"]).mean()  # fmt: skip
-    lines += ["", f"* {first['coder']} takes {saved.min():.0%} to {saved.max():.0%} fewer bytes than the best of the "]
-    lines[-1] += f"others, its own {first['model_bytes'] / 1e6:.0f} MB left out. Counted in, it pays from about "
-    lines[-1] += f"{first['model_bytes'] / bits_saved / 1e6:,.0f} MB of text on."
-    lines.append(f"* Coded bytes are {1 / share.max() - 1:.2%} to {1 / share.min() - 1:.2%} above its cross entropy.")
-    threads = " and ".join(str(first["decoded_with_threads"]).split())
-    lines.append(f"* Decoded in other processes on {threads} threads: the same bytes.")
-    changed = first["integers_changed_by_threads"]
-    lines += ["", "Both directions of the model compute on one thread, whatever number they are given: on two, "]
-    lines[-1] += f"{changed:.1%} of the integers that a code is made of are others, and one of them ends it. "
-    lines[-1] += f"Whether these texts or some like them were among what {first['model']} was trained on is not known."
+    first, told = words_of(table)
+    text = "Both directions of a model compute on one thread, whatever number they are given, since one changed "
+    text += "integer of a code ends it. "
+    if changed := first["integers_changed_by_threads"]:
+        text += f"On two threads {changed:.1%} of {first['coder']}'s are others. "
+    else:
+        text += f"On two threads none of {first['coder']}'s was another in {PROBED_STEPS} steps here; nothing promises "
+        text += "that of longer texts and other machines. "
+    text += "Whether these texts or some like them were among what it was trained on is not known."
+    lines += ["", *told, "", text]
     return "\n".join([*lines, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])
 
 
+def words_of(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
+    """(A row of the real model, bullets on what the table says of it and of our own small models)."""
+    is_ours = table.reindex(columns=["trained_run"])["trained_run"].notna()
+    general, ours = table[table["model_bytes"] == 0], table[is_ours]
+    real = table[(table["model_bytes"] > 0) & ~is_ours].set_index("text")
+    best = general.groupby("text")["coded_bytes"].min()
+    saved = 1 - real["coded_bytes"] / best
+    excess = real["coded_bytes"] - real["own_bits_per_byte"] * real["bytes"] / 8
+    whole = (8 * general["whole_coded_bytes"] / general["whole_bytes"]).groupby(general["text"]).min()
+    ahead = whole - real["bits_per_byte"]
+    first = real.iloc[0]
+    megabytes = 8 * first["model_bytes"] / ahead[ahead > 0] / 1e6
+    lines = [
+        f"* {first['coder']} takes {span(saved, '.0%')} fewer bytes than the best of the general compressors, its own "
+        f"{first['model_bytes'] / 1e6:.0f} MB left out. These gain from longer texts: where they code the whole file, "
+        f"the best takes {span(ahead, '.2f')} bits a byte more than the model takes of the beginning. At that rate the "
+        f"model's bytes are won back after about {span(megabytes, ',.0f')} MB of text.",
+        f"* Its files are {span(excess, '.0f')} bytes above its cross entropy, most of them the header and the coder's "
+        "states, which do not grow with a text.",
+    ]
+    if len(ours):
+        parts = []
+        for name, rows in ours.groupby("text", sort=False):
+            text = str(name)
+            shortest = rows.sort_values("coded_bytes").iloc[0]
+            size, coder = shortest["model_bytes"] / 1e6, shortest["coder"].removeprefix("ours: ")
+            of_best, of_real = shortest["coded_bytes"] / best[text], shortest["coded_bytes"] / real["coded_bytes"][text]
+            parts.append(f"{text} {of_best:.2f} ({of_real:.2f}; {coder}, {size:.0f} MB)")
+        lines.append(
+            "* The shortest code of our own small models, the best general compressor = 1 (in brackets the real model "
+            f"= 1): {'; '.join(parts)}."
+        )
+    threads = " and ".join(str(first["decoded_with_threads"]).split())
+    lines.append(f"* Every model's codes were decoded in other processes on {threads} threads: the same bytes.")
+    return first, lines
+
+
+def span(values: pd.Series, form: str) -> str:
+    """The least and the largest of some numbers in words, once where they read the same."""
+    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (values.min(), values.max())))
+
+
 def draw_coders(table: pd.DataFrame, path: Path) -> None:
-    """Bits a byte of every coder, one group of bars a text."""
-    texts, coders = list(dict.fromkeys(table["text"])), list(dict.fromkeys(table["coder"]))
-    coders = sorted(coders, key=lambda coder: -table[table["coder"] == coder]["bits_per_byte"].mean())
-    figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 2.6))
-    hatches = ["", "//", "..", "xx", "--"]
-    width = 0.8 / len(coders)
-    for index, coder in enumerate(coders):
-        values = table[table["coder"] == coder].set_index("text")["bits_per_byte"].reindex(texts)
-        color = list(COLORS.values())[index % len(COLORS)]
-        places = np.arange(len(texts)) + (index - (len(coders) - 1) / 2) * width
-        axis.bar(places, values, width * 0.9, color=color, hatch=hatches[index % len(hatches)], label=coder)
-    axis.set_xticks(range(len(texts)), texts)
-    axis.grid(axis="x", visible=False)
-    axis.set_axisbelow(True)
-    axis.set_ylabel("Bits a byte, model apart")
-    figure.legend(loc="outside lower center", ncols=2)
-    most = table["bytes"].max()
-    figure.suptitle(f"The first {most:,} bytes of each text", fontsize=7)
+    """Bits a byte of every coder, one row a coder, one mark a text."""
+    texts = list(dict.fromkeys(table["text"]))
+    coders = table.groupby("coder")["bits_per_byte"].mean().sort_values(ascending=False).index.tolist()
+    figure, axis = plt.subplots(figsize=(2 * COLUMN_INCHES, 1.0 + 0.2 * len(coders)))
+    for text, color, marker in zip(texts, COLORS.values(), "osv^Dx*", strict=False):
+        of = table[table["text"] == text]
+        heights = [coders.index(coder) for coder in of["coder"]]
+        axis.plot(of["bits_per_byte"], heights, color=color, marker=marker, linestyle="none", label=text)
+    axis.set_yticks(range(len(coders)), coders)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("Bits a byte, the model's own bytes left out")
+    figure.legend(loc="outside upper right", ncols=len(texts))
+    title = f"The first {table['bytes'].max() / 1e3:.0f} kB of each text"
+    figure.suptitle(title, fontsize=7, x=0.02, ha="left")
     save(figure, path)
 
 

@@ -132,73 +132,100 @@ def row_of(name: str, writer: Written, losses: pd.DataFrame) -> dict[str, Any]:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Best first, one row a corpus and writer, runs that differ in their seed together: the mean over stories of nats a
-    token, and half the width of its 95% interval."""
+    """Best first, one row a corpus and writer, runs that differ in their seed together.
+
+    ``mean``: nats a token, the mean over beginnings, each of which weighs the same; ``above_own``: what the writer has
+    more than the stories' own endings of the same beginnings. Both with half the width of a 95% interval, from
+    resampled beginnings.
+    """
     rows = []
     keys = ["corpus", "writer", "writer_model", "writer_hidden_size", "writer_tokens", "writer_head"]
     table = table.reindex(columns=list(dict.fromkeys([*table.columns, *keys, "writer_loss_nats"])))
+    own = {row["corpus"]: losses_of(row) for _, row in table[table["writer"] == OWN_ENDINGS].iterrows()}
     for key, group in table.groupby(keys, dropna=False, sort=False):
-        each = []
-        for _, row in group.iterrows():
-            tokens, nats = (np.array(str(row[name]).split(), float) for name in ("story_tokens", "story_nats"))
-            each += (nats / np.where(tokens > 0, tokens, np.nan)).tolist()
-        mean, half_width = mean_and_bootstrap(each)
         first: dict[str, Any] = dict(zip(keys, key, strict=True))
+        of_beginning = pd.DataFrame(
+            [losses_of(row) for _, row in group.iterrows()]
+        ).mean()  # runs that wrote nothing: out
+        mean, half_width = mean_and_bootstrap(of_beginning.tolist())
+        above_own, above_own_half_width = mean_and_bootstrap((of_beginning - own[first["corpus"]]).tolist())
         name = first["writer"]
         if name == RUN:
             name = f"{MODELS.get(first['writer_model'], first['writer_model'])} {first['writer_hidden_size']:.0f}, "
             name += f"{first['writer_head']}, {first['writer_tokens'] / 1e6:.1f} M tokens"
         rows.append({
-            "corpus": first["corpus"], "name": name, "is_reference": first["writer"] != RUN, "mean": mean,
-            "half_width": half_width, "bits_per_byte": group["bits_per_byte"].mean(), "runs": len(group),
-            "stories": int(group["stories"].sum()), "loss": group["writer_loss_nats"].mean(),
+            "corpus": first["corpus"], "name": name, "mean": mean, "half_width": half_width, "above_own": above_own,
+            "above_own_half_width": above_own_half_width, "bits_per_byte": group["bits_per_byte"].mean(),
+            "runs": len(group), "stories": int(group["stories"].sum()), "loss": group["writer_loss_nats"].mean(),
         })  # fmt: skip
     return pd.DataFrame(rows).sort_values(["corpus", "mean"], kind="stable")
+
+
+def losses_of(row: pd.Series) -> np.ndarray:
+    """Nats a token of each beginning's story; NaN where nothing was written."""
+    tokens, nats = (np.array(str(row[name]).split(), float) for name in ("story_tokens", "story_nats"))
+    return np.divide(nats, tokens, out=np.full(len(nats), math.nan), where=tokens > 0)
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Every writer, best first, and whether the references stand at the ends."""
     rows, judge = summary(table), table.iloc[0]["model"]
     lines = [
-        f"| text | writer | loss under {judge} (nats a token) | bits a byte | runs | stories | own validation loss |"
+        f"| text | writer | loss under {judge} (nats a token) | above the own endings | bits a byte | runs | stories "
+        "| own validation loss |"
     ]
-    lines.append("|---" * 7 + "|")
+    lines.append("|---" * 8 + "|")
     for _, row in rows.iterrows():
         own = "" if math.isnan(row["loss"]) else f"{row['loss']:.3f}"
+        above = f"{row['above_own']:+.3f} ± {row['above_own_half_width']:.3f}" if row["name"] != OWN_ENDINGS else ""
         lines.append(
-            f"| {row['corpus']} | {row['name']} | {row['mean']:.3f} ± {row['half_width']:.3f} "
+            f"| {row['corpus']} | {row['name']} | {row['mean']:.3f} ± {row['half_width']:.3f} | {above} "
             f"| {row['bits_per_byte']:.3f} | {row['runs']} | {row['stories']} | {own} |"
         )
     lines.append("")
     for corpus, group in rows.groupby("corpus", sort=False):
-        names = group["name"].tolist()
-        is_measure = names[0] == OWN_ENDINGS and names[-1] == SHUFFLED_WORDS
-        lines.append(
-            f"* {corpus}: first {names[0]}, last {names[-1]}; a measure of quality puts {OWN_ENDINGS} first and "
-            f"{SHUFFLED_WORDS} last, so this is {'one' if is_measure else 'none'} here."
-        )
+        lines.append(f"* {corpus}: {verdict(group)}")
     first_row = table.iloc[0]
-    lines += ["", "± 95% over stories, each weighing the same, by resampling. Models draw with temperature 0.4 from "]
-    lines[-1] += "the 50 likeliest tokens, which makes a text more likely than what people write."
+    lines += [
+        "",
+        "± 95% over beginnings, each weighing the same, by resampling; differences are between continuations ",
+    ]
+    lines[-1] += "of the same beginning. Models draw with temperature 0.4 from the 50 likeliest tokens, which makes a "
+    lines[-1] += "text more likely than what people write."
     return "\n".join([*lines, f"Hardware: {first_row['hardware']}; torch {first_row['torch']}.", ""])
+
+
+def verdict(rows: pd.DataFrame) -> str:
+    """Of one text: whether the loss ranks as a measure of quality must, and how the writers stand to the references."""
+    names = rows["name"].tolist()
+    is_measure = names[0] == OWN_ENDINGS and names[-1] == SHUFFLED_WORDS
+    words = f"first {names[0]}, last {names[-1]}; a measure of quality puts {OWN_ENDINGS} first and {SHUFFLED_WORDS} "
+    words += f"last, so this is {'one' if is_measure else 'none'} here."
+    runs = rows[~rows["name"].isin(REFERENCES)].dropna(subset=["loss"])
+    if len(runs) > 2:
+        ranks = [runs[unit].corr(runs["loss"], method="spearman") for unit in ("mean", "bits_per_byte")]
+        words += f" Over the {len(runs)} kinds of runs the rank correlation with their own validation loss is "
+        words += f"{ranks[0]:.2f} by token and {ranks[1]:.2f} by byte."
+    return words
 
 
 def draw_losses(table: pd.DataFrame, path: Path) -> None:
     """The loss of each writer, one panel a text."""
     rows = summary(table)
     corpora = list(dict.fromkeys(rows["corpus"]))
-    most = max(len(rows[rows["corpus"] == corpus]) for corpus in corpora)
-    size = (2 * COLUMN_INCHES, 0.9 + 0.2 * most * len(corpora))
-    figure, axes = plt.subplots(len(corpora), 1, figsize=size, sharex=True, squeeze=False)
+    heights = [len(rows[rows["corpus"] == corpus]) for corpus in corpora]
+    size = (2 * COLUMN_INCHES, 0.6 + 0.3 * len(corpora) + 0.18 * sum(heights))
+    figure, axes = plt.subplots(len(corpora), 1, figsize=size, sharex=True, squeeze=False, height_ratios=heights)
     for axis, corpus in zip(axes[:, 0], corpora, strict=True):
         of = rows[rows["corpus"] == corpus].iloc[::-1]
         for place, (_, row) in enumerate(of.iterrows()):
             color, marker = STYLES.get(row["name"], ("blue", "o"))
             axis.errorbar(row["mean"], place, xerr=row["half_width"], color=COLORS[color], marker=marker, capsize=2)
         axis.set_yticks(range(len(of)), of["name"])
+        axis.set_ylim(-0.6, len(of) - 0.4)
         axis.set_title(corpus, fontsize=8)
     axes[-1, 0].set_xlabel(f"Loss of the continuation under {table.iloc[0]['model']} (nats a token)")
-    figure.suptitle("95% intervals over stories", fontsize=7)
+    figure.suptitle("95% intervals over beginnings", fontsize=7)
     save(figure, path)
 
 

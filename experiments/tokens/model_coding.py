@@ -44,7 +44,7 @@ from vocabfold.data.corpora import load_corpus
 from vocabfold.data.stories import stories
 from vocabfold.data.tokenizer import load_tokenizer
 from vocabfold.errors import UserError
-from vocabfold.inference.model_coder import Rows, decode_tokens, encode_tokens, most_rows, one_thread
+from vocabfold.inference.model_coder import Rows, decode_tokens, encode_tokens, one_thread
 from vocabfold.inference.text_file import TextModel
 from vocabfold.machine import origin
 from vocabfold.measure.speed import interleaved_seconds, ratio_summary
@@ -57,6 +57,7 @@ NAME = "model_coding"
 CPU = torch.device("cpu")
 UNSEEN_STORIES = (1_000_000, 1_000_060)  # of the embedded generator's seed 0: far beyond what any run trains on
 FULL = "full"
+ROWS_AT_A_TIME = 256  # hidden states that are scored together: 50 MB of logits at V = 49,152
 MODELS = {  # head -> its name in the table
     "full_untied": "full softmax, untied",
     "scale_shift_bpe": "scale and shift, bpe",
@@ -110,7 +111,7 @@ def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
     """What the model itself expects of the coder's rows and contexts, in all: whole windows, no cache, no integers."""
     model, total = coder.model, 0.0
     most = model.gpt.config.max_positions
-    rows = Rows(len(tokens), most_rows(model))
+    rows = Rows(len(tokens), coder.num_rows(len(tokens)))
     with one_thread():
         for first in range(0, len(tokens), rows.length):
             row = torch.tensor([coder.tokenizer.end_token, *tokens[first : first + rows.length].tolist()])
@@ -118,7 +119,9 @@ def cross_entropy_bits(coder: TextModel, tokens: np.ndarray) -> float:
             while done < len(row):
                 end = min(begin + most, len(row) - 1)
                 hidden = model.gpt(row[None, begin:end])[0, done - 1 - begin :]
-                total -= float(model.head.target_log_prob(hidden, row[done : end + 1]).double().sum())
+                targets = row[done : end + 1]
+                for some, of_some in zip(hidden.split(ROWS_AT_A_TIME), targets.split(ROWS_AT_A_TIME), strict=True):
+                    total -= float(model.head.target_log_prob(some, of_some).double().sum())
                 begin, done = end + 1 - max(1, most // 2), end + 1
     return total / math.log(2)
 
