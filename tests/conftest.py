@@ -48,6 +48,7 @@ def pytest_collection_finish() -> None:
     """Nothing imported so far is garbage: collections, which the tests of memory ask for, look at what comes later."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)  # configurations are made of many small objects, few of them garbage
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ def results(folder: Path) -> Path:
     return folder / "results" / "text"
 
 
+@pytest.mark.slow
 def test_token_coding_measures_every_coder(
     results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

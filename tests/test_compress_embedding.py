@@ -24,6 +24,7 @@ FORMS = {
     "tensor_train": ["embedding.mode_sizes=[4,4]", "embedding.ranks=[2]"],
     "tt_matrix": [],
 }
+QUICK = ("int8", "low_rank", "tensor_train")  # numbers, a matrix, cores: a form of each kind
 COMPRESS = ["start=compress", "start.run=plain", "wandb.mode=disabled", "device=cpu"]
 UNTIED = ["head=paper", "budget.steps=4"]
 
@@ -48,7 +49,9 @@ def run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return trained / "plain"
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
+)
 def test_every_form_compresses_recovers_loads_and_generates(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -228,6 +228,7 @@ def test_nothing_begins_after_the_deadline(tmp_path: Path) -> None:
     assert not (tmp_path / "gpu_test.csv").exists()
 
 
+@pytest.mark.slow
 def test_parts_run_in_processes_of_their_own_and_end_at_their_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

