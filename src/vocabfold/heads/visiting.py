@@ -29,7 +29,7 @@ GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first;
 VISITED_ELEMENTS = 1 << 18  # as long as the log-probabilities of all rows' groups stay within this
 # tokens of all rows that may be held at once where rows are looked at as a whole; a GPU wants larger pieces
 WHOLE_ROWS_ELEMENTS, WHOLE_ROWS_ELEMENTS_ON_GPU = 1 << 20, 1 << 24
-WHOLE_ROWS_SHARE = 0.5  # of all groups: a row that may need more than this after its first visit is taken as a whole
+WHOLE_ROWS_SHARE = 0.25  # of all groups: a row that may need more than this after its first visit is taken as a whole
 
 
 def topk_by_visits(
