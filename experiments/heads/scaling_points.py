@@ -16,7 +16,7 @@ from experiments.study.statistics import Difference, difference_over_seeds, mean
 from experiments.study.trends import Trend, trend
 from vocabfold.errors import UserError
 from vocabfold.measure.speed import tokens_per_second
-from vocabfold.runs.settings import scaling_learning_rate
+from vocabfold.runs.settings import rate_by_rule, scaling_rates
 
 FULL = ("full_untied_counts", "full_counts", "full_untied", "full")
 NOT_FOLDED = ("adaptive", "chunked", "fused")  # nor full
@@ -61,8 +61,9 @@ def points_of(table: pd.DataFrame, hidden_size: int, corpus: str) -> pd.DataFram
     rows = table[table["hidden_size"] == hidden_size]
     described = rows.astype({"group_size": float})[["head", "scorer", "group_size", "vocabulary_size"]]
     rows = rows.assign(arm=[arm_of(*one) for one in described.itertuples(index=False, name=None)])
+    rates = scaling_rates(corpus)
     wanted = {
-        (head, tokens, epochs): scaling_learning_rate(corpus, head, hidden_size, tokens * epochs)
+        (head, tokens, epochs): rate_by_rule(rates, head, hidden_size, tokens * epochs)
         for head, tokens, epochs in rows[["head", *BUDGET]].drop_duplicates().itertuples(index=False)
     }
     keys = rows[["head", *BUDGET]].itertuples(index=False, name=None)

@@ -267,10 +267,20 @@ def scaling_learning_rate(corpus: str, head: str, hidden_size: int, tokens: floa
     logarithm of the tokens; below the first and beyond the last the rate stays; it is rounded to two figures. A head or
     size that the table does not have gets UNTUNED_RATE.
     """
-    path = RESULTS / corpus / "scaling_learning_rates.csv"
-    if not path.is_file():
-        return UNTUNED_RATE
-    best = best_scaling_rates(read_table("scaling_learning_rates", corpus))
+    return rate_by_rule(scaling_rates(corpus), head, hidden_size, tokens)
+
+
+def scaling_rates(corpus: str) -> dict[tuple[str, int], dict[float, float]]:
+    """``best_scaling_rates`` of a text, of which nothing may be tuned."""
+    if not (RESULTS / corpus / "scaling_learning_rates.csv").is_file():
+        return {}
+    return best_scaling_rates(read_table("scaling_learning_rates", corpus))
+
+
+def rate_by_rule(
+    best: Mapping[tuple[str, int], Mapping[float, float]], head: str, hidden_size: int, tokens: float
+) -> float:
+    """``scaling_learning_rate`` from what ``scaling_rates`` found."""
     if not (found := best.get((head, hidden_size))):
         return UNTUNED_RATE
     budgets = sorted(found)
