@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import tracemalloc
 import zlib
 
@@ -123,19 +122,19 @@ def test_decoding_on_many_threads_keeps_within_its_memory(coder: str, monkeypatc
     tokens = zipf_tokens(6 * 40, 300)
     coded = encode(tokens, 300, coder)
     one = kind(300).working_bytes(40)
-    most, inside = 0, threading.Semaphore(100)
+    most, inside, together = 0, threading.Semaphore(100), threading.Barrier(1)
     decode_one = kind.decode_one
 
     def counted(self: Adaptive, data: np.ndarray, num_tokens: int) -> np.ndarray:
         nonlocal most
         with inside:
             most = max(most, 100 - inside._value)
-            time.sleep(0.01)  # so that another thread has time to begin
+            together.wait(30)  # for as many as may be here at once, however busy the machine is
             return decode_one(self, data, num_tokens)
 
     monkeypatch.setattr(kind, "decode_one", counted)
     for limit, expected in ((one - 1, 1), (3 * one - 1, 2), (100 * one, 6)):
-        most = 0
+        most, together = 0, threading.Barrier(expected)
         monkeypatch.setattr(container, "WORKING_BYTES", limit)
         assert np.array_equal(decode(coded, 300, threads=6), tokens) and most == expected
 
