@@ -171,11 +171,12 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
         blocks = range(0, len(sizes), GROUPS_A_BLOCK)
         distance = int(sizes.min())
         return torch.cat(
-            [self._log_prob_of_block(hidden, slice(first, first + GROUPS_A_BLOCK), distance) for first in blocks]
-        ).t()
+            [self._log_prob_of_block(hidden, slice(first, first + GROUPS_A_BLOCK), distance) for first in blocks],
+            dim=-1,
+        )
 
     def _log_prob_of_block(self, hidden: Tensor, groups: slice, distance: int) -> Tensor:
-        """``hidden`` [N, D] -> [tokens of these groups, N]. They start nearly ``distance`` rows after each other:
+        """``hidden`` [N, D] -> [N, tokens of these groups]. They start nearly ``distance`` rows after each other:
         windows on the rows at that distance, so much longer that each holds its group, are a batch without a copy."""
         states = self._states(hidden, groups)
         edges = self.partition.multi_starts[groups.start : groups.start + len(states) + 1]
@@ -187,9 +188,9 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
         begin = start + distance * torch.arange(len(states), device=hidden.device)
         row = begin[:, None] + torch.arange(length, device=hidden.device)
         is_own = (row >= edges[:-1, None]) & (row < edges[1:, None])
-        bias = bias.where(is_own, -torch.inf).unsqueeze(-1)
-        logits = torch.baddbmm(bias, windows.transpose(1, 2), states.transpose(1, 2))  # [B, length, N]
-        return self._log_softmax(logits.transpose(1, 2)).transpose(1, 2)[is_own]
+        logits = torch.baddbmm(bias.where(is_own, -torch.inf).unsqueeze(1), states, windows)  # [B, N, length]
+        log_prob = self._log_softmax(logits).transpose(0, 1).flatten(1)
+        return log_prob.index_select(1, is_own.flatten().nonzero().squeeze(-1))
 
     def _numbers_a_row(self) -> int:
         """What ``_group_logits`` holds for each hidden state."""

@@ -27,6 +27,7 @@ from vocabfold.heads.scorers import TokenScorer
 
 GROUPS_A_VISIT = 8  # how many more groups of each row are looked into at first; twice as many each time after,
 VISITED_ELEMENTS = 1 << 18  # as long as the log-probabilities of all rows' groups stay within this
+PAIRS_A_VISIT = 32  # of a row and a group: a visit of a few rows for a nucleus takes more groups at once
 # tokens of all rows that may be held at once where rows are looked at as a whole; a GPU wants larger pieces
 WHOLE_ROWS_ELEMENTS, WHOLE_ROWS_ELEMENTS_ON_GPU = 1 << 20, 1 << 24
 WHOLE_ROWS_SHARE = 0.25  # of all groups: a row that may need more than this after its first visit is taken as a whole
@@ -242,7 +243,7 @@ def is_surely_in_nucleus(groups: TemperedGroups, tokens: Tensor, log_weights: Te
     ranked = groups.ranked()
     wanted = may_be_before[:, partition.multi_groups].sum(dim=-1)
     rows = torch.arange(len(tokens), device=tokens.device)
-    start, width = 0, GROUPS_A_VISIT
+    start, width = 0, max(GROUPS_A_VISIT, PAIRS_A_VISIT // max(1, len(rows)))
     while True:
         inside = before_high.sum(dim=-1) < top_p * low.sum(dim=-1)
         outside = before_low.sum(dim=-1) >= top_p * high.sum(dim=-1)
