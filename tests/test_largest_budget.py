@@ -55,7 +55,7 @@ def test_orders_of_the_largest_budget_stand_beside_the_linear_heads_of_heads_sca
     write_table(pd.DataFrame(rows).assign(experiment="order_matters"), results / "long" / "order_matters.csv")
     assert experiment(monkeypatch, "order_matters", "draw", "long") == 0
     words = (results / "long" / "order_matters.md").read_text()
-    assert "| scale and shift | 225 | clustered | 0.002 | 5.007 ±" in words and "One rate for all." in words
+    assert "| scale and shift | 225 | clustered | 0.002 | 5.007 ±" in words and "One rate a scorer." in words
     assert "-0.300 ± 0.000" in words and "one linear layer a group" not in words
     linear = [
         scaling_row(f"linear_{order}", tokens, seed, loss + 0.1 * seed, corpus="long", partition_order=order)

@@ -221,10 +221,9 @@ def draw_step(axis: Axes, points: pd.DataFrame, looks: dict[str, Any], column: s
 
 
 def finish(axis: Axes) -> None:
-    """A logarithmic x axis, or a word where there is nothing to draw."""
+    """A logarithmic x axis, or no panel where there is nothing to draw."""
     if axis.lines:
         axis.set_xscale("log")
         label_plainly(axis, "{x:g}")
     else:
-        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, fontsize=7)
-        axis.set(xticks=[], yticks=[])
+        axis.set_visible(False)

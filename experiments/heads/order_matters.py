@@ -12,6 +12,7 @@ often the likeliest group is the right one, by group size and over training.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -20,7 +21,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from experiments.study.curves import read_curves
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, of_largest_budget, save, trained_on
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, of_largest_budget, save, seeds_of, trained_on
 from experiments.study.measuring import add_settings, collect_runs
 from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
 from vocabfold.files import write_text
@@ -123,8 +124,8 @@ def draw_quantity(axis: Axes, table: pd.DataFrame, quantity: str) -> None:
 
 def caption(table: pd.DataFrame) -> str:
     """What was trained, how often."""
-    seeds = table["seed"].nunique()
-    return f"{trained_on(table)}; scale and shift; {seeds} seeds, 95% intervals; {len(table)} runs"
+    intervals = ", 95% intervals" if table["seed"].nunique() > 1 else ""
+    return f"{trained_on(table)}; scale and shift; {seeds_of(table)}{intervals}; {len(table)} runs"
 
 
 def markdown(table: pd.DataFrame, corpus: str) -> str:
@@ -145,7 +146,7 @@ def markdown(table: pd.DataFrame, corpus: str) -> str:
         "The learning rate of each order was chosen on held-out\ntraining text (experiment learning_rates) at the "
         "middle size."
     )
-    lines += ["", f"{caption(table)}. p: paired t-test over seeds. {chosen if tuned else 'One rate for all.'}", ""]
+    lines += ["", f"{caption(table)}. p: paired t-test over seeds. {chosen if tuned else 'One rate a scorer.'}", ""]
     return "\n".join(lines)
 
 
@@ -171,7 +172,8 @@ def line_of(scorer: str, size: int, order: str, of_size: pd.DataFrame) -> str:
     if order != "bpe" and (found := difference_over_seeds(of_size, "partition_order", order, "bpe")).count > 1:
         difference = f"| {found.mean:+.3f} ± {found.half_width:.3f} | {found.p_value:.2g} "
     rate = rows["learning_rate"].iloc[0]
+    interval = "" if math.isnan(loss_width) else f" ± {loss_width:.3f}"
     return (
-        f"| {scorer} | {size} | {order} | {rate:g} | {loss:.3f} ± {loss_width:.3f} | {accuracy:.3f} "
+        f"| {scorer} | {size} | {order} | {rate:g} | {loss:.3f}{interval} | {accuracy:.3f} "
         f"{difference}| {len(rows)} |"
     )
