@@ -12,7 +12,6 @@ often the likeliest group is the right one, by group size and over training.
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from typing import Any
 
@@ -23,7 +22,7 @@ from matplotlib.axes import Axes
 from experiments.study.curves import read_curves
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, of_largest_budget, save, seeds_of, trained_on
 from experiments.study.measuring import add_settings, collect_runs
-from experiments.study.statistics import difference_over_seeds, mean_and_interval, summarise
+from experiments.study.statistics import difference_over_seeds, in_words, mean_and_interval, summarise
 from vocabfold.files import write_text
 from vocabfold.runs.tables import RESULTS, read_table
 
@@ -172,8 +171,7 @@ def line_of(scorer: str, size: int, order: str, of_size: pd.DataFrame) -> str:
     if order != "bpe" and (found := difference_over_seeds(of_size, "partition_order", order, "bpe")).count > 1:
         difference = f"| {found.mean:+.3f} ± {found.half_width:.3f} | {found.p_value:.2g} "
     rate = rows["learning_rate"].iloc[0]
-    interval = "" if math.isnan(loss_width) else f" ± {loss_width:.3f}"
     return (
-        f"| {scorer} | {size} | {order} | {rate:g} | {loss:.3f}{interval} | {accuracy:.3f} "
+        f"| {scorer} | {size} | {order} | {rate:g} | {in_words(loss, loss_width)} | {accuracy:.3f} "
         f"{difference}| {len(rows)} |"
     )

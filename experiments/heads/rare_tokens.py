@@ -24,7 +24,7 @@ from tqdm import tqdm
 from experiments.heads.scaling_points import FULL, arm_of
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save, seeds_of, trained_on
 from experiments.study.measuring import add_settings, corpus_of, identity, is_measured
-from experiments.study.statistics import summarise
+from experiments.study.statistics import in_words, summarise
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
@@ -188,10 +188,7 @@ def markdown(by_rank: pd.DataFrame) -> str:
     lines = ["| head | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
     for head in sorted(set(by_rank["head"].astype(str))):
         rows = summarise(by_rank[by_rank["head"] == head], ["class"], "validation_loss_nats")
-        cells = [
-            f"{mean:.3f}" if np.isnan(half_width) else f"{mean:.3f} ± {half_width:.3f}"
-            for mean, half_width in rows[["mean", "half_width"]].to_numpy()
-        ]
+        cells = [in_words(mean, half_width) for mean, half_width in rows[["mean", "half_width"]].to_numpy()]
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
     share = by_rank[by_rank["head"] == by_rank["head"].iloc[0]].groupby("class")["targets"].first()
     lines.append("| share of targets | " + " | ".join(f"{share[number] / share.sum():.1%}" for number in names) + " |")

@@ -23,9 +23,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, of_largest_budget, save, trained_on
+from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, of_largest_budget, save, seeds_of, trained_on
 from experiments.study.measuring import COST, add_settings, collect_runs, corpora_with_runs, corpus_of
-from experiments.study.statistics import summarise
+from experiments.study.statistics import in_words, summarise
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.runs.record import collect
@@ -75,8 +75,8 @@ def draw(corpus: str) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     handles, labels = in_columns(handles, labels, 3)
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    seeds = folded["seed"].nunique()
-    figure.suptitle(f"{trained_on(folded)}; {seeds} seeds, 95% intervals; {len(folded) + len(full)} runs", fontsize=7)
+    seeds = seeds_of(folded) + (", 95% intervals" if folded["seed"].nunique() > 1 else "")
+    figure.suptitle(f"{trained_on(folded)}; {seeds}; {len(folded) + len(full)} runs", fontsize=7)
     save(figure, RESULTS / corpus / "figure3_group_size.png")
     path = RESULTS / corpus / "figure3_group_size.md"
     write_text(path, markdown(folded, full))
@@ -179,11 +179,11 @@ def markdown(folded: pd.DataFrame, full: pd.DataFrame) -> str:
     )
     means = zip(loss.itertuples(), accuracy["mean"], memory["mean"], strict=True)
     for row, share, peak_gib in means:
-        interval = f"{row.mean:.3f} ± {row.half_width:.3f}"
+        interval = in_words(row.mean, row.half_width)
         lines.append(f"| {row.group_size:,} | {interval} | {share:.3f} | {peak_gib:.4f} | {row.seeds} |")
     for _, baseline in summarise(full, ["model"], "validation_loss_nats").iterrows():
         peak_gib = full.loc[full["model"] == baseline["model"], "peak_memory_gib"].mean()
-        interval = f"{baseline['mean']:.3f} ± {baseline['half_width']:.3f}"
+        interval = in_words(baseline["mean"], baseline["half_width"])
         lines.append(f"| {BASELINES[baseline['model']][0]} | {interval} | | {peak_gib:.4f} | {baseline['seeds']} |")
     hump, basin = compare_loss(folded), compare_memory()
     measured = memory.sort_values("mean").iloc[0]

@@ -18,7 +18,7 @@ from experiments.judging import (
     TextJudge,
 )
 from experiments.paper.paper_tables import MODELS
-from experiments.study.statistics import mean_and_interval
+from experiments.study.statistics import in_words, mean_and_interval
 from vocabfold.runs.tables import RESULTS
 
 TRAINED, HALF_TRAINED = "trained", "half-trained"
@@ -119,7 +119,7 @@ def cell(rows: pd.DataFrame, quantity: str | None) -> str:
     if quantity is None or quantity not in rows or rows[quantity].isna().all():
         return "–"
     mean, half_width, _ = summary(rows, quantity)
-    return f"{mean:.3f}" if math.isnan(half_width) else f"{mean:.3f} ± {half_width:.3f}"
+    return in_words(mean, half_width)
 
 
 def differences(table: pd.DataFrame, judge: str) -> list[str]:

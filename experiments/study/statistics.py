@@ -7,6 +7,7 @@ these very models would give on other documents of the kind. Neither speaks for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,11 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     if count < 2:
         return float(np.mean(values)), float("nan")
     return float(np.mean(values)), float(stats.t.ppf(1 - LEVEL / 2, count - 1) * stats.sem(values))
+
+
+def in_words(mean: float, half_width: float) -> str:
+    """A mean with its interval, which one value does not have."""
+    return f"{mean:.3f}" if math.isnan(half_width) else f"{mean:.3f} ± {half_width:.3f}"
 
 
 def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
