@@ -177,10 +177,10 @@ def markdown(folded: pd.DataFrame, full: pd.DataFrame) -> str:
         summarise(folded, ["group_size"], column)
         for column in ("validation_loss_nats", "group_accuracy", "peak_memory_gib")
     )
-    means = zip(loss.itertuples(), accuracy["mean"], memory["mean"], strict=True)
-    for row, share, peak_gib in means:
-        interval = in_words(row.mean, row.half_width)
-        lines.append(f"| {row.group_size:,} | {interval} | {share:.3f} | {peak_gib:.4f} | {row.seeds} |")
+    means = zip(loss.iterrows(), accuracy["mean"], memory["mean"], strict=True)
+    for (_, row), share, peak_gib in means:
+        interval = in_words(row["mean"], row["half_width"])
+        lines.append(f"| {row['group_size']:,.0f} | {interval} | {share:.3f} | {peak_gib:.4f} | {row['seeds']:.0f} |")
     for _, baseline in summarise(full, ["model"], "validation_loss_nats").iterrows():
         peak_gib = full.loc[full["model"] == baseline["model"], "peak_memory_gib"].mean()
         interval = in_words(baseline["mean"], baseline["half_width"])
