@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from experiments.claims.largest_budget import order_at_most_tokens
 
 from figure_cases import run_row
 from run_cases import REPOSITORY, experiment
@@ -69,3 +70,15 @@ def test_orders_of_the_largest_budget_stand_beside_the_linear_heads_of_heads_sca
     (line,) = [line for line in words.splitlines() if line.startswith("| one linear layer a group | 225 | clustered")]
     assert "| 5.150 ± 0.635 |" in line and "| -0.300 ± 0.000 |" in line and line.endswith("| 2 |")
     assert "order_matters_group_accuracy" not in capfd.readouterr().out  # its curves are those of heads_pareto
+
+
+def test_one_seed_of_an_order_decides_nothing(results: Path) -> None:
+    rows = [
+        row | {"partition_order": order, "run": f"{order}{row['run']}"}
+        for order in ("bpe", "frequency", "random")
+        for tokens in (1e6, 4e6)
+        for row in paper_rows(tokens, 6.0 - tokens / 4e6)
+        if tokens == 1e6 or row["seed"] == 0
+    ]
+    write_table(pd.DataFrame(rows).assign(experiment="order_matters"), results / "long" / "order_matters.csv")
+    assert all("1.0 M tokens" in check.asked for check in order_at_most_tokens("long").checks)
