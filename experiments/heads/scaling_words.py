@@ -24,7 +24,7 @@ from experiments.heads.scaling_points import (
     gap_trend,
     loss_at,
 )
-from experiments.study.statistics import LEVEL, Difference
+from experiments.study.statistics import LEVEL, Difference, in_words
 from experiments.study.trends import Trend
 from vocabfold.measure.speed import ratio_summary
 
@@ -124,7 +124,7 @@ def headline(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
             if full is not None and full in costs:
                 speed = f"{ratio_summary({name: costs[name].seconds for name in (arm, full)}, full, arm).median:.1f}"
         head = points.loc[points["arm"] == arm, "head"].iloc[0]
-        loss = f"{mean:.3f}" + ("" if math.isnan(half_width) else f" ± {half_width:.3f}")
+        loss = in_words(mean, half_width)
         lines.append(row_of(NAMES.get(arm, arm), f"`head={head}`", loss, ratio, speed, memory))
     return lines
 
