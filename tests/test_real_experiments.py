@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from experiments.judging import Story
-from experiments.real import growing, real_caching, real_coding, real_embedding, real_stories
+from experiments.real import real_caching, real_coding, real_embedding, real_stories
 from experiments.real.real_embedding import Way
+from experiments.study import by_document
 from experiments.tokens.caching_speed import Workload
 
 from run_cases import TEXT as CORPUS
@@ -44,7 +45,7 @@ def test_embeddings_are_compared_and_not_twice(folder: Path, text: Path, monkeyp
     pd.testing.assert_frame_equal(table.iloc[:3][first.columns], first, check_dtype=False)
     assert {"int4", "mixed", "low_rank", "tt_matrix", "tensor_train"} < set(table["embedding"])
     assert (table["documents"] == 5).all() and table["run"].is_unique
-    losses = table["document_loss_nats"].map(lambda cell: growing.numbers_in(cell).sum())
+    losses = table["document_loss_nats"].map(lambda cell: by_document.numbers_in(cell).sum())
     np.testing.assert_allclose(losses / table["tokens"], table["loss_nats"], atol=1e-4)
     half = table[(table["numbers"] == "bfloat16") & (table["embedding"] == "low_rank")].iloc[0]
     assert half["compression"] >= half["wanted_compression"]

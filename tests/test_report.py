@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from experiments.study.statistics import difference_over_seeds
@@ -36,7 +37,7 @@ def verdict_of(claims: Any, corpus: str, where: str, words: str = "") -> str:
         claim.judged(corpus).verdict
         for source in claims.sources
         for claim in source.claims
-        if where in claim.where and words in claim.statement
+        if where in claim.where and words in claim.statement and ("(" in words) == ("(SmolLM2" in claim.statement)
     ]
     return str(found)
 
@@ -226,6 +227,33 @@ def test_every_claim_has_a_verdict_once_its_table_is_there(claims: Any, every_ta
     assert verdict_of(claims, "tiny", "abstract", "at the largest budget") == "reproduced"  # within 0.05 nats
     assert verdict_of(claims, "tiny", "method", "likeliest group") == "not reproduced"  # 0.3
     assert "tiny, hidden 64, 9000 M tokens, paper minus full_untied_counts: " in text
+
+
+def test_a_finished_model_is_judged_by_its_own_tables(claims: Any, copy: Path) -> None:
+    better, usable = ("abstract", "training (SmolLM2"), ("abstract", "38.40x (SmolLM2")
+    path = copy / "real" / "real_embedding.csv"
+    table = pd.read_csv(path)
+    trains = (table["embedding"] == "tensor_train") & (table["text"] == "tinystories")
+    dense = table[(table["embedding"] == "dense") & (table["text"] == "tinystories")].set_index("documents")
+    nats = {count: [float(cell) for cell in row["document_loss_nats"].split()] for count, row in dense.iterrows()}
+    assert verdict_of(claims, "tinystories", *better) == verdict_of(claims, "tinystories", *usable) == "not reproduced"
+    for factor, verdicts in ((0.999, ["partly", "partly"]), (1.001, ["not reproduced", "partly"])):  # on one text of 3
+        cells = [" ".join(str(loss * factor) for loss in nats[count]) for count in table.loc[trains, "documents"]]
+        table.loc[trains, "document_loss_nats"] = cells
+        table.to_csv(path, index=False)
+        assert [verdict_of(claims, "tinystories", *words) for words in (better, usable)] == verdicts
+    table[table["compression"] < 38.4].to_csv(path, index=False)
+    assert verdict_of(claims, "tinystories", *usable) == "not run"
+    faster, leaner = ("summary", "25% faster (SmolLM2"), ("summary", "less memory (SmolLM2")
+    assert [verdict_of(claims, "tinystories", *words) for words in (faster, leaner)] == ["reproduced", "partly"]
+    for name, column, others in (("real_caching", "seconds", 1), ("real_caching_memory", "peak_memory_mib", 0.5)):
+        path = copy / "real" / f"{name}.csv"
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        table[column] = np.where(table["cache"] == "none", 1.0, others) * table[column].max()
+        table.assign(weights_mib=0).to_csv(path, index=False)
+    assert [verdict_of(claims, "tinystories", *words) for words in (faster, leaner)] == ["not reproduced", "partly"]
+    path.unlink()
+    assert verdict_of(claims, "tinystories", *leaner) == "not run"
 
 
 def test_the_largest_budget_decides_whatever_text_it_is_of(claims: Any, copy: Path) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from experiments.embeddings.methods import LOOKS, PUBLISHED
-from experiments.real.growing import change_of
+from experiments.study.by_document import change_of
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save
 from experiments.study.statistics import Interval
 

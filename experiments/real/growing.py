@@ -11,10 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from experiments.study.statistics import Interval, paired_bootstrap
 from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.hugging_face.fetch import DEFAULT_FOLDER, SMOLLM2
@@ -69,29 +67,6 @@ def weight_files(path: Path) -> list[Path]:
 def sha256_of(path: Path) -> str:
     """16 hex digits of a text's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def loss_columns(losses: pd.DataFrame) -> dict[str, Any]:
-    """Of ``loss.document_losses``: the mean, and each document's tokens and summed loss in one cell each, since there
-    are many rows."""
-    return {
-        "documents": len(losses),
-        "tokens": int(losses["tokens"].sum()),
-        "loss_nats": losses["loss_nats"].sum() / losses["tokens"].sum(),
-        "document_tokens": " ".join(map(str, losses["tokens"])),
-        "document_loss_nats": " ".join(f"{loss:.4f}" for loss in losses["loss_nats"]),
-    }
-
-
-def numbers_in(cell: Any) -> np.ndarray:
-    """The numbers of one such cell."""
-    return np.array([float(number) for number in str(cell).split()])
-
-
-def change_of(row: pd.Series, reference: pd.Series) -> Interval:
-    """The loss of one row above that of another on the same documents, nats a token, with its 95% interval."""
-    losses, before = (numbers_in(each["document_loss_nats"]) for each in (row, reference))
-    return paired_bootstrap(losses, before, numbers_in(row["document_tokens"]))
 
 
 class GrowingTable:

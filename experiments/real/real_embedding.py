@@ -35,11 +35,11 @@ from experiments.real.growing import (
     add_model,
     add_texts,
     described,
-    loss_columns,
     sha256_of,
     texts_of,
 )
 from experiments.real.loss import Piece, document_losses, pieces_of, read_texts
+from experiments.study.by_document import loss_columns
 from experiments.study.figures import report
 from experiments.study.measuring import at_least_one, identity
 from vocabfold.embeddings import (
