@@ -49,6 +49,13 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)  # configurations are made of many small objects, few of them garbage
+    os.fsync = lambda _: None  # no test cuts the power, and a disk takes milliseconds for each of thousands
+
+
+def pytest_runtest_logfinish() -> None:
+    """What a test has left, such as modules that it was the first to import, is no garbage either."""
+    gc.collect(1)
+    gc.freeze()
 
 
 @pytest.fixture

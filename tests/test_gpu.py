@@ -57,6 +57,7 @@ def table(folder: Path, part: str) -> pd.DataFrame:
     return pd.read_csv(folder / "results" / "cards_tiny" / f"gpu_{part}.csv")
 
 
+@pytest.mark.slow  # CI runs it
 def test_heads_alone_are_measured_in_every_round_beside_their_floors(rehearsed: Path) -> None:
     rows = table(rehearsed, "heads")
     measured = rows[rows["status"] == OK]
@@ -70,6 +71,7 @@ def test_heads_alone_are_measured_in_every_round_beside_their_floors(rehearsed: 
     assert list(rows.columns[-4:]) == ["hardware", "torch", "commit", "command"]
 
 
+@pytest.mark.slow  # CI runs it
 def test_steps_are_measured_whole_forward_only_and_captured(rehearsed: Path) -> None:
     rows = table(rehearsed, "steps")
     kinds = set(zip(rows["side"], rows["mode"], rows["pass"], strict=True))
@@ -86,6 +88,7 @@ def test_steps_are_measured_whole_forward_only_and_captured(rehearsed: Path) -> 
     assert peak["no_head"] == peak[list(gpu_steps.LEAN)].min()
 
 
+@pytest.mark.slow  # CI runs it
 def test_decoding_is_exact_and_measured_alone_and_whole(rehearsed: Path) -> None:
     rows = table(rehearsed, "decoding")
     assert (rows["status"] == OK).all()
@@ -94,6 +97,7 @@ def test_decoding_is_exact_and_measured_alone_and_whole(rehearsed: Path) -> None
     assert (rows["entropy_nats"] < math.log(499)).all()
 
 
+@pytest.mark.slow  # CI runs it
 def test_all_of_it_is_drawn_and_a_second_run_measures_nothing(
     rehearsed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +128,7 @@ def as_on_a_card(folder: Path) -> None:
     pd.concat([own, *peers, full, kept]).to_csv(path, index=False)
 
 
+@pytest.mark.slow  # CI runs it
 def test_goals_against_peers_are_told(rehearsed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "results" / "cards_tiny"
     folder.mkdir(parents=True)
@@ -305,6 +310,7 @@ def test_on_a_card_events_tell_the_time_and_the_allocator_the_memory(tmp_path: P
     assert calls.count("graph") == bench.WARM_UP + 1 and PretendedGraph.replays >= 2 + 5 * 11
 
 
+@pytest.mark.slow  # CI runs it
 def test_rows_of_code_that_has_changed_are_dropped_by_name(
     rehearsed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

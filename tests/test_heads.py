@@ -215,12 +215,12 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 @one_case_a_kind(["loss", "accuracy", "target_log_prob", *SAMPLING])
 def test_only_the_full_head_builds_n_times_v(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, num_rows = Layout(4099, None), 256
-    monkeypatch.setattr(loss_options, "ROW_CHUNK_ELEMENTS", 16 * layout.vocabulary_size)
+    layout, num_rows = Layout(4099, None), 128
+    monkeypatch.setattr(loss_options, "ROW_CHUNK_ELEMENTS", 8 * layout.vocabulary_size)
     head, module = make_head(kind, layout, weight_std=1.0)
     module.float()
     hidden = make_hidden(num_rows).float().requires_grad_()
-    targets = torch.arange(num_rows) * 16
+    targets = torch.arange(num_rows) * 32
     with LargestTensor() as largest:
         if method in SAMPLING:
             head.sample(hidden, **SAMPLING[method])

@@ -170,7 +170,7 @@ def test_workers_draw_the_same_pictures() -> None:
 
 
 def test_pictures_put_together_on_the_device_are_the_same_to_the_last_pixel() -> None:
-    classes, numbers = classes_of({}), np.random.default_rng(3).integers(2_000_000, size=160)
+    classes, numbers = classes_of({}), np.random.default_rng(3).integers(2_000_000, size=64)
     for side in (100, 37):
         made = Undrawn(classes, side, chances(classes, 4, numbers, side)).to(torch.device("cpu"))
         assert made.dtype == torch.uint8 and made.is_contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
@@ -57,7 +58,18 @@ def test_every_option_is_chosen() -> None:
     assert chosen == {(group, option) for group in GROUPS for option in options(group)}
 
 
-@pytest.mark.parametrize("choice", choices(), ids=lambda choice: "-".join(choice.values()))
+def each_choice() -> list[ParameterSet]:
+    """All of them; those of which only the head was not in an earlier one are slow, and CI runs them."""
+    earlier, cases = set[tuple[str, str]](), []
+    for choice in choices():
+        fresh = set(choice.items()) - earlier
+        marks = [pytest.mark.slow] if {group for group, _ in fresh} == {"head"} else []
+        cases.append(pytest.param(choice, marks=marks, id="-".join(choice.values())))
+        earlier |= fresh
+    return cases
+
+
+@pytest.mark.parametrize("choice", each_choice())
 def test_every_option_composes_to_checked_settings(choice: dict[str, str]) -> None:
     begun = ["start.run=FOLDER"] if choice.get("start", "none") != "none" else []
     config = composed(*begun, *(f"{group}={option}" for group, option in choice.items()))

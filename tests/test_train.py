@@ -110,7 +110,7 @@ def test_training_approaches_the_entropy_rate(head: str) -> None:
         "budget.epochs=4",
         "run_dir=run",
         "optimizer.learning_rate=0.02",
-        "data.num_train_tokens=20000",
+        "data.num_train_tokens=10000",
         "log_every=1000",
         "data.vocabulary_size=97",
         "data.num_valid_tokens=4000",

@@ -75,14 +75,14 @@ def of_finished_model(_corpus: str, compression: float, asked: str, most: float)
     perplexity of the mildest per-token train that compresses so much must be at most ``most`` times the dense one's."""
     columns = ("text", "embedding", "numbers", "side", "compression", "documents", "document_loss_nats")
     table = measured("real", "real_embedding", REAL_COMMAND, columns)
-    trains = chosen(with_changes(table))
-    trains = trains[(trains["embedding"] == "tensor_train") & (trains["side"] == "input")]
-    trains = trains[trains["compression"] >= compression]
+    is_train = (table["embedding"] == "tensor_train") & (table["side"] == "input")
+    trains = table[is_train & (table["compression"] >= compression)]
     if trains.empty:
         raise UserError(
             f"results/real/real_embedding.csv has no tensor train of {compression:.2f}x: run {REAL_COMMAND}"
         )
     mildest = trains[trains["compression"] == trains["compression"].min()]
+    mildest = chosen(with_changes(pd.concat([table[table["embedding"] == "dense"], mildest])))
     checks = []
     for _, row in mildest.iterrows():
         numbers = "" if row["numbers"] == FLOAT else f" ({row['numbers']})"

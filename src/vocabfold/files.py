@@ -14,6 +14,7 @@ import yaml
 from vocabfold.errors import UserError
 
 MOST_YAML_BYTES, MOST_YAML_DEPTH = 1 << 18, 20
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, ten times as fast, where it was built
 
 
 @contextmanager
@@ -81,13 +82,13 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} has {size} bytes: no run writes more than {MOST_YAML_BYTES}")
         text = path.read_text(encoding="utf-8")
         depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text, YAML_LOADER):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(f"{path} holds a YAML alias, which no run writes: write its values out")
             if depth > MOST_YAML_DEPTH:
                 raise ValueError("it is nested too deeply")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, YAML_LOADER)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged: delete the run folder and train again") from error
     if not isinstance(content, dict):
