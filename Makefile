@@ -64,7 +64,7 @@ report: .venv/ready ## each claim of the papers beside our tables, with its verd
 figures: .venv/ready ## every figure and table in words again from the tables that are there
 	@$(experiment) all draw
 
-test: .venv/ready ## quick tests
+test: .venv/ready ## quick tests (2 minutes on two cores)
 	$(PY) -m pytest -q -m "not slow"
 
 test-all: .venv/ready ## the slow tests too

@@ -195,9 +195,10 @@ def test_caches_are_compared_on_a_finished_model(
     text.write_text("<|endoftext|>\n".join(DOCUMENTS * 4))
     small = [Workload("distinct", 5, 0, 2), Workload("distinct", 12, 0, 2)]
     small += [Workload("repeated", 12, 12, 2, real_caching.REUSE), Workload("shared beginning", 14, 10, 1)]
+    small.append(Workload("new tokens alone", 4, 0, 1, ("key/value",)))
     monkeypatch.setattr(real_caching, "WORKLOADS", small)
     keys = [(one.name, one.prompt_tokens, one.new_tokens) for one in small]
-    for name, key in zip(("SHORT", "LONG", "REPEATED", "SHARED"), keys, strict=True):
+    for name, key in zip(("SHORT", "LONG", "REPEATED", "SHARED", "ALONE"), keys, strict=True):
         monkeypatch.setattr(real_caching, name, key)
     unseen = Workload("distinct", 12, 0, 2)
     monkeypatch.setattr(real_caching, "MEMORY_WORKLOADS", (unseen, small[2]))
