@@ -6,15 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from test_hugging_face_coding import folder
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY_SIZE = 512
+__all__ = ["folder"]  # a fixture
 
 
-def run_example(page: str, **names: Any) -> dict[str, Any]:
-    """The names that the page's one Python example leaves behind, ``names`` given to it."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+def run_example(page: str, number: int = 0, **names: Any) -> dict[str, Any]:
+    """The names that one of the page's Python examples leaves behind, ``names`` given to it."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    example = examples[number].replace("folder or file.gguf", str(names.get("folder")))
     exec(example.replace("50_257", str(VOCABULARY_SIZE)).replace("225", "25"), names)  # our own text
     return names
 
@@ -28,6 +33,12 @@ def test_the_readme_example_of_a_head_runs() -> None:
     assert names["next_tokens"].shape == (8,)
     probabilities = names["head"].log_prob(hidden).exp().sum(dim=-1)
     torch.testing.assert_close(probabilities, torch.ones(8))
+
+
+def test_the_readme_example_of_a_finished_model_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_example("README.md", 1, folder=folder)
+    assert capsys.readouterr().out.startswith("Once upon a time")
+    assert names["head"].counts and names["head"].bytes_read > 0
 
 
 def test_the_example_of_docs_heads_runs() -> None:
