@@ -11,6 +11,7 @@ import pytest
 import torch
 from experiments.judging import Story
 from experiments.real import real_caching, real_coding, real_embedding, real_stories
+from experiments.real.coding_words import is_deflated
 from experiments.real.real_embedding import Way
 from experiments.study import by_document
 from experiments.tokens.caching_speed import Workload
@@ -134,7 +135,11 @@ def test_texts_are_coded_by_small_models_of_ours_too(
     speeds = pd.read_csv("results/real/real_coding_speed.csv")
     assert len(speeds) == 12 and row["coder"] in set(speeds["coder"])
     assert experiment(monkeypatch, "real_coding", "draw") == 0
-    assert "our own small models" in Path("results/real/real_coding.md").read_text()
+    told = Path("results/real/real_coding.md").read_text()
+    assert "our own small models" in told
+    assert ("(deflated" in told) == bool((table["bits_per_byte"] < table["own_bits_per_byte"]).any())
+    assert is_deflated(row.where(row.index != "own_bits_per_byte", row["bits_per_byte"] + 0.1))
+    assert not is_deflated(row.where(row.index != "own_bits_per_byte", row["bits_per_byte"] - 0.1))
     assert experiment(monkeypatch, *words, "--run", "nowhere") == 2
     assert "nowhere holds no finished run" in capsys.readouterr().err
 

@@ -30,8 +30,9 @@ def markdown(table: pd.DataFrame, speeds: pd.DataFrame | None) -> str:
         for _, row in rows.sort_values("bits_per_byte").iterrows():
             own = "" if pd.isna(row["own_bits_per_byte"]) else f"{row['own_bits_per_byte']:.3f}"
             whole = "" if pd.isna(row["whole_bytes"]) else f"{8 * row['whole_coded_bytes'] / row['whole_bytes']:.3f}"
+            deflated = " (deflated: shorter than its own code)" if is_deflated(row) else ""
             lines.append(
-                f"| {text}, {row['bytes']:,} bytes | {row['coder']} | {row['bits_per_byte']:.3f} "
+                f"| {text}, {row['bytes']:,} bytes | {row['coder']}{deflated} | {row['bits_per_byte']:.3f} "
                 f"| {row['bits_per_byte_with_model']:,.3f} | {own} | {whole} | {speed_cells(speeds, row['coder'])} |"
             )
     first, told = words_of(table)
@@ -45,6 +46,11 @@ def markdown(table: pd.DataFrame, speeds: pd.DataFrame | None) -> str:
     text += "Whether these texts or some like them were among what it was trained on is not known."
     lines += ["", *told, "", text]
     return "\n".join([*lines, f"Hardware: {first['hardware']}; torch {first['torch']}.", ""])
+
+
+def is_deflated(row: pd.Series) -> bool:
+    """Whether a model's file holds DEFLATE's code instead: no code of its own is below its cross entropy."""
+    return bool(row["bits_per_byte"] < row["own_bits_per_byte"])
 
 
 def words_of(table: pd.DataFrame) -> tuple[pd.Series, list[str]]:
