@@ -99,6 +99,16 @@ def test_adapters_are_trained_saved_loaded_and_merged(name: str, tmp_path: Path)
     torch.testing.assert_close(loss_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), loss_of(model))
     if "head" not in name:
         assert type(unfold(merged)) is type(build())
+        return
+    rows = merged.head.linear_scorer[0].weight  # in token order where they are tied
+    plain = unfold(merged, drop_trained=True)
+    plain.save_pretrained(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.config.tie_word_embeddings is False and merged.config.tie_word_embeddings == ("tied" in name)
+    assert torch.equal(plain.get_input_embeddings().weight, merged.get_input_embeddings().weight)
+    if "tied" in name:
+        assert torch.equal(plain.get_output_embeddings().weight, rows)
+    assert not torch.equal(plain.get_output_embeddings().weight, build().get_output_embeddings().weight)
 
 
 def test_an_adapters_folder_names_the_folded_models(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ original = unfold(model)
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,8 @@ def unfold(model: Any, drop_trained: bool = False) -> Any:
 
     Exact where the head's rows are those that it was folded with, whatever the backbone or the groups' scores learned
     since. Otherwise there is no full softmax that says what the head says, and UserError names what would be lost;
-    ``drop_trained`` takes the head's rows all the same, and drops the rest.
+    ``drop_trained`` takes the head's rows all the same, and drops the rest. A tied model whose head learned apart from
+    the embedding, as PEFT's copies do, becomes an untied one.
     """
     need("transformers")
     from transformers.models.auto import modeling_auto
@@ -142,12 +144,18 @@ def unfold(model: Any, drop_trained: bool = False) -> Any:
     kind: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
     if kind.__name__ != config.unfolded:
         raise UserError(f"the model was a {config.unfolded}, which this transformers no longer makes of its config")
+    rows, bias = _plain_rows(head)
+    text_config: Any = config.text_config
+    inputs: Any = model.get_input_embeddings().weight if config.tie_word_embeddings else None
+    shares_rows = inputs is not None and torch.equal(rows, inputs)
+    if inputs is not None and not shares_rows:
+        text_config = copy.deepcopy(text_config)
+        text_config.tie_word_embeddings = False
     with torch.device("meta"):
-        plain = kind(config.text_config)
+        plain = kind(text_config)
     setattr(plain, plain.base_model_prefix, model.model)
     layer = plain.get_output_embeddings()
-    rows, bias = _plain_rows(head)
-    layer.weight = model.get_input_embeddings().weight if config.tie_word_embeddings else nn.Parameter(rows)
+    layer.weight = inputs if shares_rows else nn.Parameter(rows.detach())
     if layer.bias is not None:
         layer.bias = nn.Parameter(bias)
     plain.generation_config = model.generation_config
