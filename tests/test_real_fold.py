@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from experiments.real import real_fold
+from experiments.real import real_fold, real_fold_work
 from experiments.real.loss import by_document, document_losses, mean_loss, pieces_of, read_texts
 from experiments.real.real_fold import Folding, costs, group_scores, head_of, measured_rows, partition_of
 from experiments.real.states import States, TextPart, cached_states
@@ -144,7 +143,7 @@ def test_every_axis_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Mo
         ("BASE", base),
         ("WIDTH", 4),
         ("VISITED", (0, 3)),
-        ("distil", partial(distil, steps=150)),
+        ("distil", lambda head, hidden, taught, _: distil(head, hidden, taught, steps=150)),
     ):
         monkeypatch.setattr(real_fold, name, value)
     monkeypatch.setattr(real_fold, "SERIES", {"network": (base, "network", "k", "o")})
@@ -164,3 +163,35 @@ def test_every_axis_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Mo
     words = (folder / "real_fold.md").read_text()
     assert (folder / "real_fold.png").stat().st_size > 1000
     assert f"+{by_form['mean']:.3f} (" in words and "| 600 | wiki |" in words
+
+
+def test_more_tokens_and_steps_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_fold_work, "BASE", Folding(size=9, shortlist=7))
+    monkeypatch.setattr(real_fold, "WIDTH", 4)
+    monkeypatch.setattr(real_fold, "VISITED", (0, 3))
+    for name, value in (("FEWEST_TOKENS", 40), ("STEPS", 20), ("LONGER_TOKENS", 200), ("SHOWN", {0: "-", 3: "--"})):
+        monkeypatch.setattr(real_fold_work, name, value)
+    assert real_fold_work.numbers_of_tokens(640) == [40, 160, 640]
+    assert real_fold_work.numbers_of_tokens(700) == [40, 160, 700]
+    assert real_fold_work.numbers_of_tokens(1300) == [40, 160, 640, 1300]
+    weight = torch.randn(VOCABULARY, 16, generator=torch.Generator().manual_seed(0))
+    valid = {"stories": made(80, 3, weight), "wiki": made(90, 4, weight)}
+    rows = real_fold_work.measured_rows(weight, made(640, 2, weight), valid)
+    table = pd.DataFrame(rows).assign(model="m", hardware="h", torch="t", commit="c")
+    assert len(table) == 7 * 2 * 2  # three numbers for each form, one of them for longer too
+    assert set(zip(table["trained_tokens"], table["steps"], table["passes"], strict=True)) >= {
+        (40, 20, 20 * 512 / 40), (640, 80, 80 * 512 / 640),
+    }  # fmt: skip
+    of_network = table[(table["form"] == "network") & (table["visited"] == 0) & (table["text"] == "stories")]
+    longest = of_network.set_index(["trained_tokens", "steps"])["added_nats"]
+    assert longest[640, 80] < longest[40, 20]
+    monkeypatch.chdir(tmp_path)
+    folder = Path("results/cost")
+    folder.mkdir(parents=True)
+    table.to_csv(folder / "real_fold_work.csv", index=False)
+    with drawing():
+        real_fold_work.draw("cost")
+    words = (folder / "real_fold_work.md").read_text()
+    assert (folder / "real_fold_work.png").stat().st_size > 1000
+    assert f"+{longest[640, 80]:.3f} (" in words
+    assert "* wiki: more tokens in as many steps gain a network without visits " in words

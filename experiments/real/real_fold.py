@@ -12,9 +12,8 @@ kept in --cache. ``measure`` writes results/cost/real_fold.csv, one row a text, 
 
 from __future__ import annotations
 
-import functools
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,27 +26,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.real.fold_inputs import MODEL, identity_of, rows_and_states
+from experiments.real.fold_inputs import add_options as add_options
 from experiments.real.loss import by_document, state_losses
-from experiments.real.states import States, TextPart, cached_states, file_sha256
+from experiments.real.states import States
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, read_measured, save
-from experiments.study.measuring import COST, at_least_one, identity, is_measured, write_measured
+from experiments.study.measuring import COST, is_measured, write_measured
 from experiments.study.statistics import paired_bootstrap
-from vocabfold.errors import UserError
 from vocabfold.files import write_text
 from vocabfold.heads import FullHead, Partition, SortedLinearScorer
 from vocabfold.heads.base import log_softmax
 from vocabfold.heads.orders import clustered_order, frequency_order
 from vocabfold.heads.partition import equal_boundaries
-from vocabfold.hugging_face import load
-from vocabfold.hugging_face.distil import distil, with_exact
-from vocabfold.hugging_face.fetch import DEFAULT_FOLDER
+from vocabfold.hugging_face.distil import STEPS, distil, with_exact
 from vocabfold.hugging_face.fold import copy_rows
 from vocabfold.hugging_face.fold_head import RescoredHead
 from vocabfold.machine import origin
 
 PATH = COST / "real_fold.csv"
 CORPORA = ("cost",)
-MOST_OF_DOCUMENT = {"valid": 400, "train": 700}  # targets: many documents rather than long ones
 ROWS_AT_A_TIME = 128
 VISITED = (0, 1, 4, 16, 64)
 WIDTH = 512
@@ -142,8 +139,10 @@ def measured_foldings(
     partition: Partition,
     train: tuple[States, Tensor],
     valid: dict[str, tuple[States, Tensor]],
+    steps: int = STEPS,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the foldings of one ``partition``. ``train``, ``valid``: states and what group_scores says of them."""
+    """Rows of the foldings of one ``partition``. ``train``, ``valid``: states and what group_scores says of them;
+    ``steps``: of learning."""
     states, taught = train
     shuffled = torch.randperm(len(taught), generator=torch.Generator().manual_seed(0))
     for folding in tqdm(wanted, desc="foldings", leave=False):
@@ -151,7 +150,7 @@ def measured_foldings(
         head = head_of(full, partition, WIDTH if folding.form == "network" else 0)
         some = shuffled[: math.ceil(folding.share * len(shuffled))]
         if folding.form != "mean":
-            distil(head, states.hidden[some], taught[some])
+            distil(head, states.hidden[some], taught[some], steps)
         common = asdict(folding) | {
             "groups": len(partition.multi_groups),
             "trained_tokens": 0 if folding.form == "mean" else len(some),
@@ -180,44 +179,13 @@ def measured_foldings(
                 }
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """The options of ``measure``."""
-    parser.add_argument("--smollm2", type=Path, required=True, help="GGUF file of SmolLM2-135M-Instruct")
-    parser.add_argument("--valid", nargs="+", required=True, metavar="NAME=FILE", help="texts to measure on")
-    parser.add_argument("--train", nargs="+", type=Path, required=True, metavar="FILE", help="texts to learn from")
-    parser.add_argument("--valid-tokens", type=int, default=20_000, help="of each text (default %(default)s)")
-    parser.add_argument("--train-tokens", type=int, default=60_000, help="of each text (default %(default)s)")
-    parser.add_argument(
-        "--cache", type=Path, default=DEFAULT_FOLDER / "states", help="folder for hidden states (default %(default)s)"
-    )
-
-
 def measure(arguments: Namespace) -> None:
     """Write results/cost/real_fold.csv."""
-    at_least_one(arguments, "valid_tokens", "train_tokens")
-    named = dict(word.partition("=")[::2] for word in arguments.valid)
-    paths = [*map(Path, named.values()), *arguments.train]
-    for path in [arguments.smollm2, *paths]:
-        if not path.is_file():
-            raise UserError(f"there is no {path}: give NAME=FILE after --valid, and files that exist")
-    model_sha256 = file_sha256(arguments.smollm2)
-    options = Namespace(valid_tokens=arguments.valid_tokens, train_tokens=arguments.train_tokens)
-    measurement = identity("real_fold", options, list(named), model_sha256, [file_sha256(path) for path in paths])
+    measurement = identity_of("real_fold", arguments)
     if is_measured(PATH, measurement):
         return
-    loaded = functools.cache(lambda: load(arguments.smollm2))
-
-    def states_of(path: Path, kind: str) -> States:
-        part = TextPart(path, getattr(arguments, f"{kind}_tokens"), MOST_OF_DOCUMENT[kind])
-        return cached_states(arguments.cache, model_sha256, part, loaded()[1], lambda: loaded()[0])
-
-    valid = {name: states_of(Path(path), "valid") for name, path in named.items()}
-    parts = [states_of(path, "train") for path in arguments.train]
-    train = States(*(torch.cat(each) for each in zip(*(vars(part).values() for part in parts), strict=True)))
-    layer = loaded()[0].get_output_embeddings()
-    rows = measured_rows(layer.weight.detach(), train, valid)
-    table = pd.DataFrame(rows).assign(model="SmolLM2-135M-Instruct", **origin())
-    write_measured(table, PATH, measurement)
+    rows = measured_rows(*rows_and_states(arguments))
+    write_measured(pd.DataFrame(rows).assign(model=MODEL, **origin()), PATH, measurement)
 
 
 def measured_rows(weight: Tensor, train: States, valid: dict[str, States]) -> list[dict[str, Any]]:
