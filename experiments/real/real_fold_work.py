@@ -100,7 +100,7 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
             form, steps, visited = (rows[column].iloc[0] for column in ("form", "steps", "visited"))
             color, marker = LOOKS[form]
             bars = [rows["added_nats"] - rows["added_low"], rows["added_high"] - rows["added_nats"]]
-            label = f"{FORMS[form]}, {f'{visited} groups visited, ' if visited else ''}{steps:,} steps"
+            label = f"{form}, {steps:,} steps{f', {visited} visited' if visited else ''}"
             axis.errorbar(
                 rows["trained_tokens"],
                 rows["added_nats"],
@@ -113,7 +113,10 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
                 elinewidth=0.7,
                 label=label,
             )
-        axis.set(xscale="log", xlabel="Tokens learned from")
+        axis.set(xscale="log", xlabel="Tokens learned from (thousands)")
+        tokens = sorted(table["trained_tokens"].unique())
+        axis.set_xticks(tokens, [f"{number / 1e3:,.0f}" for number in tokens])
+        axis.minorticks_off()
         axis.set_title(text, fontsize=8)
     axes[0][0].set_ylim(bottom=0)
     axes[0][0].set_ylabel("Loss above the model's\n(nats a token)")
