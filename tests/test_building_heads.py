@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
@@ -170,3 +173,19 @@ def test_folded_head_is_what_head_folded_trains() -> None:
     first, second = (head.state_dict() for head in heads)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["mixture_clustered", "folded"])
+def test_a_head_that_was_built_for_a_text_can_be_saved(name: str, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 60, 3000)
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        settings = settings_from(compose("train", [f"head={name}"])).head
+    order = vocabulary_order(settings, 60, tokens)
+    head = build_head(settings, 60, nn.Embedding(60, 8, device="meta"), order, token_counts(tokens, 60))
+    safetensors.torch.save_model(head, tmp_path / "head.safetensors")
+    hidden = torch.randn(5, 8)
+    expected = head.log_prob(hidden)
+    for parameter in head.parameters():
+        parameter.data.zero_()
+    safetensors.torch.load_model(head, tmp_path / "head.safetensors")
+    torch.testing.assert_close(head.log_prob(hidden), expected)

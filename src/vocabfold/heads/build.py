@@ -248,7 +248,7 @@ def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Em
 def _build_mixture(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
     parts = []
     for index in range(len(settings.mixture)):
-        part_order = None if order is None else order[index]
+        part_order = None if order is None else order[index].clone()  # weights that are views cannot be saved
         part = _build_folded(_part_settings(settings, index), vocabulary_size, embedding, part_order)
         assert isinstance(part, FoldedHead)
         parts.append(part)
