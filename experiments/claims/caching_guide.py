@@ -36,21 +36,24 @@ class Tables:
         columns = ("library", "cache", "workload", *columns)
         return measured(self.folder.format(corpus=corpus), f"{self.name}{suffix}", self.command, columns)
 
-    def lacking(self, suffix: str, what: str) -> UserError:
+    def lacking(self, corpus: str, suffix: str, what: str) -> UserError:
         """What to do about a row that is not there."""
-        return UserError(f"{self.name}{suffix}.csv has no {what}: run {self.command} again")
+        path = f"results/{self.folder.format(corpus=corpus)}/{self.name}{suffix}.csv"
+        return UserError(f"{path} has no {what}: run {self.command} again")
 
 
 def faster(corpus: str, tables: Tables) -> Finding:
     """25% faster: the best cache of each library, on prompts that it has not seen."""
     table = tables.read(corpus, "", "prompt_tokens", "new_tokens", "round", "seconds")
     not_seen = table.loc[table["workload"] == "distinct", WORKLOAD].drop_duplicates()
+    if len(not_seen) < 2:
+        raise tables.lacking(corpus, "", "short and long prompts that no cache has seen")
     checks = []
     for library in (name for name in LIBRARIES if name in set(table["library"])):
         for key in not_seen.itertuples(index=False, name=None):
             ratios = speed_ups(table, library, key)
             if not ratios:
-                raise tables.lacking("", f"cache of {library} on prompts of {key[1]}")
+                raise tables.lacking(corpus, "", f"cache of {library} on prompts of {key[1]}")
             cache, ratio = max(ratios.items(), key=lambda item: item[1])
             asked = f"{library}, unseen prompts of {key[1]}: speed over no cache"
             checks.append(at_least(asked, ratio, FASTER_CLAIM, "{:.2f}", f"{library}, {key[1]}: {cache} {{}}"))
@@ -64,7 +67,7 @@ def leaner(corpus: str, tables: Tables) -> Finding:
     for library in (name for name in LIBRARIES if name in set(memory["library"])):
         rows = unseen(memory, library)
         if missing := [base for base in BASES if base not in rows.index]:
-            raise tables.lacking("_memory", f"row of {library} with the cache {missing[0]}")
+            raise tables.lacking(corpus, "_memory", f"row of {library} with the cache {missing[0]}")
         for base, name in BASES.items():
             for part, shares in zip(("whole peak", "above the weights"), memory_shares(rows, base), strict=True):
                 others = shares.drop(index=list({"none", base}))

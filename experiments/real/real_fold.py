@@ -311,5 +311,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 def cell(row: pd.Series) -> str:
     """Added nats, their interval and the share of rows."""
-    interval = f"({row['added_low']:.3f} to {row['added_high']:.3f})"
-    return f"+{row['added_nats']:.3f} {interval}, {row['share_of_rows']:.1%}"
+    return f"{in_nats(row)}, {row['share_of_rows']:.1%}"
+
+
+def in_nats(row: pd.Series) -> str:
+    """Added nats and their interval."""
+    return f"+{row['added_nats']:.3f} ({row['added_low']:.3f} to {row['added_high']:.3f})"

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments.real.fold_inputs import MODEL, identity_of, rows_and_states
 from experiments.real.fold_inputs import add_options as add_options
-from experiments.real.real_fold import BASE, FORMS, group_scores, measured_foldings, name_of, partition_of
+from experiments.real.real_fold import BASE, FORMS, group_scores, in_nats, measured_foldings, name_of, partition_of
 from experiments.real.states import States
 from experiments.study.figures import COLORS, COLUMN_INCHES, read_measured, save
 from experiments.study.measuring import COST, is_measured, write_measured
@@ -138,10 +138,7 @@ def markdown(table: pd.DataFrame) -> str:
     ]
     for _, rows in table.groupby(["text", "form", "steps", "trained_tokens"], sort=False):
         first_row, of = rows.iloc[0], rows.set_index("visited")
-        cells = " | ".join(
-            f"+{of['added_nats'][visited]:.3f} ({of['added_low'][visited]:.3f} to {of['added_high'][visited]:.3f})"
-            for visited in visits
-        )
+        cells = " | ".join(in_nats(of.loc[visited]) for visited in visits)
         tokens, steps, passes = (first_row[column] for column in ("trained_tokens", "steps", "passes"))
         lines.append(
             f"| {first_row['text']} | {FORMS[first_row['form']]} | {tokens:,} | {steps:,} | {passes:.1f} | {cells} |"
