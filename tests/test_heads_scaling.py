@@ -11,6 +11,7 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from experiments.heads import heads_scaling
 from experiments.heads.heads_scaling import LARGE_GROUPS
 from experiments.heads.scaling_points import (
     arm_of,
@@ -170,7 +171,8 @@ def test_group_sizes_far_from_the_root_have_arms_of_their_own() -> None:
 def test_words_and_picture_say_what_is_there(results: Path, monkeypatch: pytest.MonkeyPatch, timed: bool) -> None:
     rows = rows_with_slope(0.03, -0.09, noise=0.001)
     rows += [scaling_row("someone_s_head", 1e6, 0, 5.95), scaling_row("paper", 1e6, 0, 7.0, partition_order="bpe")]
-    rows.append(scaling_row(FOLDED, 1e6, 0, 5.5, hidden_size=128, num_layers=8))
+    rows += [scaling_row(FOLDED, tokens, 0, 5.5, hidden_size=128, num_layers=8) for tokens in (1e6, 2e6)]
+    rows.append(scaling_row(FOLDED, 1e6, 0, 5.4, hidden_size=256, num_layers=8))
     write(results, rows)
     if timed:
         pd.DataFrame(cost_rows()).to_csv(results / "text" / "heads_scaling_cost.csv", index=False)
@@ -191,6 +193,17 @@ def test_words_and_picture_say_what_is_there(results: Path, monkeypatch: pytest.
     for stem in ("heads_scaling", "heads_scaling_128"):
         pixels = matplotlib.image.imread(results / "text" / f"{stem}.png")
         assert pixels[..., :3].std() > 0.05
+    assert "## text, hidden 256" in words and not (results / "text" / "heads_scaling_256.png").exists()  # one budget
+
+
+def test_a_head_whose_rate_was_not_tuned_is_told_and_not_drawn(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(results, [*rows_with_slope(0.03, -0.09), scaling_row("linear_bpe", 1e6, 0, 6.5)])
+    write_rates(results, {(head, 64, 1e6): 3e-3 for head in (FOLDED, "full_counts", "full_untied_counts")})
+    drawn: list[str] = []
+    monkeypatch.setattr(heads_scaling, "draw_points", lambda points, *_: drawn.extend(points["arm"].unique()))
+    words = words_of(results, monkeypatch)
+    assert set(drawn) == {FOLDED, "full_counts", "full_untied_counts"}
+    assert "Rates not tuned here: `linear_bpe`." in words and "| `linear_bpe` | not run | 6.500 (1)" in words
 
 
 def test_two_rounds_of_seeds_and_a_single_run_can_be_drawn(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

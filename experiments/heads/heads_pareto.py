@@ -151,8 +151,9 @@ def draw_against(axis: Axes, heads: dict[str, Trained], quantity: str, label: st
 
 
 def label_plainly(axis: Axes, form: str | EngFormatter) -> None:
-    """1, 2, 5, 10 ... on a logarithmic x axis."""
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """1, 2, 5, 10 ... on a logarithmic x axis, or 1, 3, 10 ... over more than two decades, where labels would touch."""
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1, 3)))
     axis.xaxis.set_major_formatter(form)
     axis.xaxis.set_minor_formatter(NullFormatter())
 

@@ -6,8 +6,9 @@
     python -m experiments heads_scaling draw [CORPUS ...]
 
 results/CORPUS/heads_scaling.csv (a row a run; rows of runs trained elsewhere stay) and heads_scaling_cost.csv (whole
-training steps of all heads in one interleaved run, by hidden size) -> heads_scaling.png (and _128, _256 for further
-hidden sizes) and heads_scaling.md. Whatever points are there are drawn; the .md says which are missing.
+training steps of all heads in one interleaved run, by hidden size) -> heads_scaling.md, which says what is missing, and
+heads_scaling.png (and _128, _256 for further hidden sizes) where there are two budgets or more: of the heads whose rate
+was tuned, or of all where none was, because a head at another rate shows the rate.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def measure_speed(arguments: Namespace) -> None:
 
 
 def draw(corpus: str) -> None:
-    """Write one corpus' pictures, one a hidden size, and its table in words."""
+    """Write one corpus' pictures, one a hidden size with several budgets, and its table in words."""
     table = read_table(NAME, corpus)
     cost_path = RESULTS / corpus / f"{COST_NAME}.csv"
     timed = read_rows(cost_path) if cost_path.is_file() else None
@@ -121,7 +122,9 @@ def draw(corpus: str) -> None:
         costs = costs_of(timed, size)
         seconds = {arm: 1 / cost.tokens_per_second for arm, cost in costs.items()}
         suffix = "" if size == min(SMALLEST, *sizes) else f"_{size}"
-        draw_points(points, seconds, RESULTS / corpus / f"{NAME}{suffix}.png")
+        shown = points[points["tuned"]] if points["tuned"].any() else points
+        if len(budgets_of(shown)) > 1:
+            draw_points(shown, seconds, RESULTS / corpus / f"{NAME}{suffix}.png")
         parts.append(markdown(points, costs, corpus))
     path = RESULTS / corpus / f"{NAME}.md"
     write_text(path, "\n".join(parts))

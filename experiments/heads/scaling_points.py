@@ -50,7 +50,7 @@ def arm_of(head: str, scorer: object, group_size: float, vocabulary_size: float)
 
 
 def points_of(table: pd.DataFrame, hidden_size: int, corpus: str) -> pd.DataFrame:
-    """The rows of one hidden size with their ``arm`` and ``rate_by_rule``, one a seed and budget.
+    """The rows of one hidden size, one a seed and budget, with their ``arm``, ``rate_by_rule`` and whether ``tuned``.
 
     Of runs that differ in the learning rate alone those stay whose rate is nearest to that of the rule
     (``scaling_learning_rate``): never those that did best on the validation text. Raises UserError where rows of
@@ -67,7 +67,8 @@ def points_of(table: pd.DataFrame, hidden_size: int, corpus: str) -> pd.DataFram
         for head, tokens, epochs in rows[["head", *BUDGET]].drop_duplicates().itertuples(index=False)
     }
     keys = rows[["head", *BUDGET]].itertuples(index=False, name=None)
-    rows = rows.assign(rate_by_rule=[wanted[key] for key in keys])
+    tuned = [(head, hidden_size) in rates for head in rows["head"]]
+    rows = rows.assign(rate_by_rule=[wanted[key] for key in keys], tuned=tuned)
     distance = (rows["learning_rate"] / rows["rate_by_rule"]).map(math.log).abs()
     nearest = distance.groupby([rows[name] for name in ("arm", *BUDGET)]).transform("min")
     rows = rows[distance <= nearest + 1e-9]

@@ -314,6 +314,8 @@ def notes(points: pd.DataFrame, costs: Mapping[str, Cost]) -> list[str]:
     rates = points.groupby("arm")["learning_rate"].agg(lambda values: sorted(set(values)))
     told = "; ".join(f"`{arm}` " + ", ".join(f"{rate:g}" for rate in rates[arm]) for arm in arms)
     lines = [f"Learning rates: {told}."]
+    by_hand = [f"`{arm}`" for arm in arms if not points.loc[points["arm"] == arm, "tuned"].all()]
+    lines += [f"Rates not tuned here: {', '.join(by_hand)}."] if by_hand else []
     off = points[(points["learning_rate"] - points["rate_by_rule"]).abs() > 1e-9]
     others = off[["arm", *BUDGET, "learning_rate", "rate_by_rule"]].drop_duplicates().itertuples(index=False)
     untuned = [f"`{one[0]}` at {named(one[1:3])} ({one[3]:g}, by the rule {one[4]:g})" for one in others]
