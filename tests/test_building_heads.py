@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,10 @@ def test_build_folded_head(scorer: str) -> None:
         ),
         (HeadSettings(type="folded", tied=True), r"use head\.tied=false or head\.scorer=linear_sorted"),
         (HeadSettings(type="folded", tied=False, partition=PartitionSettings(group_size=0)), r"group_size is 0"),
+        (
+            HeadSettings(type="folded", partition=PartitionSettings(group_sizes="x")),
+            r"head\.partition\.group_sizes is 'x': choose one of equal, rising",
+        ),
         (HeadSettings(type="folded", partition=PartitionSettings(symbols=4)), r"symbols is 4: choose 2 or 3"),
         (
             HeadSettings(type="folded", tied=False, group_scorer="wide", partition=PartitionSettings(symbols=3)),
@@ -107,6 +112,37 @@ def test_three_symbols_share_the_cube_root() -> None:
     assert isinstance(head, NestedFoldedHead)
     assert head.partition.num_slots == head.groups.partition.num_slots == head.groups.partition.num_groups == 10
     assert describe_head(settings, head)["symbols"] == 3
+
+
+@pytest.mark.parametrize("order", ["frequency", "clustered", "exchanged"])
+@pytest.mark.parametrize("scorer", ["linear_sorted", "linear_conditioned", "scale_shift_sorted"])
+def test_rising_groups_hold_frequent_tokens_in_small_ones_and_stay_exact(order: str, scorer: str) -> None:
+    size = 400
+    tokens = np.random.default_rng(0).zipf(1.3, 5000) % size
+    partition = PartitionSettings(order, group_sizes="rising", shortlist=3)
+    settings = HeadSettings(type="folded", tied=False, scorer=scorer, partition=partition, count_biases=True)
+    found = vocabulary_order(settings, size, tokens)
+    counts = token_counts(tokens, size)
+    head = build_head(settings, size, nn.Embedding(size, HIDDEN_SIZE), found, counts)
+    assert isinstance(head, FoldedHead)
+    assert describe_head(settings, head)["group_sizes"] == "rising"
+    equal = build_head(replace(settings, partition=PartitionSettings(order)), size, nn.Embedding(size, HIDDEN_SIZE))
+    assert isinstance(equal, FoldedHead)
+    rows = (head.partition.sizes[head.partition.group_of] * counts).sum() / counts.sum()
+    assert rows < 0.6 * equal.partition.num_slots
+    # Loaded into a head that knows no order, as of a finished run, and compared with the sum over all tokens.
+    loaded = build_head(settings, size, nn.Embedding(size, HIDDEN_SIZE))
+    loaded.load_state_dict(head.state_dict())
+    hidden = torch.randn(7, HIDDEN_SIZE, dtype=torch.float64, requires_grad=True)
+    head, loaded = head.double(), loaded.double()
+    targets = torch.randint(size, (7,))
+    log_probs = head.log_prob(hidden)
+    torch.testing.assert_close(log_probs.logsumexp(1), torch.zeros(7, dtype=torch.float64), atol=1e-12, rtol=0)
+    expected = -log_probs.gather(1, targets[:, None]).mean()
+    torch.testing.assert_close(loaded.loss(hidden, targets).loss, expected)
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    (found,) = torch.autograd.grad(head.loss(hidden, targets).loss, hidden)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_tied_head_needs_a_row_for_each_token() -> None:

@@ -97,6 +97,20 @@ def test_the_shortlist_stays_and_its_neighbours_count(shortlist: int) -> None:
     assert state.criterion - criterion == pytest.approx(gain, rel=1e-9)
 
 
+def test_a_token_stays_in_its_band() -> None:
+    tokens, boundaries, bands = stream_of(30, 3000), equal_boundaries(30, 5, 2), np.array([0, 0, 1, 1, 1, 4])
+    order = torch.from_numpy(np.bincount(tokens, minlength=30)).argsort(descending=True, stable=True)
+    free = exchanged_order(tokens, order, boundaries, 2)
+    bound = exchanged_order(tokens, order, boundaries, 2, torch.from_numpy(bands))
+    edges = boundaries[[0, 1, 2, 4, 7, 8]].tolist()
+    kept = [[set(found[start:stop].tolist()) for start, stop in pairwise(edges)] for found in (order, bound, free)]
+    assert kept[0] == kept[1] != kept[2]
+    criteria = [plain_criterion(tokens, groups_of(found, boundaries)) for found in (order, bound, free)]
+    assert criteria[0] < criteria[1]
+    one_band = torch.zeros(6, dtype=torch.int64)
+    assert torch.equal(free, exchanged_order(tokens, order, boundaries, 2, one_band))
+
+
 def test_planted_groups_are_found_again() -> None:
     """Six kinds of tokens, of which each likes to follow one other kind."""
     random = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import replace
@@ -18,12 +19,13 @@ from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadSettings, build_head, orders
 from vocabfold.heads.build import vocabulary_order
 from vocabfold.heads.orders import (
+    banded_order,
     clustered_order,
     cooccurrence_embedding,
     frequency_order,
     random_order,
 )
-from vocabfold.heads.partition import equal_boundaries
+from vocabfold.heads.partition import bands_of, equal_boundaries, rising_boundaries
 from vocabfold.heads.settings import PartitionSettings
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
@@ -274,3 +276,28 @@ def test_the_saved_embedding_is_found_under_any_head(
     model = build_model(settings.model, settings.head, 101)
     load_weights(Path("run"), model)
     torch.testing.assert_close(saved_embedding(Path("run"), 101), model.backbone.token_embedding.weight.detach())
+
+
+@pytest.mark.parametrize("shortlist", [0, 5])
+def test_bands_keep_their_tokens_and_cluster_them(shortlist: int) -> None:
+    rows, topic, _ = planted(32, 8, noise=0.1)
+    ranked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+    boundaries = rising_boundaries(len(rows), 8, shortlist)
+    bands = bands_of(boundaries, shortlist)
+    order = banded_order(rows, boundaries, bands, ranked)
+    assert torch.equal(order[:shortlist], ranked[:shortlist])
+    for band in bands.unique().tolist():
+        members = (bands == band).nonzero().squeeze(-1) + shortlist
+        start, stop = int(boundaries[members[0]]), int(boundaries[members[-1] + 1])
+        assert set(order[start:stop].tolist()) == set(ranked[start:stop].tolist())
+
+    def alike(tokens: torch.Tensor) -> float:
+        groups = [topic[tokens[start:stop]] for start, stop in itertools.pairwise(boundaries.tolist())]
+        return sum(int((group == group.mode().values).sum()) for group in groups) / len(rows)
+
+    assert alike(order) > 1.3 * alike(ranked)
+    # One band is what clustered_order does.
+    single = banded_order(rows, boundaries, torch.zeros_like(bands), ranked)
+    rest = ranked[shortlist:]
+    plain = clustered_order(rows[rest], boundaries[shortlist:] - shortlist)
+    assert torch.equal(single, torch.cat([ranked[:shortlist], rest[plain]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from vocabfold.errors import UserError
 from vocabfold.heads import Partition, equal_partition
+from vocabfold.heads.partition import LEAST_RISING, bands_of, equal_boundaries, rising_boundaries
 
 SIZES = [(1, 1), (2, 1), (2, 2), (97, 1), (97, 10), (97, 60), (97, 97), (1000, 32), (50257, 14), (50257, 50257)]
 
@@ -164,3 +166,56 @@ def test_a_shortlist_outside_the_vocabulary_is_refused(shortlist: int) -> None:
         equal_partition(97, 3, shortlist=shortlist)
     with pytest.raises(UserError, match="group_size is 88: choose between 1 and the 87 tokens outside the shortlist"):
         equal_partition(97, 88, shortlist=10)
+
+
+def least_cost(probabilities: np.ndarray, num_groups: int) -> float:
+    """The least sum of probability times group size that so many groups of successive tokens can have, by trying all
+    starts of the last group."""
+    mass = np.concatenate([[0.0], probabilities.cumsum()])
+    best = np.full((num_groups + 1, len(mass)), np.inf)
+    best[0, 0] = 0.0
+    for groups in range(1, num_groups + 1):
+        for stop in range(groups, len(mass)):
+            starts = np.arange(groups - 1, stop)
+            best[groups, stop] = (best[groups - 1, starts] + (mass[stop] - mass[starts]) * (stop - starts)).min()
+    return float(best[num_groups, -1])
+
+
+@pytest.mark.parametrize("num_groups", [5, 20, 40])
+def test_rising_groups_cost_little_more_than_the_best_of_as_many(num_groups: int) -> None:
+    size = 400
+    boundaries = rising_boundaries(size, size // num_groups)
+    least = min(LEAST_RISING, size / num_groups / 2)
+    offset = (least * num_groups / 2) ** 2 / size
+    probabilities = 1 / (np.arange(size) + offset)[1:]
+    probabilities = np.concatenate([[probabilities[0]], probabilities]) / probabilities.sum()
+
+    def cost(starts: torch.Tensor) -> float:
+        mass = np.add.reduceat(probabilities, starts[:-1].numpy())
+        return float((mass * starts.diff().numpy()).sum())
+
+    assert len(boundaries) == num_groups + 1
+    assert cost(boundaries) < 1.06 * least_cost(probabilities, num_groups)
+    assert cost(boundaries) < 0.9 * cost(equal_boundaries(size, size // num_groups))
+    assert (boundaries.diff().diff() >= -1).all()  # rounded
+
+
+@pytest.mark.parametrize("size_and_group", [(1, 1), (2, 1), (2, 2), (97, 1), (97, 97), (97, 10), (50_257, 126)])
+@pytest.mark.parametrize("shortlist", [0, 1, 30])
+def test_rising_groups_are_as_many_as_equal_ones_and_none_is_empty(
+    size_and_group: tuple[int, int], shortlist: int
+) -> None:
+    size, group_size = size_and_group
+    size += shortlist
+    boundaries = rising_boundaries(size, group_size, shortlist)
+    assert len(boundaries) == len(equal_boundaries(size, group_size, shortlist))
+    assert boundaries[0] == 0 and boundaries[-1] == size and (boundaries.diff() >= 1).all()
+    assert torch.equal(boundaries[: shortlist + 1], torch.arange(shortlist + 1))
+    bands = bands_of(boundaries, shortlist)
+    assert len(bands) == len(boundaries) - 1 - shortlist and (bands.diff() >= 0).all() and bands[0] == 0
+
+
+def test_sizes_of_rising_groups_at_the_papers_vocabulary() -> None:
+    sizes = rising_boundaries(50_257, 225).diff()
+    assert (len(sizes), int(sizes[0]), int(sizes[-1])) == (224, 9, 440)
+    assert int(bands_of(rising_boundaries(50_257, 225)).max()) == 15

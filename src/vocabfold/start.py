@@ -23,7 +23,8 @@ from vocabfold.data.corpora import Corpus
 from vocabfold.data.shapes import PictureBatches, Shapes
 from vocabfold.embeddings.build import resolve_settings
 from vocabfold.errors import UserError
-from vocabfold.heads import FullHead, HeadLoss, equal_partition
+from vocabfold.heads import FullHead, HeadLoss
+from vocabfold.heads.build import wanted_partition
 from vocabfold.heads.fold import distillation_loss, fold, foldable, group_logits
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.settings import EXTRAS
@@ -151,8 +152,7 @@ def _folded(
     if corpus.vocabulary_size != head.vocabulary_size:
         raise UserError(f"{folder} was trained on other tokens than its config.yaml names: train it again")
     order = _order(settings, corpus)
-    chosen = settings.head.partition
-    partition = equal_partition(corpus.vocabulary_size, chosen.group_size, order, chosen.shortlist).to(device)
+    partition = wanted_partition(settings.head.partition, corpus.vocabulary_size, order).to(device)
     parts: list[Tensor] = []
     while sum(map(len, parts)) < FITTED_TOKENS:
         parts.append(hidden_states(teacher.backbone, *batches.batch(len(parts))))

@@ -24,8 +24,20 @@ from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.mixture import MixtureHead
 from vocabfold.heads.nested import NestedFoldedHead
-from vocabfold.heads.orders import clustered_order, cooccurrence_embedding, frequency_order, random_order
-from vocabfold.heads.partition import Partition, equal_boundaries, equal_partition
+from vocabfold.heads.orders import (
+    banded_order,
+    clustered_order,
+    cooccurrence_embedding,
+    frequency_order,
+    random_order,
+)
+from vocabfold.heads.partition import (
+    Partition,
+    bands_of,
+    equal_boundaries,
+    partition_over,
+    rising_boundaries,
+)
 from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
 from vocabfold.heads.settings import (
@@ -33,6 +45,7 @@ from vocabfold.heads.settings import (
     BEST_ORDER,
     BEST_SCORER,
     GROUP_SCORERS,
+    GROUP_SIZES,
     ORDERS,
     HeadSettings,
     PartitionSettings,
@@ -105,12 +118,32 @@ def vocabulary_order(
     counts = token_counts(tokens, vocabulary_size)
     if order == "frequency":
         return frequency_order(counts)
-    boundaries = equal_boundaries(vocabulary_size, wanted_group_size(partition, vocabulary_size), partition.shortlist)
+    boundaries = wanted_boundaries(partition, vocabulary_size)
     if embedding is None:
         which = order.removeprefix("clustered").removeprefix("_") if order.startswith("clustered") else ""
         embedding = cooccurrence_embedding(tokens, vocabulary_size, counts, which or "both")
-    clustered = clustered_order(embedding, boundaries, frequency_order(counts)[: partition.shortlist], counts > 0)
-    return exchanged_order(tokens, clustered, boundaries, partition.shortlist) if order == "exchanged" else clustered
+    ranked, shortlist, bands = frequency_order(counts), partition.shortlist, None
+    if partition.group_sizes == "rising":
+        bands = bands_of(boundaries, shortlist)
+        clustered = banded_order(embedding, boundaries, bands, ranked, counts > 0)
+    else:
+        clustered = clustered_order(embedding, boundaries, ranked[:shortlist], counts > 0)
+    return exchanged_order(tokens, clustered, boundaries, shortlist, bands) if order == "exchanged" else clustered
+
+
+def wanted_boundaries(partition: PartitionSettings, vocabulary_size: int) -> Tensor:
+    """The group boundaries [G + 1] that a partition's settings ask for. Raises UserError for sizes that none has."""
+    if partition.group_sizes not in GROUP_SIZES:
+        raise UserError(
+            f"head.partition.group_sizes is {partition.group_sizes!r}: choose one of {', '.join(GROUP_SIZES)}"
+        )
+    sized = rising_boundaries if partition.group_sizes == "rising" else equal_boundaries
+    return sized(vocabulary_size, wanted_group_size(partition, vocabulary_size), partition.shortlist)
+
+
+def wanted_partition(partition: PartitionSettings, vocabulary_size: int, order: Tensor | None) -> Partition:
+    """The partition of these settings over ``order`` [V] (None: token order). Raises UserError where none fits."""
+    return partition_over(wanted_boundaries(partition, vocabulary_size), order)
 
 
 def wanted_group_size(partition: PartitionSettings, vocabulary_size: int) -> int | None:
@@ -229,8 +262,7 @@ def _build_adaptive(
 
 def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
     _check_order(settings.partition.order)
-    group_size = wanted_group_size(settings.partition, vocabulary_size)
-    partition = equal_partition(vocabulary_size, group_size, order, shortlist=settings.partition.shortlist)
+    partition = wanted_partition(settings.partition, vocabulary_size, order)
     if settings.scorer not in SCORERS:
         raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
     scorer = SCORERS[settings.scorer](settings, partition, embedding)

@@ -34,6 +34,8 @@ def _(head: FoldedHead, settings: HeadSettings) -> dict[str, Any]:
         own["partition_seed"] = settings.partition.seed
     if order in ("clustered", "exchanged") and settings.partition.clustered_from:
         own["clustered_from"] = settings.partition.clustered_from
+    if settings.partition.group_sizes != "equal":
+        own["group_sizes"] = settings.partition.group_sizes
     if settings.partition.symbols != 2:
         own["symbols"] = settings.partition.symbols
     return {

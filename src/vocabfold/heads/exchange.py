@@ -74,10 +74,13 @@ def mutual_information(tokens: TokenStream, group_of: Tensor) -> float:
     return float(logs / max(total, 1.0))
 
 
-def exchanged_order(tokens: TokenStream, order: Tensor, boundaries: Tensor, shortlist: int = 0) -> Tensor:
+def exchanged_order(
+    tokens: TokenStream, order: Tensor, boundaries: Tensor, shortlist: int = 0, bands: Tensor | None = None
+) -> Tensor:
     """``order`` [V] with tokens exchanged between the groups of ``boundaries`` [G + 1], each of which keeps its size,
-    after a few sweeps over the tokens of a stream: [V]. The first ``shortlist`` tokens stay. Deterministic. Raises
-    UserError for so many groups that their tables would not fit into memory."""
+    after a few sweeps over the tokens of a stream: [V]. The first ``shortlist`` tokens stay, and the others in groups
+    of the same number in ``bands`` [G - K] (None: in any). Deterministic. Raises UserError for so many groups that
+    their tables would not fit into memory."""
     bigrams = count_bigrams(tokens, len(order))
     num_groups, num_tokens = len(boundaries) - 1 - shortlist, int((np.diff(bigrams.starts) > 0).sum())
     if (size := 32 * num_groups * (num_groups + shortlist) + 4 * num_groups * num_tokens) > MOST_BYTES:
@@ -85,7 +88,7 @@ def exchanged_order(tokens: TokenStream, order: Tensor, boundaries: Tensor, shor
             f"head.partition.order=exchanged takes {size / 2**30:.0f} GiB for {num_groups:,} groups: choose a "
             "larger head.partition.group_size, or head.partition.order=clustered"
         )
-    exchange = Exchange(bigrams, order.numpy(), boundaries.numpy(), shortlist)
+    exchange = Exchange(bigrams, order.numpy(), boundaries.numpy(), shortlist, None if bands is None else bands.numpy())
     for _ in range(SWEEPS):
         exchange.sweep()
     return torch.from_numpy(exchange.order)
@@ -106,13 +109,22 @@ class Exchange:
     say of them. ``sweep`` betters the order; the sizes of the groups stay.
 
     The first ``shortlist`` K tokens, groups of one, stay too: they count as neighbours only, and what they say of each
-    other is left out of the criterion. Takes 4 G bytes for each token that occurs and 32 G (G + K) for the groups.
+    other is left out of the criterion. A token goes to groups with its own one's number in ``bands`` [G - K] alone
+    (None: to any). Takes 4 G bytes for each token that occurs and 32 G (G + K) for the groups.
     """
 
-    def __init__(self, bigrams: Bigrams, order: Integers, boundaries: Integers, shortlist: int = 0) -> None:
+    def __init__(
+        self,
+        bigrams: Bigrams,
+        order: Integers,
+        boundaries: Integers,
+        shortlist: int = 0,
+        bands: Integers | None = None,
+    ) -> None:
         self.bigrams, self.order, self.boundaries = bigrams, order.copy(), boundaries[shortlist:]
         self.num_groups = num_groups = len(self.boundaries) - 1
         self.num_contexts = num_contexts = num_groups + shortlist
+        self.bands = np.zeros(num_groups, dtype=np.int64) if bands is None else bands
         self.position_of, self.group_of = np.empty_like(order), np.empty_like(order)
         self.position_of[order] = np.arange(len(order))
         moving = np.repeat(np.arange(num_groups), np.diff(self.boundaries))
@@ -158,7 +170,7 @@ class Exchange:
         beside = self._take(token)
         gains = self._gains(token, beside)
         self.offers[self.offers_of[token]] = gains
-        better = (gains > gains[home] + LEAST_GAIN).nonzero()[0]
+        better = ((gains > gains[home] + LEAST_GAIN) & (self.bands == self.bands[home])).nonzero()[0]
         for target in better[np.argsort(-gains[better], kind="stable")[:TARGETS_A_TOKEN]].tolist():
             members = self.order[self.boundaries[target] : self.boundaries[target + 1]]
             offers = self.offers_of[members]

@@ -91,6 +91,23 @@ def clustered_order(
     return torch.cat([shortlisted, *(part for pair in zip(groups, rest, strict=True) for part in pair)])
 
 
+def banded_order(
+    embedding: Tensor, boundaries: Tensor, bands: Tensor, ranked: Tensor, known: Tensor | None = None
+) -> Tensor:
+    """``ranked`` [V] tokens, the most frequent first, as ``clustered_order`` puts them within each band of groups
+    alone: [V]. ``bands`` [G - K], rising, names the band of each group of ``boundaries`` [G + 1] after the first K,
+    groups of one token that stay. ``known``: see ``clustered_order``."""
+    shortlist = len(boundaries) - 1 - len(bands)
+    parts = [ranked[:shortlist]]
+    for band in bands.unique().tolist():
+        members = (bands == band).nonzero().squeeze(-1) + shortlist
+        starts = boundaries[int(members[0]) : int(members[-1]) + 2]
+        tokens = ranked[int(starts[0]) : int(starts[-1])]
+        of_band = None if known is None else known[tokens]
+        parts.append(tokens[clustered_order(embedding[tokens], starts - starts[0], known=of_band)])
+    return torch.cat(parts)
+
+
 def _halve(rows: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
     """``tokens`` in an order that puts similar ones between the same two ``starts``."""
     if len(starts) <= 2:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vocabfold.errors import UserError
+
+LEAST_RISING = 8  # tokens of the first of rising groups, where all groups are several times as large
 
 
 class Partition(nn.Module):
@@ -139,7 +142,13 @@ def equal_partition(
     ``order`` [V] is the token at each position; None keeps token order, which for a BPE vocabulary is merge order.
     Raises UserError unless 0 <= shortlist < V, 1 <= group_size <= R and ``order`` holds V tokens.
     """
-    boundaries = equal_boundaries(vocabulary_size, group_size, shortlist)
+    return partition_over(equal_boundaries(vocabulary_size, group_size, shortlist), order)
+
+
+def partition_over(boundaries: Tensor, order: Tensor | None = None) -> Partition:
+    """The groups of ``boundaries`` [G + 1] over ``order`` [V]; None: token order. Raises UserError where ``order`` does
+    not hold each of as many tokens once."""
+    vocabulary_size = int(boundaries[-1])
     if order is None:
         order = torch.arange(vocabulary_size)
     if len(order) != vocabulary_size:
@@ -164,3 +173,30 @@ def equal_boundaries(vocabulary_size: int, group_size: int | None = None, shortl
     num_groups = min(fewest, fewest + 1, key=lambda groups: abs(math.ceil(rest / groups) - group_size))
     boundaries = shortlist + torch.arange(num_groups + 1, dtype=torch.int64) * rest // num_groups
     return torch.cat([torch.arange(shortlist), boundaries])
+
+
+def rising_boundaries(vocabulary_size: int, group_size: int | None = None, shortlist: int = 0) -> Tensor:
+    """The boundaries [G + 1] of as many groups as ``equal_boundaries`` makes, for an order by frequency.
+
+    A token is looked up at the price of its group's rows. With probabilities p(r) that fall as 1 / (r + q) over the
+    rank r, the sum of p(r) times the size of r's group is least, for a given number of groups, where sizes rise with
+    the root of r + q: their starts are equally far apart in that root. q is such that the first group holds about
+    LEAST_RISING tokens, or half of the equal size where that is less. Raises UserError as ``equal_boundaries`` does.
+    """
+    num_groups = len(equal_boundaries(vocabulary_size, group_size, shortlist)) - 1 - shortlist
+    rest = vocabulary_size - shortlist
+    least = min(LEAST_RISING, rest / num_groups / 2)
+    # The shortlist has the first ranks; a size of the root's slope, 2 sqrt(q) (sqrt(R + q) - sqrt(q)) / G, at rank 0.
+    offset = max(float(shortlist), (least * num_groups / 2) ** 2 / rest)
+    roots = np.linspace(math.sqrt(offset), math.sqrt(rest + offset), num_groups + 1)
+    starts = np.rint(roots**2 - offset).astype(np.int64)
+    numbered = np.arange(num_groups + 1)
+    starts = np.minimum(np.maximum(starts, numbered), rest - num_groups + numbered)  # at least one token each
+    return torch.cat([torch.arange(shortlist), shortlist + torch.from_numpy(starts)])
+
+
+def bands_of(boundaries: Tensor, shortlist: int = 0) -> Tensor:
+    """[G - K]: which octave of the ranks after the ``shortlist`` K each group begins in, rising. Tokens that stay
+    in their band are nearly as often looked up as the cost of rising groups supposes."""
+    starts = boundaries[shortlist:-1] - shortlist
+    return starts.clamp(min=1).double().log2().floor().to(torch.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 ORDERS = ("bpe", "frequency", "random", "clustered", "clustered_before", "clustered_after", "exchanged")
+GROUP_SIZES = ("equal", "rising")
 GROUP_SCORERS = ("linear", "residual", "wide", "shared")
 # How the best folded head so far scores its groups and tokens: that of conf/head/folded.yaml and of folded_head.
 BEST_ORDER, BEST_SCORER, BEST_GROUP_SCORER = "exchanged", "linear_conditioned", "linear"
@@ -15,6 +16,8 @@ EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may 
 class PartitionSettings:
     """``order`` of the vocabulary and the sizes of its groups: ``shortlist`` K groups of one token, then equal groups
     with the wanted ``group_size`` S (None: the root of the number of tokens in them, or the cube root for 3 symbols).
+    ``group_sizes``, one of GROUP_SIZES: ``rising`` makes as many groups, small ones of frequent tokens
+    (``rising_boundaries``), and learned orders keep each token near its place by frequency (``bands_of``).
 
     ``clustered``: tokens with the same neighbours share a group; ``clustered_before`` looks at those before a token
     alone, ``clustered_after`` at those after it; ``exchanged`` begins with the clustered groups (exchange.py). ``seed``
@@ -29,6 +32,7 @@ class PartitionSettings:
     seed: int = 0
     clustered_from: str | None = field(default=None, metadata={"folder": True})
     symbols: int = 2
+    group_sizes: str = "equal"
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch import Tensor
 from vocabfold.errors import UserError
 from vocabfold.files import replacing
 from vocabfold.heads.build import vocabulary_order, wanted_order
-from vocabfold.heads.settings import HeadSettings
+from vocabfold.heads.settings import HeadSettings, PartitionSettings
 from vocabfold.runs.checkpoint import WEIGHTS_NAME
 from vocabfold.tokens import BLOCK_TOKENS, TokenStream
 
@@ -45,11 +45,12 @@ def token_order(
     wanted = mixture or [str(order)]
     if cache_dir is None or not any(one.startswith(("clustered", "exchanged")) for one in wanted):
         return learn()
+    default = asdict(PartitionSettings())  # an option that is added later, and off, learns no order again
     key = {
         "learning_version": LEARNING_VERSION,
         "tokens_sha256": _stream_sha256(tokens),
         "vocabulary_size": vocabulary_size,
-        "partition": asdict(settings.partition),
+        "partition": {name: value for name, value in asdict(settings.partition).items() if value != default[name]},
         "mixture": mixture,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
