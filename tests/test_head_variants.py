@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 import yaml
 from experiments.heads.head_variants import BASE, VARIANTS, markdown
@@ -33,8 +35,8 @@ def test_variants_are_ranked_and_compared_over_common_seeds() -> None:
     assert told["4.00 M", "`conditioned_narrow`"][3] == ""
 
 
-def test_every_swept_variant_is_told_in_words() -> None:
-    swept = yaml.safe_load((CONFIG_FOLDER / "experiment" / "head_variants.yaml").read_text())["hydra"]["sweeper"][
-        "params"
-    ]
-    assert swept["head"].split(",") == list(VARIANTS)
+def test_every_variant_is_swept_or_its_settings_are_told() -> None:
+    text = (CONFIG_FOLDER / "experiment" / "head_variants.yaml").read_text()
+    swept = yaml.safe_load(text)["hydra"]["sweeper"]["params"]["head"].split(",")
+    named = re.findall(r"^#.* head\.name=(\w+)$", text, re.MULTILINE)
+    assert sorted([*swept, *named]) == sorted(VARIANTS)

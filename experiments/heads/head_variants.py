@@ -1,11 +1,12 @@
-"""What each part of a head that sees the group is worth: loss of the groups and of the tokens, by variant.
+"""What each part of a head and of its groups is worth: loss of the groups and of the tokens, by variant.
 
     python -m vocabfold.train --multirun experiment=head_variants data=text data.train=FILE data.valid=FILE
     python -m experiments head_variants measure [KEY=VALUE ...]
     python -m experiments head_variants draw [CORPUS ...]
 
-results/CORPUS/head_variants.csv -> head_variants.md. The losses are on the last hundredth of the training documents,
-which no run has seen: the validation text is left for the head that is chosen here.
+results/CORPUS/head_variants.csv -> head_variants.md. Variants that are settings of another head carry a name of their
+own: conf/experiment/head_variants.yaml has them all. The losses are on the last hundredth of the
+training documents, which no run has seen: the validation text is left for the head that is chosen here.
 """
 
 from __future__ import annotations
@@ -32,6 +33,21 @@ VARIANTS = {
     "conditioned_detached": "the network has no say in what the backbone learns",
     "conditioned_narrow": "the network is as narrow as h",
     "mixture_clustered": "a mixture of two linear heads, clustered by the tokens before and after",
+    "conditioned_exchanged": "the token step sees the group, 224 groups learned by exchange: `head=folded`",
+    "conditioned_exchanged_450": "the token step sees the group, 112 groups learned by exchange",
+    "linear_exchanged_counts": "224 groups learned by exchange",
+    "linear_exchanged_450": "112 groups learned by exchange",
+    "linear_exchanged_900": "56 groups learned by exchange",
+    "linear_exchanged_more_counts": "399 groups learned by exchange",
+    "linear_rising_counts": "224 groups of rising sizes, clustered within octaves of the ranks",
+    "linear_rising_more_counts": "399 groups of rising sizes, clustered within octaves of the ranks",
+    "linear_exchanged_rising_counts": "224 groups of rising sizes, exchanged within octaves of the ranks",
+    "linear_exchanged_rising_more_counts": "399 groups of rising sizes, exchanged within octaves of the ranks",
+    "linear_reclustered_counts": "clustered by the embedding of a linear head trained on 0.5 M tokens",
+    "linear_reclustered_tied_counts": "clustered by the tied rows of a linear head trained on 0.5 M tokens",
+    "linear_reclustered_exchanged_counts": "clustered by the tied rows of such a head, then exchanged",
+    "mixture_exchanged": "a mixture of two linear heads, of learned groups and of clustered ones",
+    "shortlist_clustered_counts": "the 2,048 most frequent tokens by themselves, the rest clustered",
 }
 LOSSES = {
     "validation_loss_nats": "loss (nats)",
