@@ -72,6 +72,7 @@ LOOKS = {
     "linear_clustered_counts": (COLORS["blue"], "^", "-"),
     "conditioned_clustered": (COLORS["green"], "o", "--"),
     "conditioned_exchanged": (COLORS["green"], "*", "-"),
+    "conditioned_exchanged_wide": (COLORS["green"], "D", "-."),
     "conditioned_tied": (COLORS["green"], "s", ":"),
 }
 OTHER_LOOKS = [(COLORS["purple"], marker, dash) for marker in "ph<>1" for dash in ("-", "--")]

@@ -40,6 +40,7 @@ NAMES = {
     "linear_clustered": "one linear layer a group, clustered",
     "linear_clustered_counts": "one linear layer a group, clustered, count biases",
     "conditioned_exchanged": "one linear layer a group that sees its group first, groups by exchange, count biases",
+    "conditioned_exchanged_wide": "the same, its groups scored from h and a small network's view of it",
     "conditioned_tied": "the same with the rows of the input embedding",
     "conditioned_clustered": "one linear layer a group that sees its group first, clustered, count biases",
 }
