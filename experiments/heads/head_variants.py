@@ -47,6 +47,12 @@ VARIANTS = {
     "linear_reclustered_tied_counts": "clustered by the tied rows of a linear head trained on 0.5 M tokens",
     "linear_reclustered_exchanged_counts": "clustered by the tied rows of such a head, then exchanged",
     "mixture_exchanged": "a mixture of two linear heads, of learned groups and of clustered ones",
+    "cx_base": "`conditioned_exchanged`",
+    "cx_wide": "`conditioned_exchanged_wide`: groups scored from h beside gelu(W1' norm(h) + b)",
+    "cx_wide512": "`conditioned_exchanged_wide` with a network of 512, not 256",
+    "cx_wide_spread": "`conditioned_exchanged_wide`, and e starts as normal(0, 0.5), not 0.02",
+    "cx_shared": "`conditioned_exchanged`, the groups read through the tokens' network",
+    "cx_spread": "`conditioned_exchanged`, e starts as normal(0, 0.5), not 0.02",
     "shortlist_clustered_counts": "the 2,048 most frequent tokens by themselves, the rest clustered",
 }
 LOSSES = {
@@ -86,10 +92,15 @@ def markdown(table: pd.DataFrame) -> str:
                 f"| {float(str(tokens)) / 1e6:.2f} M | `{head}` | {VARIANTS.get(head, '')} | {' | '.join(told)} |"
             )
     first = table.iloc[0]
+    of_budget = table.groupby("tokens")["learning_rate"].unique()
+    rates = "; ".join(
+        f"{', '.join(f'{rate:g}' for rate in found)} for {float(str(tokens)) / 1e6:.2f} M"
+        for tokens, found in of_budget.items()
+    )
     lines += [
         "",
         f"{first['model']}, hidden {first['hidden_size']}, {first['num_layers']} layers, {first['corpus']}; learning "
-        f"rate {table['learning_rate'].iloc[0]:g}. Losses on the last hundredth of the training "
+        f"rate {rates}. Losses on the last hundredth of the training "
         "documents, which no run has seen; the validation text decided nothing here. A mixture has no one group.",
         "",
     ]
