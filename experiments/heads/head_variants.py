@@ -92,10 +92,10 @@ def markdown(table: pd.DataFrame) -> str:
                 f"| {float(str(tokens)) / 1e6:.2f} M | `{head}` | {VARIANTS.get(head, '')} | {' | '.join(told)} |"
             )
     first = table.iloc[0]
-    of_budget = table.groupby("tokens")["learning_rate"].unique()
+    rates_of = table.groupby("tokens")["learning_rate"].unique()
     rates = "; ".join(
         f"{', '.join(f'{rate:g}' for rate in found)} for {float(str(tokens)) / 1e6:.2f} M"
-        for tokens, found in of_budget.items()
+        for tokens, found in rates_of.items()
     )
     lines += [
         "",
