@@ -40,7 +40,7 @@ from experiments.heads.scaling_points import (
     loss_at,
     points_of,
 )
-from experiments.heads.scaling_words import caption, markdown
+from experiments.heads.scaling_words import SEVERAL, caption, markdown
 from experiments.study.collecting import collect_with_settings
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save
 from experiments.study.measuring import (
@@ -149,7 +149,7 @@ def draw_points(points: pd.DataFrame, seconds: Mapping[str, float], path: Path) 
         axis.set_xlim(min(trained) / 1.3, max(trained) * 1.3)  # one scale for all, even where few points are
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=6)
-    figure.suptitle(caption(points), fontsize=7)
+    figure.suptitle(caption(points, "three"), fontsize=7)
     save(figure, path)
 
 
@@ -170,15 +170,21 @@ def draw_losses(
             continue
         budgets = budgets_of(points[points["arm"] == arm])
         cost = [a_token[arm] * math.prod(budget) for budget in budgets]
-        means, widths, _ = zip(*(loss_at(points, arm, one, "validation_loss_nats") for one in budgets), strict=True)
+        found = [loss_at(points, arm, one, "validation_loss_nats") for one in budgets]
+        means, widths = [one[0] for one in found], [shown_width(one[1], one[2]) for one in found]
         style: dict[str, Any] = {"color": color, "linestyle": dash, "capsize": 2, "label": arm}
-        axis.errorbar(cost, means, yerr=np.nan_to_num(widths), marker=marker, **style)
+        axis.errorbar(cost, means, yerr=widths, marker=marker, **style)
         again = [index for index, budget in enumerate(budgets) if budget[1] != 1]
         if again:
             hollow = {"linestyle": "", "marker": "o", "markersize": 6, "markerfacecolor": "none", "color": color}
             axis.plot([cost[index] for index in again], [means[index] for index in again], **hollow)
     axis.set(xlabel=label, ylabel="Validation loss (nats)")
     finish(axis)
+
+
+def shown_width(half_width: float, seeds: int) -> float:
+    """Of an interval over so many seeds: one over two tells of the two alone, and would cover the others."""
+    return half_width if seeds >= SEVERAL else 0.0
 
 
 def draw_gaps(axis: Axes, points: pd.DataFrame, looks: dict[str, Any]) -> None:
@@ -191,10 +197,10 @@ def draw_gaps(axis: Axes, points: pd.DataFrame, looks: dict[str, Any]) -> None:
             if found is not None:
                 places.append(math.prod(budget) / 1e6 * 1.015 ** (number - len(looks) / 2))  # intervals side by side
                 means.append(found.mean)
-                widths.append(found.half_width)
+                widths.append(shown_width(found.half_width, found.count))
         style: dict[str, Any] = {"color": color, "marker": marker, "capsize": 2}
         if places:
-            axis.errorbar(places, means, yerr=np.nan_to_num(widths), linestyle="", **style)
+            axis.errorbar(places, means, yerr=widths, linestyle="", **style)
         line = gap_trend(points, arm) if arm in folded_arms(points) else None
         if line is not None:
             ends = np.geomspace(line.lowest, line.highest, 20)

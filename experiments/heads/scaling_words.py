@@ -40,23 +40,25 @@ NAMES = {
     "linear_clustered": "one linear layer a group, clustered",
     "linear_clustered_counts": "one linear layer a group, clustered, count biases",
     "conditioned_exchanged": "one linear layer a group that sees its group first, groups by exchange, count biases",
-    "conditioned_exchanged_wide": "the same, its groups scored from h and a small network's view of it",
-    "conditioned_tied": "the same with the rows of the input embedding",
+    "conditioned_exchanged_wide": (
+        "one linear layer a group that sees its group first, groups by exchange, read from more than h, count biases"
+    ),
+    "conditioned_tied": "one linear layer a group that sees its group first, groups by exchange, tied, count biases",
     "conditioned_clustered": "one linear layer a group that sees its group first, clustered, count biases",
 }
 SEVERAL = 3  # seeds, with which a headline has an interval that says something
 MANY_TOKENS = 1e12  # beyond which a number says nothing
 
 
-def caption(points: pd.DataFrame) -> str:
-    """What was trained, how often."""
+def caption(points: pd.DataFrame, least: str = "two") -> str:
+    """What was trained, how often; ``least``: seeds from which on there is an interval."""
     first = points.iloc[0]
     seeds = points.groupby(["arm", "training_tokens", "epochs"])["seed"].nunique()
     counts = f"{seeds.min()} to {seeds.max()} seeds" if seeds.min() < seeds.max() else f"{seeds.max()} seeds"
     counts = "1 seed" if seeds.max() == 1 else counts
     return (
         f"{first['corpus']}; hidden {first['hidden_size']:.0f}, {first['num_layers']:.0f} layers; "
-        f"{counts} a point, 95% intervals over seeds where there are two or more; {len(points)} runs"
+        f"{counts} a point, 95% intervals over seeds where there are {least} or more; {len(points)} runs"
     )
 
 
