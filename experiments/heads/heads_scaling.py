@@ -74,6 +74,7 @@ LOOKS = {
     "conditioned_exchanged": (COLORS["green"], "*", "-"),
     "conditioned_exchanged_wide": (COLORS["green"], "D", "-."),
     "conditioned_tied": (COLORS["green"], "s", ":"),
+    "conditioned_tied_wide": (COLORS["green"], "p", ":"),
 }
 OTHER_LOOKS = [(COLORS["purple"], marker, dash) for marker in "ph<>1" for dash in ("-", "--")]
 STEPS = {"validation_group_loss": "Group loss", "validation_token_loss": "Token loss"}

@@ -43,6 +43,9 @@ NAMES = {
     "conditioned_exchanged_wide": (
         "one linear layer a group that sees its group first, groups by exchange, read from more than h, count biases"
     ),
+    "conditioned_tied_wide": (
+        "one linear layer a group that sees its group first, groups by exchange, read from more than h, tied"
+    ),
     "conditioned_tied": "one linear layer a group that sees its group first, groups by exchange, tied, count biases",
     "conditioned_clustered": "one linear layer a group that sees its group first, clustered, count biases",
 }
