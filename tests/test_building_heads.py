@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from head_cases import HIDDEN_SIZE
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadSettings, LoopedLinearScorer, ScaleShiftScorer, build_head, folded_head
-from vocabfold.heads.build import vocabulary_order
 from vocabfold.heads.describe import describe_head
 from vocabfold.heads.nested import NestedFoldedHead
 from vocabfold.heads.settings import PartitionSettings
+from vocabfold.heads.vocabulary_order import vocabulary_order
 from vocabfold.runs.settings import CONFIG_FOLDER, settings_from
 from vocabfold.tokens import token_counts
 

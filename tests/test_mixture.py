@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from head_cases import HIDDEN_SIZE, Layout, make_head, make_hidden
 from vocabfold.errors import UserError
 from vocabfold.heads import HeadSettings, MixtureHead, build_head
-from vocabfold.heads.build import vocabulary_order
 from vocabfold.heads.describe import describe_head
 from vocabfold.heads.settings import PartitionSettings
+from vocabfold.heads.vocabulary_order import vocabulary_order
 
 
 @pytest.mark.parametrize("k", [1, 7])

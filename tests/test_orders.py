@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vocabfold import train as training
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, HeadSettings, build_head, orders
-from vocabfold.heads.build import vocabulary_order
 from vocabfold.heads.orders import (
     banded_order,
     clustered_order,
@@ -27,6 +26,7 @@ from vocabfold.heads.orders import (
 )
 from vocabfold.heads.partition import bands_of, equal_boundaries, rising_boundaries
 from vocabfold.heads.settings import PartitionSettings
+from vocabfold.heads.vocabulary_order import vocabulary_order
 from vocabfold.models.build import build_model
 from vocabfold.runs.checkpoint import load_weights
 from vocabfold.runs.compose import composed_settings

@@ -24,10 +24,10 @@ from vocabfold.data.shapes import PictureBatches, Shapes
 from vocabfold.embeddings.build import resolve_settings
 from vocabfold.errors import UserError
 from vocabfold.heads import FullHead, HeadLoss
-from vocabfold.heads.build import wanted_partition
 from vocabfold.heads.fold import distillation_loss, fold, foldable, group_logits
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.settings import EXTRAS
+from vocabfold.heads.vocabulary_order import wanted_partition
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.load import load_run
 from vocabfold.runs.record import finished_row

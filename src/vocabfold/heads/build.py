@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import cast
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from vocabfold.errors import UserError
@@ -15,7 +13,6 @@ from vocabfold.heads.adaptive import AdaptiveHead
 from vocabfold.heads.base import Head
 from vocabfold.heads.chunked import ChunkedHead
 from vocabfold.heads.conditioned import ConditionedLinearScorer, ConditionOptions
-from vocabfold.heads.exchange import exchanged_order
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.fused import FusedHead
@@ -24,19 +21,8 @@ from vocabfold.heads.loss_options import LossOptions
 from vocabfold.heads.low_rank import LowRankScorer, SortedLowRankScorer
 from vocabfold.heads.mixture import MixtureHead
 from vocabfold.heads.nested import NestedFoldedHead
-from vocabfold.heads.orders import (
-    banded_order,
-    clustered_order,
-    cooccurrence_embedding,
-    frequency_order,
-    random_order,
-)
 from vocabfold.heads.partition import (
     Partition,
-    bands_of,
-    equal_boundaries,
-    partition_over,
-    rising_boundaries,
 )
 from vocabfold.heads.readers import GroupReader, ResidualReader, WideReader
 from vocabfold.heads.scorers import ScaleShiftScorer, SortedScaleShiftScorer, TokenScorer
@@ -45,11 +31,10 @@ from vocabfold.heads.settings import (
     BEST_ORDER,
     BEST_SCORER,
     GROUP_SCORERS,
-    GROUP_SIZES,
-    ORDERS,
     HeadSettings,
     PartitionSettings,
 )
+from vocabfold.heads.vocabulary_order import part_settings, vocabulary_order, wanted_partition
 from vocabfold.tokens import TokenStream, token_counts
 
 ScorerBuilder = Callable[[HeadSettings, Partition, nn.Embedding], TokenScorer]
@@ -80,80 +65,6 @@ def build_head(
     if settings.count_biases and counts is not None:
         head.start_from_counts(counts)
     return head
-
-
-def wanted_order(settings: HeadSettings) -> str | None:
-    """One of ORDERS: that of the vocabulary which the head of these settings is built on, None where it has none.
-
-    Raises UserError for an order that no partition has.
-    """
-    if settings.type == "adaptive":
-        return "frequency"
-    if settings.type == "mixture" and settings.partition.clustered_from is not None:
-        raise UserError("the parts of a mixture are clustered by neighbours: leave head.partition.clustered_from out")
-    if settings.type != "folded":
-        return None
-    _check_order(settings.partition.order)
-    return settings.partition.order
-
-
-def vocabulary_order(
-    settings: HeadSettings, vocabulary_size: int, tokens: TokenStream, embedding: Tensor | None = None
-) -> Tensor | None:
-    """The order [V] that ``settings`` ask for ([K, V] of a mixture of K parts), counted on the training stream
-    ``tokens`` where it depends on it; None for a head without a partition. ``embedding`` [V, D'] is clustered in place
-    of the tokens' neighbours in the stream. Raises UserError for an order or sizes that no partition has."""
-    if settings.type == "mixture":
-        wanted_order(settings)
-        parts = [_part_settings(settings, index) for index in range(len(settings.mixture))]
-        orders = [vocabulary_order(part, vocabulary_size, tokens, embedding) for part in parts]
-        return torch.stack([order for order in orders if order is not None]) if orders else None
-    partition, order = settings.partition, wanted_order(settings)
-    if order is None:
-        return None
-    if order == "bpe":
-        return torch.arange(vocabulary_size)
-    if order == "random":
-        return random_order(vocabulary_size, partition.seed)
-    counts = token_counts(tokens, vocabulary_size)
-    if order == "frequency":
-        return frequency_order(counts)
-    boundaries = wanted_boundaries(partition, vocabulary_size)
-    if embedding is None:
-        which = order.removeprefix("clustered").removeprefix("_") if order.startswith("clustered") else ""
-        embedding = cooccurrence_embedding(tokens, vocabulary_size, counts, which or "both")
-    ranked, shortlist, bands = frequency_order(counts), partition.shortlist, None
-    if partition.group_sizes == "rising":
-        bands = bands_of(boundaries, shortlist)
-        clustered = banded_order(embedding, boundaries, bands, ranked, counts > 0)
-    else:
-        clustered = clustered_order(embedding, boundaries, ranked[:shortlist], counts > 0)
-    return exchanged_order(tokens, clustered, boundaries, shortlist, bands) if order == "exchanged" else clustered
-
-
-def wanted_boundaries(partition: PartitionSettings, vocabulary_size: int) -> Tensor:
-    """The group boundaries [G + 1] that a partition's settings ask for. Raises UserError for sizes that none has."""
-    if partition.group_sizes not in GROUP_SIZES:
-        raise UserError(
-            f"head.partition.group_sizes is {partition.group_sizes!r}: choose one of {', '.join(GROUP_SIZES)}"
-        )
-    sized = rising_boundaries if partition.group_sizes == "rising" else equal_boundaries
-    return sized(vocabulary_size, wanted_group_size(partition, vocabulary_size), partition.shortlist)
-
-
-def wanted_partition(partition: PartitionSettings, vocabulary_size: int, order: Tensor | None) -> Partition:
-    """The partition of these settings over ``order`` [V] (None: token order). Raises UserError where none fits."""
-    return partition_over(wanted_boundaries(partition, vocabulary_size), order)
-
-
-def wanted_group_size(partition: PartitionSettings, vocabulary_size: int) -> int | None:
-    """As set or, for three symbols a token, the cube root of the number of tokens in groups; None for the default of
-    two. Raises UserError for another number of symbols."""
-    if partition.symbols not in SYMBOLS:
-        raise UserError(f"head.partition.symbols is {partition.symbols}: choose 2 or 3")
-    if partition.group_size is not None or partition.symbols == 2:
-        return partition.group_size
-    return max(1, round((vocabulary_size - partition.shortlist) ** (1 / 3)))
 
 
 def initial_std(settings: HeadSettings, hidden_size: int) -> float:
@@ -200,18 +111,6 @@ def folded_head(
         rows.weight = cast(nn.Parameter, tied_weight)
     counts = None if tokens is None else token_counts(tokens, vocabulary_size)
     return cast(FoldedHead, build_head(settings, vocabulary_size, rows, order, counts))
-
-
-def _check_order(order: str) -> None:
-    if order not in ORDERS:
-        raise UserError(f"head.partition.order is {order!r}: choose one of {', '.join(ORDERS)}")
-
-
-def _part_settings(settings: HeadSettings, index: int) -> HeadSettings:
-    """Those of one part of a mixture, a folded head. A random order has a seed of its own in each part."""
-    order = settings.mixture[index]
-    partition = replace(settings.partition, order=order, seed=settings.partition.seed + index)
-    return replace(settings, type="folded", partition=partition, mixture=[])
 
 
 def _build_full(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, _: Tensor | None) -> Head:
@@ -261,12 +160,11 @@ def _build_adaptive(
 
 
 def _build_folded(settings: HeadSettings, vocabulary_size: int, embedding: nn.Embedding, order: Tensor | None) -> Head:
-    _check_order(settings.partition.order)
     partition = wanted_partition(settings.partition, vocabulary_size, order)
     if settings.scorer not in SCORERS:
         raise UserError(f"head.scorer is {settings.scorer!r}: choose one of {', '.join(SCORERS)}")
     scorer = SCORERS[settings.scorer](settings, partition, embedding)
-    return SYMBOLS[settings.partition.symbols](
+    return OF_SYMBOLS[settings.partition.symbols](
         embedding.embedding_dim,
         partition,
         scorer,
@@ -281,7 +179,7 @@ def _build_mixture(settings: HeadSettings, vocabulary_size: int, embedding: nn.E
     parts = []
     for index in range(len(settings.mixture)):
         part_order = None if order is None else order[index].clone()  # weights that are views cannot be saved
-        part = _build_folded(_part_settings(settings, index), vocabulary_size, embedding, part_order)
+        part = _build_folded(part_settings(settings, index), vocabulary_size, embedding, part_order)
         assert isinstance(part, FoldedHead)
         parts.append(part)
     return MixtureHead(parts)
@@ -370,7 +268,7 @@ BUILDERS = {
     "fused": _build_fused,
     "mixture": _build_mixture,
 }
-SYMBOLS = {2: FoldedHead, 3: NestedFoldedHead}
+OF_SYMBOLS = {2: FoldedHead, 3: NestedFoldedHead}
 SCORERS: dict[str, ScorerBuilder] = {
     "scale_shift": _scale_shift(ScaleShiftScorer),
     "scale_shift_sorted": _scale_shift(SortedScaleShiftScorer),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 ORDERS = ("bpe", "frequency", "random", "clustered", "clustered_before", "clustered_after", "exchanged")
 GROUP_SIZES = ("equal", "rising")
+SYMBOLS = (2, 3)  # a token
 GROUP_SCORERS = ("linear", "residual", "wide", "shared")
 # How the best folded head so far scores its groups and tokens: that of conf/head/folded.yaml and of folded_head.
 BEST_ORDER, BEST_SCORER, BEST_GROUP_SCORER = "exchanged", "linear_conditioned", "linear"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.errors import UserError
-from vocabfold.heads.build import vocabulary_order
 from vocabfold.heads.full import FullHead
 from vocabfold.heads.orders import clustered_order, frequency_order
 from vocabfold.heads.partition import Partition, equal_boundaries
 from vocabfold.heads.settings import PartitionSettings
+from vocabfold.heads.vocabulary_order import vocabulary_order
 from vocabfold.hugging_face.distil import STEPS, distil
 from vocabfold.hugging_face.embedding import CompressedInput
 from vocabfold.hugging_face.fold_head import RescoredHead, rows_of

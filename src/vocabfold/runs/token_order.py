@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vocabfold.errors import UserError
 from vocabfold.files import replacing
-from vocabfold.heads.build import vocabulary_order, wanted_order
 from vocabfold.heads.settings import HeadSettings, PartitionSettings
+from vocabfold.heads.vocabulary_order import vocabulary_order, wanted_order
 from vocabfold.runs.checkpoint import WEIGHTS_NAME
 from vocabfold.tokens import BLOCK_TOKENS, TokenStream
 
