@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -15,12 +16,24 @@ from head_cases import HIDDEN_SIZE, LAYOUTS, Layout, make_head, make_hidden
 from process_cases import on_ranks
 from vocabfold.errors import UserError
 from vocabfold.heads import FoldedHead, FullHead, Head, LossOptions, collectives
+from vocabfold.heads.linear import LoopedLinearScorer
 from vocabfold.heads.sharded import ShardedFullHead, shard_head
 from vocabfold.heads.sharded_folded import ShardedFoldedHead, owners_of_groups
 from vocabfold.heads.traffic import folded_traffic, full_traffic, gradient_bytes
 from vocabfold.tokens import IGNORE_INDEX
 
-KINDS = ("full_free", "full_bias_tied", "sorted_free", "sorted_tied", "looped_free", "sorted_free_bias")
+KINDS = (
+    "full_free",
+    "full_bias_tied",
+    "sorted_free",
+    "sorted_tied",
+    "looped_free",
+    "sorted_free_bias",
+    "conditioned_free_wide",
+    "conditioned_tied",
+    "conditioned_free_gated",
+)
+ROW_PARAMETERS = ("weight", "bias", "group_embedding", "group_gate")  # of a scorer, which lie spread
 WORLDS = (2, 4)
 # Rows of each process: an empty batch, one whose targets are all ignored, unequal numbers.
 ROWS = (5, 0, 3, 4)
@@ -81,19 +94,28 @@ def check_parameter_gradients(whole: Head, sharded: Head) -> None:
             close(sharded.bias.grad, whole.bias.grad[sharded.own], "gradient of biases")
         return
     assert isinstance(whole, FoldedHead) and isinstance(sharded, ShardedFoldedHead)
-    for one, other in ((sharded.group_weight, whole.group_weight), (sharded.group_bias, whole.group_bias)):
-        if one is not None and other is not None:
-            assert one.grad is not None and other.grad is not None
-            dist.all_reduce(one.grad)
-            close(one.grad, other.grad, "gradient of groups")
-    if (local := sharded.scorer.local) is None:
-        return
-    partition = whole.partition
-    rows = (sharded.scorer.owners[partition.group_of[partition.multi_tokens]] == dist.get_rank()).nonzero().squeeze(-1)
-    scorer: Any = whole.scorer
-    if scorer.bias.grad is not None:  # there are groups of more than one token
-        close(local.bias.grad, scorer.bias.grad[rows], "gradient of biases")
-        close(local.weight.grad, scorer.weight.grad[partition.multi_tokens[rows] if scorer.tied else rows], "rows")
+    partition, scorer = whole.partition, whole.scorer
+    assert isinstance(scorer, LoopedLinearScorer)
+    held = dict(sharded.named_parameters())
+    replicated = set(map(id, sharded.replicated_parameters()))
+    for name, parameter in whole.named_parameters():
+        inner = name.removeprefix("scorer.")
+        own = held.get(name if inner == name else f"scorer.local.{inner}")
+        if parameter.grad is None:  # there is no group of more than one token
+            continue
+        if inner == name or inner not in ROW_PARAMETERS:
+            assert own is None or id(own) in replicated, name
+            total = torch.zeros_like(parameter) if own is None or own.grad is None else own.grad.clone()
+            dist.all_reduce(total)
+            close(total, parameter.grad, name)
+        elif own is not None:
+            assert id(own) not in replicated, name
+            by_token = inner in ("weight", "bias")
+            groups = partition.group_of[partition.multi_tokens] if by_token else partition.multi_groups
+            rows = (sharded.scorer.owners[groups] == dist.get_rank()).nonzero().squeeze(-1)
+            rows = partition.multi_tokens[rows] if inner == "weight" and scorer.tied else rows
+            assert own.grad is not None, name
+            close(own.grad, parameter.grad[rows], name)
 
 
 def check_methods(rank: int, world_size: int, kind: str, layout: Layout) -> None:
@@ -147,7 +169,7 @@ def half_of_all(world_size: int, kinds: tuple[str, ...] = KINDS) -> list[tuple[s
 
 def test_every_kind_gives_the_loss_and_gradients_of_the_head_in_one_piece_on_two_processes() -> None:
     cases: list[tuple[Any, ...]] = [
-        (kind, layout, "some", None) for kind, layout in zip(KINDS, LAYOUTS.values(), strict=False)
+        (kind, layout, "some", None) for kind, layout in zip(KINDS, cycle(LAYOUTS.values()), strict=False)
     ]
     on_ranks(2, check_many, check_loss, [*cases, ("looped_free", LAYOUTS["shortlist"], "all", 1.5)])
 
@@ -168,7 +190,7 @@ def test_the_rest_of_the_contract_is_that_of_the_head_in_one_piece(world_size: i
         world_size,
         check_many,
         check_methods,
-        half_of_all(world_size, ("full_bias_tied", "sorted_free_bias", "looped_free")),
+        half_of_all(world_size, ("full_bias_tied", "sorted_free_bias", "looped_free", "conditioned_free_wide")),
     )
 
 
@@ -190,6 +212,8 @@ def refuse(rank: int, world_size: int) -> str:
         shard_head(head)
     with pytest.raises(UserError):
         shard_head(make_head("adaptive", LAYOUTS["prime"])[0])
+    with pytest.raises(UserError, match="use linear, residual or wide"):
+        shard_head(make_head("conditioned_free_shared", LAYOUTS["prime"])[0])
     return str(caught.value)
 
 
@@ -250,7 +274,7 @@ def count_traffic(rank: int, world_size: int, kind: str, layout: Layout) -> tupl
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["full_free", "sorted_free"])
+@pytest.mark.parametrize("kind", ["full_free", "sorted_free", "conditioned_free_wide"])
 def test_traffic_from_shapes_is_what_the_collectives_get(kind: str, world_size: int) -> None:
     """Of all processes together: what comes back from a process depends on the rows that the others sent to it."""
     counted, expected = torch.tensor(on_ranks(world_size, count_traffic, kind, LAYOUTS["shortlist"])).sum(dim=0)

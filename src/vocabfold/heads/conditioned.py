@@ -6,13 +6,14 @@ says is read again in the light of the group, which a full softmax cannot do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vocabfold.heads.linear import SortedLinearScorer
+from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.readers import checked_width, normed
 
@@ -40,6 +41,8 @@ class ConditionedLinearScorer(SortedLinearScorer):
     """SortedLinearScorer on h_g. W_1 [width, D] starts as torch's own layers do, the e_g [M, width] as normal(0, std)
     and W_2 [D, width] as 0: at first the scorer is SortedLinearScorer. Raises UserError for a width below 1."""
 
+    of_groups = ("group_embedding", "group_gate")
+
     def __init__(
         self,
         hidden_size: int,
@@ -58,6 +61,11 @@ class ConditionedLinearScorer(SortedLinearScorer):
         self.out = nn.Parameter(torch.zeros(hidden_size, width))
         self.group_gate = nn.Parameter(torch.zeros_like(self.group_embedding)) if options.gated else None
         self.no_group = nn.Parameter(torch.zeros(width)) if options.shared else None
+
+    def maker(self) -> Callable[[Partition], LoopedLinearScorer]:
+        """See LoopedLinearScorer.maker."""
+        (hidden_size, width), options = self.out.shape, self.options
+        return lambda partition: ConditionedLinearScorer(hidden_size, partition, width, options=options)
 
     def condition(self, hidden: Tensor, groups: Tensor) -> Tensor:
         """``hidden`` [..., D] and ``groups`` [...] that broadcast against each other -> h_g [..., D]. A group of one

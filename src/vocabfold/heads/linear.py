@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -39,6 +41,9 @@ class LoopedLinearScorer(TokenScorer):
     for each token of ``partition.multi_tokens`` in that order, and start as normal(0, ``init_std``). So is the bias.
     """
 
+    of_tokens: tuple[str, ...] = ("weight", "bias")  # parameters with a row for each of ``partition.multi_tokens``
+    of_groups: tuple[str, ...] = ()  # with a row for each of the M groups; the others belong to all of them
+
     def __init__(
         self,
         hidden_size: int,
@@ -59,6 +64,14 @@ class LoopedLinearScorer(TokenScorer):
     def start_from(self, log_frequency: Tensor) -> None:
         """See TokenScorer.start_from."""
         self.bias.copy_(log_frequency[self.partition.multi_tokens])
+
+    def maker(self) -> Callable[[Partition], LoopedLinearScorer]:
+        """What makes a scorer of this kind and these sizes, with rows of its own, on any partition."""
+        return partial(type(self), self.weight.shape[1])
+
+    def condition(self, hidden: Tensor, groups: Tensor) -> Tensor:
+        """What the rows of ``groups`` are multiplied with: ``hidden`` [N, D] itself."""
+        return hidden
 
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
         """(W_g, b_g) of each of the M groups, cut once: the gradient of each slice would be as large as all rows."""

@@ -7,23 +7,23 @@ log-probability comes back. A full softmax has no such process: there all go eve
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.errors import UserError
 from vocabfold.heads.base import Head
 from vocabfold.heads.collectives import Group, gather, on_every_rank, routed, topk_of_all
+from vocabfold.heads.conditioned import ConditionedLinearScorer
 from vocabfold.heads.folded import FoldedHead
 from vocabfold.heads.kernels import product_dtype, sum_dtype
-from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
+from vocabfold.heads.linear import LoopedLinearScorer
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import TokenScorer
-
-SHARDED_SCORERS = (LoopedLinearScorer, SortedLinearScorer)
 
 
 def owners_of_groups(partition: Partition, num_ranks: int, counts: Tensor | None = None) -> Tensor:
@@ -62,6 +62,7 @@ class RoutedScorer(TokenScorer):
         partition = whole.partition
         super().__init__(partition)
         self.gradients_in_forward, self.softcap = whole.gradients_in_forward, whole.softcap
+        self._make, self._of_tokens, self._of_groups = whole.maker(), whole.of_tokens, whole.of_groups
         self.group, self.rank, self.num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
         owners = owners.to(partition.order.device)
         place_at_owner = torch.empty_like(partition.order)
@@ -79,11 +80,13 @@ class RoutedScorer(TokenScorer):
             sizes = partition.sizes[owners == self.rank]
             bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
             local = Partition(torch.arange(len(own), device=own.device), bounds)
-            scorer = type(whole)(whole.weight.shape[1], local).to(whole.weight)
-            rows = self._parameter_rows(owners, self.rank)
+            scorer = self._make(local).to(whole.weight)
             with torch.no_grad():
-                scorer.weight.copy_(whole.weight[partition.multi_tokens[rows] if whole.tied else rows])
-                scorer.bias.copy_(whole.bias[rows])
+                for name, target in scorer.named_parameters():
+                    rows = self._rows_of(name, owners, self.rank)
+                    if name == "weight" and whole.tied:
+                        rows = partition.multi_tokens[rows]
+                    target.copy_(whole.get_parameter(name)[rows])
             scorer.softcap = whole.softcap
             self.local = scorer
 
@@ -95,10 +98,22 @@ class RoutedScorer(TokenScorer):
         partition = self.partition
         return (owners[partition.group_of[partition.order]] == rank).nonzero().squeeze(-1)
 
-    def _parameter_rows(self, owners: Tensor, rank: int) -> Tensor:
-        """Where the rows of a process's groups stand among those of the unsharded scorer."""
-        group_at = self.partition.group_of[self.partition.multi_tokens]
-        return (owners[group_at] == rank).nonzero().squeeze(-1)
+    def _rows_of(self, parameter: str, owners: Tensor, rank: int) -> Tensor | slice:
+        """Where a process's rows of a ``parameter`` stand among those of the unsharded scorer: all, of one that has no
+        rows for tokens or groups."""
+        if parameter in self._of_tokens:
+            groups = self.partition.group_of[self.partition.multi_tokens]
+        elif parameter in self._of_groups:
+            groups = self.partition.multi_groups
+        else:
+            return slice(None)
+        return (owners[groups] == rank).nonzero().squeeze(-1)
+
+    def replicated_parameters(self) -> list[nn.Parameter]:
+        """Those that every process with a group has whole."""
+        split = self._of_tokens + self._of_groups
+        named = [] if self.local is None else self.local.named_parameters()
+        return [parameter for name, parameter in named if name not in split]
 
     def start_from(self, log_frequency: Tensor) -> None:
         """See TokenScorer.start_from."""
@@ -125,7 +140,7 @@ class RoutedScorer(TokenScorer):
                 return hidden.new_zeros(len(hidden), num_columns, dtype=sum_dtype(hidden.dtype))  # no row comes here
             local = self.local.partition
             found = compute(self.local, hidden, local.group_of[places], local.slot_of[places])
-            if torch.is_grad_enabled() and not found.requires_grad:  # no row came: gradients are 0, not missing
+            if torch.is_grad_enabled() and len(hidden) == 0:  # no row came: gradients are 0, not missing
                 found = found + sum(tensor[:0].sum() for tensor in (hidden, *self.local.parameters()))
             return found.to(sum_dtype(hidden.dtype))
 
@@ -162,7 +177,8 @@ class RoutedScorer(TokenScorer):
     def _target_logit(self, hidden: Tensor, index: Tensor, slots: Tensor) -> Tensor:
         def compute(local: TokenScorer, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
             assert isinstance(local, LoopedLinearScorer)
-            return local._target_logit(hidden, local.partition.multi_index[groups], slots).unsqueeze(-1)
+            seen = local.condition(hidden, groups)
+            return local._target_logit(seen, local.partition.multi_index[groups], slots).unsqueeze(-1)
 
         groups = self.partition.multi_groups[index]
         return self._routed(hidden, groups, slots, torch.ones_like(index, dtype=torch.bool), compute, 1).squeeze(-1)
@@ -200,17 +216,17 @@ class RoutedScorer(TokenScorer):
 
     def unsharded(self, like: Tensor) -> LoopedLinearScorer:
         """The scorer with the rows of all processes, in each of them; ``like`` [.., D] has their dtype and device."""
-        kind = SortedLinearScorer if self.gradients_in_forward else LoopedLinearScorer
-        whole = kind(like.shape[-1], self.partition).to(like)
+        whole = self._make(self.partition).to(like)
         whole.softcap = self.softcap
-        rows = [self._parameter_rows(self.owners, rank) for rank in range(self.num_ranks)]
-        most = max(1, *map(len, rows))
         with torch.no_grad():
-            for name, target in (("weight", whole.weight), ("bias", whole.bias)):
-                own = target[:0] if self.local is None else getattr(self.local, name).detach()
+            for name, target in whole.named_parameters():
+                own = target[:0] if self.local is None else self.local.get_parameter(name).detach()
+                places = torch.arange(len(target), device=target.device)
+                rows = [places[self._rows_of(name, self.owners, rank)] for rank in range(self.num_ranks)]
+                most = max(1, *map(len, rows))
                 every = gather(own, most, self.group).unflatten(0, (self.num_ranks, most))
-                for part, places in zip(every, rows, strict=True):
-                    target[places] = part[: len(places)]
+                for rank in reversed(range(self.num_ranks)):  # of what all have the first's, which never lacks it
+                    target[rows[rank]] = every[rank, : len(rows[rank])]
         return whole
 
 
@@ -219,24 +235,38 @@ class ShardedFoldedHead(FoldedHead):
 
     Each process calls every method with hidden states of its own, any number of them, at the same time as the others,
     and gets what FoldedHead would give for these. The backward pass leaves in the rows of a process the gradient of the
-    SUM of all processes' losses; the groups' weights, which all have, get that of its own loss, as in any data parallel
-    module. ``counts`` [V] of the tokens in a text spread the work, see owners_of_groups. Raises UserError for a head
-    whose groups have no rows of their own.
+    SUM of all processes' losses, and in the ``replicated_parameters`` a part of it: summed over the processes these
+    parts are that gradient. ``counts`` [V] of the tokens in a text spread the work, see owners_of_groups. Raises
+    UserError for a head whose groups have no rows of their own.
     """
 
     scorer: RoutedScorer
 
     def __init__(self, whole: FoldedHead, group: Group = None, counts: Tensor | None = None) -> None:
         scorer = whole.scorer
-        if type(scorer) not in SHARDED_SCORERS or not isinstance(scorer, LoopedLinearScorer):
+        if not isinstance(scorer, LoopedLinearScorer):
             raise UserError(
-                "only the groups' own rows can be spread over processes: use head.scorer=linear_sorted or linear_looped"
+                "only the groups' own rows can be spread over processes: use head.scorer=linear_sorted, "
+                "linear_conditioned or linear_looped"
+            )
+        if isinstance(scorer, ConditionedLinearScorer) and scorer.options.shared:
+            raise UserError(
+                "head.group_scorer=shared scores groups through the tokens' network, which lies with their rows: to "
+                "spread these over processes use linear, residual or wide"
             )
         owners = owners_of_groups(whole.partition, dist.get_world_size(group), counts)
         routed_scorer = RoutedScorer(scorer, owners, group)
         with_bias = whole.group_bias is not None
         softcap, routed_scorer.gradients_in_forward = whole.softcap, scorer.gradients_in_forward
-        super().__init__(whole.hidden_size, whole.partition, routed_scorer, with_bias=with_bias, softcap=softcap)
+        reader = copy.deepcopy(whole.group_reader)
+        super().__init__(
+            whole.hidden_size,
+            whole.partition,
+            routed_scorer,
+            with_bias=with_bias,
+            softcap=softcap,
+            group_reader=reader,
+        )
         self.to(whole.group_weight)
         self.training_options = whole.training_options
         with torch.no_grad():
@@ -244,11 +274,24 @@ class ShardedFoldedHead(FoldedHead):
             if self.group_bias is not None and whole.group_bias is not None:
                 self.group_bias.copy_(whole.group_bias)
 
+    def replicated_parameters(self) -> list[nn.Parameter]:
+        """Those that all processes have: the groups' weights, and what they and the tokens are scored from."""
+        reader = [] if self.group_reader is None else list(self.group_reader.parameters())
+        groups = [self.group_weight] if self.group_bias is None else [self.group_weight, self.group_bias]
+        return groups + reader + self.scorer.replicated_parameters()
+
     def unsharded(self) -> FoldedHead:
         """The same head in one piece, in every process."""
         scorer = self.scorer.unsharded(self.group_weight)
         with_bias = self.group_bias is not None
-        whole = FoldedHead(self.hidden_size, self.partition, scorer, softcap=self.softcap, with_bias=with_bias)
+        whole = FoldedHead(
+            self.hidden_size,
+            self.partition,
+            scorer,
+            softcap=self.softcap,
+            with_bias=with_bias,
+            group_reader=copy.deepcopy(self.group_reader),
+        )
         whole.to(self.group_weight)
         whole.training_options = self.training_options
         with torch.no_grad():
