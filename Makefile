@@ -21,7 +21,8 @@ TEXT2 := $(call missing_valid,2)$(if $(value TRAIN2),--second $(call local_text,
 experiment = $(PY) -m experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke reproduce everything paper pictures heads embeddings tokens report figures test test-all lint
+.PHONY: help setup smoke reproduce everything paper pictures heads embeddings tokens report figures
+.PHONY: test test-all newest test-newest lint
 
 help: ## what each target does
 	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -69,6 +70,19 @@ test: .venv/ready ## quick tests (2 minutes on two cores)
 
 test-all: .venv/ready ## the slow tests too
 	$(PY) -m pytest -q
+
+newest: .venv-newest/ready ## an environment with the newest torch that installs (5.5 GB where that is one with CUDA)
+
+.venv-newest/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep -v -e '^torch==' -e '^triton==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .venv-newest/constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+test-newest: .venv-newest/ready ## quick tests with it
+	.venv-newest/bin/python -c 'import torch; print("torch", torch.__version__)'
+	.venv-newest/bin/python -m pytest -q -m "not slow"
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

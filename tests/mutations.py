@@ -35,7 +35,7 @@ from faults import FAULTS, Fault, place_of, sources_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST_SECONDS = 300  # a fault may make a loop endless
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis", "wandb")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", ".*_cache", ".hypothesis", "wandb")
 PASSED, FAILED = 0, 1  # pytest's exit status; any other says that no test ran
 COPY = REPOSITORY  # of each job the tree that it may spoil
 

@@ -149,7 +149,7 @@ def test_what_a_card_had_no_time_for_is_said() -> None:
     assert "hidden 2,048 bf16 (all)" in missing and any("GPT-Neo, full" in words for words in missing)
     kept = steps[(steps["hidden_size"] == 128) & (steps["side"] == "no_head")]
     words = gpu_words.steps_words(kept, None)
-    assert "hidden 128 bf16 captured (head=folded; " in words and "1.53 GiB, less at the peak" in words
+    assert "hidden 128 bf16 captured (linear, sees its group; " in words and "1.53 GiB, less at the peak" in words
     heads = pd.read_csv("results/cards/gpu_heads.csv")
     assert "| full, torch.compile | not measured |" in gpu_words.heads_words(heads)
 

@@ -17,7 +17,7 @@ from vocabfold.heads import HeadSettings, PartitionSettings
 SHORTLIST = 2048
 FULL, COMPILED, CHUNKED, CCE, CCE_FILTERED, LIGER = "full", "full_compiled", "chunked", "cce", "cce_filtered", "liger"
 ADAPTIVE, PAPER, SCALE_SHIFT, LINEAR, FOLDED = "adaptive", "paper", "scale_shift", "linear", "folded"
-LOW_RANK, SHORT, FOLDED_CAPTURED = "low_rank", "shortlist", "folded_captured"
+LOW_RANK, SHORT, FOLDED_CAPTURED, WIDE = "low_rank", "shortlist", "folded_captured", "folded_wide"
 
 
 def folded(scorer: str, shortlist: int = 0) -> HeadSettings:
@@ -39,6 +39,7 @@ SETTINGS = {
     LINEAR: folded("linear_sorted"),
     FOLDED: replace(folded("linear_conditioned"), count_biases=True),
     FOLDED_CAPTURED: replace(folded("linear_conditioned"), count_biases=True),
+    WIDE: replace(folded("linear_conditioned"), count_biases=True, group_scorer="wide"),
     LOW_RANK: folded("low_rank_sorted"),
     SHORT: folded("linear_sorted", SHORTLIST),
 }
@@ -53,8 +54,9 @@ WORDS = {
     PAPER: "paper's (scale and shift)",
     SCALE_SHIFT: "paper's, computed faster",
     LINEAR: "linear",
-    FOLDED: "head=folded (conditioned linear)",
-    FOLDED_CAPTURED: "head=folded, as a CUDA graph",
+    FOLDED: "linear, sees its group",
+    FOLDED_CAPTURED: "linear, sees its group, as a CUDA graph",
+    WIDE: "head=folded",
     LOW_RANK: "low rank",
     SHORT: f"linear, shortlist {SHORTLIST:,}",
 }

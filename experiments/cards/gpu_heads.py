@@ -31,6 +31,7 @@ from experiments.cards.card_heads import (
     SCALE_SHIFT,
     SETTINGS,
     SHORT,
+    WIDE,
     for_small_vocabulary,
     zipf_tokens,
 )
@@ -54,7 +55,7 @@ SIZES = ((128_256, 2_048), (50_257, 768), (262_144, 640))  # V, D; the goal's fi
 # In the order of their value; those of a group take turns, and lie on the card together. The full softmax needs most of
 # it alone, and compiling takes longer than all else.
 GROUPS = (
-    (FOLDED, CCE, CCE_FILTERED, LIGER, LINEAR, PAPER, SCALE_SHIFT, LOW_RANK, SHORT, ADAPTIVE, CHUNKED),
+    (FOLDED, WIDE, CCE, CCE_FILTERED, LIGER, LINEAR, PAPER, SCALE_SHIFT, LOW_RANK, SHORT, ADAPTIVE, CHUNKED),
     (FULL,),
     (FOLDED_CAPTURED,),
     (COMPILED,),

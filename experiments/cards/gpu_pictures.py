@@ -35,8 +35,8 @@ SHORT_WORDS = WORDS | {
     "cce_filtered": "CCE as shipped",
     "paper": "paper's",
     "scale_shift": "paper's, faster",
-    "folded": "head=folded",
-    "folded_captured": "head=folded, graph",
+    "folded": "sees its group",
+    "folded_captured": "sees its group, graph",
     "shortlist": "linear, shortlist",
 }
 # Captured steps were measured at one hidden size: hollow markers without a line.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.cards.bench import Case, Plan, Work, built_on, captured, measure_cases
-from experiments.cards.card_heads import FOLDED, FULL, PAPER, SETTINGS, zipf_tokens
+from experiments.cards.card_heads import FOLDED, FULL, PAPER, SETTINGS, WIDE, zipf_tokens
 from experiments.cards.rows import Rows
 from experiments.paper import paper_tables
 from vocabfold.errors import UserError
@@ -22,14 +22,15 @@ from vocabfold.models.build import ModelSettings, ModelWithHead, build_model
 
 KEYS = ("vocabulary_size", "hidden_size", "batch_size", "sequence_length", "precision", "side", "mode", "pass")
 OWN = ("num_parameters", "tokens_per_second")
-FULL_NEO, TIED, NO_HEAD = "full_neo", "folded_tied", "no_head"
-LEAN = (NO_HEAD, FOLDED, FULL, PAPER, TIED, FULL_NEO)  # in the order of their value
-CAPTURED_SIDES = (NO_HEAD, FOLDED, TIED, FULL, PAPER)
+FULL_NEO, TIED, NO_HEAD, TIED_WIDE = "full_neo", "folded_tied", "no_head", "folded_tied_wide"
+LEAN = (NO_HEAD, FOLDED, FULL, PAPER, TIED, TIED_WIDE, FULL_NEO)  # in the order of their value
+CAPTURED_SIDES = (NO_HEAD, FOLDED, TIED, TIED_WIDE, FULL, PAPER)
 PAPER_CODE = {f"paper_code_{model}": model for model in ("grouped", "gpt2", "gpt_neo")}
 WORDS = {
     NO_HEAD: "no head",
-    FOLDED: "head=folded",
-    TIED: "head=folded, tied",
+    FOLDED: "linear, sees its group",
+    TIED: "linear, sees its group, tied",
+    TIED_WIDE: "head=folded",
     PAPER: "paper's head",
     FULL: "GPT-2, full",
     FULL_NEO: "GPT-Neo, full",
@@ -44,6 +45,7 @@ HEADS = {
     PAPER: replace(SETTINGS[PAPER], init_std=0.02),
     FOLDED: SETTINGS[FOLDED],
     TIED: replace(SETTINGS[FOLDED], tied=True),
+    TIED_WIDE: replace(SETTINGS[WIDE], tied=True),
 }
 FP32, BF16 = "fp32", "bf16"
 EAGER, CAPTURED = "eager", "captured"

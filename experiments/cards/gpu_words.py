@@ -140,7 +140,7 @@ def over_no_head_simulated(summary: pd.DataFrame, expected: pd.DataFrame | None)
         gib = {row["side"]: simulated_gib(row, expected) for _, row in rows.iterrows()}
         cells += [
             f"{gpu_steps.WORDS[side]}, {precision}: {gib[side] / gib[NO_HEAD]:.2f}"
-            for side in (FOLDED, gpu_steps.TIED)
+            for side in (FOLDED, gpu_steps.TIED, gpu_steps.TIED_WIDE)
             if {side, NO_HEAD} <= set(gib) and not math.isnan(gib[side] / gib[NO_HEAD])
         ]
     if not cells:
@@ -290,9 +290,8 @@ def head_goals(summary: pd.DataFrame) -> list[str]:
         time = f"{ratio_words(share)} of its time (goal {QUARTER}: {reached(share and share[0], QUARTER)})"
         memory = None if own is None or peer is None else float(own["peak_above_gib"] / peer["peak_above_gib"])
         room = f"{'-' if memory is None else number(memory)} of its memory (goal 1: {reached(memory, 1.0)})"
-        lines.append(
-            f"* head=folded beside {card_heads.WORDS[method]} at V = {size[0]:,}, D = {size[1]:,}: {time}, {room}"
-        )
+        pair = f"{card_heads.WORDS[FOLDED]}, beside {card_heads.WORDS[method]}"
+        lines.append(f"* {pair} at V = {size[0]:,}, D = {size[1]:,}: {time}, {room}")
     return lines
 
 
@@ -302,7 +301,7 @@ def step_goals(summary: pd.DataFrame) -> list[str]:
     smallest = summary["hidden_size"].min()
     for precision in (FP32, BF16):
         for mode in (EAGER, CAPTURED):
-            for side in (FOLDED, gpu_steps.TIED):
+            for side in (FOLDED, gpu_steps.TIED, gpu_steps.TIED_WIDE):
                 wanted = {"hidden_size": smallest, "precision": precision, "mode": mode, "pass": STEP}
                 own, nobody = (chosen(summary, **wanted, side=name) for name in (side, NO_HEAD))
                 share = ratio(own, nobody)
