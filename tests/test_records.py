@@ -101,6 +101,18 @@ def test_tables_have_the_agreed_columns_and_of_one_run_in_two_folders_the_newer(
     assert read_table("sweep", "stories", tmp_path).equals(table)
 
 
+def test_curves_are_kept_of_runs_evaluated_on_their_way_and_of_others_where_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "stories" / "sweep" / "one"
+    write_text(folder / "row.json", json.dumps(row_of()))
+    lines = [{"step": 5, "train_loss": 3.0}, {"step": 10, "train_loss": 2.0, "validation_loss_nats": 2.5}]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    curves = tmp_path / "stories" / "sweep_curves.csv"
+    collect("sweep", "stories", tmp_path)
+    assert not curves.exists()
+    collect("sweep", "stories", tmp_path, with_curves=True)
+    assert pd.read_csv(curves)[["step", "train_loss"]].to_numpy().tolist() == [[5, 3.0], [10, 2.0]]
+
+
 def test_a_table_refuses_rows_that_its_key_does_not_tell_apart(tmp_path: Path) -> None:
     rows = pd.DataFrame([row_of(document=number) for number in range(3)])
     with pytest.raises(ValueError, match="2 rows are not told apart by run"):

@@ -52,7 +52,7 @@ def measure(arguments: Namespace) -> None:
     if not (found := [name for name in EXPERIMENTS if any((RESULTS / "runs").glob(f"*/{name}/*/row.json"))]):
         raise UserError(f"no run of {' or '.join(EXPERIMENTS)} has finished: train one of them first")
     for name in found:
-        collect_runs(name, arguments.settings)
+        collect_runs(name, arguments.settings, with_curves=True)
 
 
 def draw(corpus: str) -> None:

@@ -24,9 +24,11 @@ def read_curves(experiment: str, corpus: str, results: Path = RESULTS) -> pd.Dat
 
 
 def draw_curve(axis: Axes, rows: pd.DataFrame, column: str, color: str, label: str, style: str = "-") -> None:
-    """The mean of ``column`` over seeds against the step, with its 95% interval where there are several seeds."""
+    """The mean of ``column`` over seeds against the step, with its 95% interval where there are several seeds; a mark
+    where there is one step alone."""
     curve = summarise(rows.dropna(subset=[column]), ["step"], column).sort_values("step")
-    axis.plot(curve["step"], curve["mean"], style, color=color, label=label)
+    marker = "o" if len(curve) == 1 else None
+    axis.plot(curve["step"], curve["mean"], style, color=color, label=label, marker=marker)
     low, high = curve["mean"] - curve["half_width"], curve["mean"] + curve["half_width"]
     axis.fill_between(curve["step"], low, high, color=color, alpha=0.2, linewidth=0)
 

@@ -135,12 +135,13 @@ def write_measured(
     print(f"wrote {path}")
 
 
-def collect_runs(experiment: str, settings: Sequence[str]) -> None:
+def collect_runs(experiment: str, settings: Sequence[str], with_curves: bool = False) -> None:
     """Gather the finished runs of an experiment into its table: those on the text that ``settings`` choose, or without
-    settings those on each text that has any. Raises UserError where no run has finished."""
+    settings those on each text that has any. ``with_curves``: see collect. Raises UserError where no run has finished.
+    """
     corpora = [corpus_of(settings)] if settings else corpora_with_runs(experiment)
     for corpus in corpora:
-        print(f"wrote {collect(experiment, corpus)}")
+        print(f"wrote {collect(experiment, corpus, with_curves=with_curves)}")
 
 
 def corpora_with_runs(experiment: str) -> list[str]:

@@ -191,8 +191,9 @@ def finished_runs(experiment: str, corpus: str, results: Path = RESULTS) -> list
     return list(last.values())
 
 
-def collect(experiment: str, corpus: str, results: Path = RESULTS) -> Path:
-    """Gather the finished runs of an experiment into its table; return the table's path.
+def collect(experiment: str, corpus: str, results: Path = RESULTS, with_curves: bool = False) -> Path:
+    """Gather the finished runs of an experiment into its table; return the table's path. ``with_curves``: what they
+    logged too, even where no run was evaluated before its end.
 
     Rows of runs that are not in results/runs (trained elsewhere, or deleted since) stay. Raises UserError where no run
     has finished, and where the table is another version's.
@@ -202,7 +203,7 @@ def collect(experiment: str, corpus: str, results: Path = RESULTS) -> Path:
     runs = finished_runs(experiment, corpus, results)
     rows = [row for _, row in runs]
     metrics = [read_metrics(folder) for folder, _ in runs]
-    if any(sum("validation_loss_nats" in line for line in lines) > 1 for lines in metrics):
+    if with_curves or any(sum("validation_loss_nats" in line for line in lines) > 1 for lines in metrics):
         write_curves(rows, metrics, results / corpus / f"{experiment}_curves.csv")
     path = results / corpus / f"{experiment}.csv"
     return write_table(beside_others(pd.DataFrame(rows), path), path)
