@@ -197,14 +197,13 @@ def test_folded_head_is_what_head_folded_trains() -> None:
     tokens = np.random.default_rng(0).integers(0, 60, 3000)
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         settings = settings_from(compose("train", ["head=folded"])).head
-    heads = []
+    heads, embedding = [], nn.Embedding(60, 8)
     for make in (0, 1):
         torch.manual_seed(0)
         if make:
-            heads.append(folded_head(8, 60, tokens))
+            heads.append(folded_head(8, 60, tokens, tied_weight=embedding.weight))
         else:
             order = vocabulary_order(settings, 60, tokens)
-            embedding = nn.Embedding(60, 8, device="meta")
             heads.append(build_head(settings, 60, embedding, order, token_counts(tokens, 60)))
     first, second = (head.state_dict() for head in heads)
     assert first.keys() == second.keys()
@@ -217,7 +216,7 @@ def test_a_head_that_was_built_for_a_text_can_be_saved(name: str, tmp_path: Path
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         settings = settings_from(compose("train", [f"head={name}"])).head
     order = vocabulary_order(settings, 60, tokens)
-    head = build_head(settings, 60, nn.Embedding(60, 8, device="meta"), order, token_counts(tokens, 60))
+    head = build_head(settings, 60, nn.Embedding(60, 8), order, token_counts(tokens, 60))
     safetensors.torch.save_model(head, tmp_path / "head.safetensors")
     hidden = torch.randn(5, 8)
     expected = head.log_prob(hidden)

@@ -146,7 +146,8 @@ def test_the_blank_lines_that_end_a_likeliest_text_are_left_out(
 ) -> None:
     blank = load_tokenizer("gpt2").encode("\n")
     monkeypatch.setattr(program, "load_settings", lambda run: Namespace(data={"name": "text", "tokenizer": "gpt2"}))
-    monkeypatch.setattr(program, "load_run", lambda run, device: Namespace(head=Namespace(vocabulary_size=50_257)))
+    head = Namespace(vocabulary_size=50_257, prepare_to_decode=lambda: None)
+    monkeypatch.setattr(program, "load_run", lambda run, device: Namespace(head=head))
     monkeypatch.setattr(program, "beam_search", lambda *_, **__: [blank * 200])
     assert call(program.main, monkeypatch, str(tmp_path), "the end.", "--beams", "2") == 0
     assert capfd.readouterr().out == "the end.\n"

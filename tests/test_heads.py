@@ -25,7 +25,7 @@ from head_cases import (
     naive_log_prob,
     one_case_a_kind,
 )
-from vocabfold.heads import FoldedHead, FullHead, MixtureHead, loss_options, visiting
+from vocabfold.heads import FoldedHead, FullHead, LoopedLinearScorer, MixtureHead, loss_options, visiting
 from vocabfold.tokens import IGNORE_INDEX
 
 TARGETS = ("mixed", "one_group", "some_ignored", "all_ignored", "empty", "one_row")
@@ -180,6 +180,21 @@ def test_parts(kind: str, layout: Layout) -> None:
             expected["token_accuracy"] += max(own, key=lambda v: float(best[row, v])) == token
     for name, hits in expected.items():
         assert float(result.parts[name]) == pytest.approx(hits / len(counted))
+
+
+@one_case_a_kind(LAYOUTS)
+def test_a_head_that_is_prepared_to_decode_says_the_same(kind: str, layout: Layout) -> None:
+    head, model = make_head(kind, layout)
+    hidden = make_hidden(5)
+    expected, best = head.log_prob(hidden), head.topk(hidden, 2)[1]
+    drawn = head.sample(hidden, top_p=0.9, generator=torch.Generator().manual_seed(0))
+    head.prepare_to_decode()
+    torch.testing.assert_close(head.log_prob(hidden), expected)
+    assert torch.equal(head.topk(hidden, 2)[1], best)
+    assert torch.equal(head.sample(hidden, top_p=0.9, generator=torch.Generator().manual_seed(0)), drawn)
+    if kind in FOLDED_KINDS and kind.endswith("tied") and layout.shuffled and layout.group_size != 1:
+        assert isinstance(head, FoldedHead) and isinstance(head.scorer, LoopedLinearScorer)
+        assert head.scorer.weight is not model.embedding.weight and not head.scorer.tied
 
 
 @one_case_a_kind([-1, LAYOUTS["prime"].vocabulary_size])

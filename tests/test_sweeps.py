@@ -78,7 +78,7 @@ def test_every_option_composes_to_checked_settings(choice: dict[str, str]) -> No
     named = {"model": settings.model.name, "head": settings.head.name, "start": settings.start.type}
     named |= {"embedding": settings.embedding.name, "data": settings.data["name"]}
     for group, option in choice.items():
-        option = {"folded": "conditioned_exchanged"}.get(option, option)  # the best head keeps its own name
+        option = {"folded": "conditioned_tied_wide"}.get(option, option)  # the best head keeps its own name
         assert named.get(group, option) == option or (group == "data" and option.startswith(named["data"]))
 
 

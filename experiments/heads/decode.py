@@ -79,6 +79,7 @@ def load_runs(folders: list[Path], device: torch.device) -> list[Run]:
         if row is None:
             raise UserError(f"{folder} holds no finished run: train it to its end, or name another folder")
         model = load_run(folder, device)
+        model.head.prepare_to_decode()
         # One full softmax is compared with, whatever its preset is called.
         run = Run(FULL if isinstance(model.head, FullHead) else str(row["head"]), row, model)
         if run.name in runs:

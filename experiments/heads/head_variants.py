@@ -33,7 +33,7 @@ VARIANTS = {
     "conditioned_detached": "the network has no say in what the backbone learns",
     "conditioned_narrow": "the network is as narrow as h",
     "mixture_clustered": "a mixture of two linear heads, clustered by the tokens before and after",
-    "conditioned_exchanged": "the token step sees the group, 224 groups learned by exchange: `head=folded`",
+    "conditioned_exchanged": "the token step sees the group, 224 groups learned by exchange",
     "conditioned_exchanged_450": "the token step sees the group, 112 groups learned by exchange",
     "linear_exchanged_counts": "224 groups learned by exchange",
     "linear_exchanged_450": "112 groups learned by exchange",

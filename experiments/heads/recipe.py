@@ -59,7 +59,7 @@ FAMILIES = {
     "linear_clustered": ("one linear layer a group, clustered", False, False),
     "linear_clustered_counts": ("one linear layer a group, clustered", True, False),
     "conditioned_clustered": ("conditioned on the group, clustered", True, False),
-    "conditioned_exchanged": ("head=folded", True, False),
+    "conditioned_exchanged": ("conditioned on the group, groups by exchange", True, False),
 }
 KEY = ["family", "training_tokens", "epochs", "learning_rate", "hidden_size"]
 ENDS = ("all else as in heads_scaling", "all pairs")

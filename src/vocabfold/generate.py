@@ -121,6 +121,7 @@ def main() -> None:
     if tokenizer is None:
         raise UserError(f"{arguments.run} was trained on data without a text form: there is nothing to read")
     model = load_run(arguments.run, torch.device(arguments.device))
+    model.head.prepare_to_decode()
     check_fit(model, tokenizer, arguments)
     answer = answers(model, arguments, tokenizer.end_token)
     for number, prompt in enumerate(arguments.prompt, 1):

@@ -68,6 +68,10 @@ class Head(nn.Module, ABC):
         that text's unigram distribution, which it would have to learn otherwise. Raises UserError without biases."""
         raise UserError("this head has no biases to start from counts: use head.count_biases=false")
 
+    def prepare_to_decode(self) -> None:
+        """Take the form that decodes fastest, of a head that is trained no more. Only one that borrows the embedding's
+        rows and reads them in another order has something to do: it keeps a copy of them, V x D numbers."""
+
     def _mean_log_prob(self, hidden: Tensor, normalisers: list[Tensor]) -> Tensor:
         """The mean of log P(v) over the V tokens [N]. ``normalisers``: what _log_prob_and_normalisers returned."""
         return in_row_chunks(lambda rows: self.log_prob(rows).mean(dim=-1), hidden, self.vocabulary_size)

@@ -83,7 +83,7 @@ def folded_head(
     shortlist: int = 0,
 ) -> FoldedHead:
     """A folded head for a model of your own, where it had ``nn.Linear(hidden_size, vocabulary_size, bias=False)``: the
-    best so far, as ``head=folded`` trains it, with every size by rule.
+    best so far, as ``head=folded`` trains it (with the input embedding as ``tied_weight``), with every size by rule.
 
     ``tokens``, ids of the training text: groups are learned from its bigrams (seconds for a million tokens, see
     ``exchanged_order``), and biases start from its counts; without them groups are of tokens that follow each other and

@@ -91,6 +91,10 @@ class FoldedHead(Head):
             return
         self._start_from(smoothed_log_frequency(counts.to(self.partition.order.device)))
 
+    def prepare_to_decode(self) -> None:
+        """See Head.prepare_to_decode."""
+        self.scorer.prepare_to_decode()
+
     def _start_from(self, log_frequency: Tensor) -> None:
         frequency = log_frequency.new_zeros(self.partition.num_groups)
         frequency.index_add_(0, self.partition.group_of, log_frequency.exp())

@@ -65,6 +65,13 @@ class LoopedLinearScorer(TokenScorer):
         """See TokenScorer.start_from."""
         self.bias.copy_(log_frequency[self.partition.multi_tokens])
 
+    @torch.no_grad()
+    def prepare_to_decode(self) -> None:
+        """See TokenScorer.prepare_to_decode."""
+        if self.tied and self.partition.first_multi_token is None:
+            self.weight = nn.Parameter(self.weight[self.partition.multi_tokens], requires_grad=False)
+            self.tied = False
+
     def maker(self) -> Callable[[Partition], LoopedLinearScorer]:
         """What makes a scorer of this kind and these sizes, with rows of its own, on any partition."""
         return partial(type(self), self.weight.shape[1])

@@ -66,6 +66,11 @@ class MixtureHead(Head):
         """``by_part``: log P_k [N, C] of each part -> log P [N, C]."""
         return (torch.stack(by_part) + self.log_weights(hidden).t().unsqueeze(-1)).logsumexp(dim=0)
 
+    def prepare_to_decode(self) -> None:
+        """See Head.prepare_to_decode."""
+        for part in self.heads:
+            part.prepare_to_decode()
+
     def loss(self, hidden: Tensor, targets: Tensor, with_accuracy: bool = False) -> HeadLoss:
         """See Head.loss. Without parts: neither group nor slot of a token is one and the same in all partitions."""
         _, num_targets = counted_targets(targets)

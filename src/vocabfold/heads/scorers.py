@@ -61,6 +61,9 @@ class TokenScorer(nn.Module, ABC):
         """Make the biases of the slots ``log_frequency`` [V] of their tokens. Raises UserError without such biases."""
         raise UserError("this token scorer has no biases to start from counts: use head.count_biases=false")
 
+    def prepare_to_decode(self) -> None:
+        """See Head.prepare_to_decode."""
+
     def before_group(self, hidden: Tensor) -> Tensor:
         """What the groups' scores read [N, D] where the head has no reader of its own: ``hidden`` [N, D] itself, but
         for a scorer that shares its network with them."""

@@ -9,7 +9,7 @@ GROUP_SIZES = ("equal", "rising")
 SYMBOLS = (2, 3)  # a token
 GROUP_SCORERS = ("linear", "residual", "wide", "shared")
 # How the best folded head so far scores its groups and tokens: that of conf/head/folded.yaml and of folded_head.
-BEST_ORDER, BEST_SCORER, BEST_GROUP_SCORER = "exchanged", "linear_conditioned", "linear"
+BEST_ORDER, BEST_SCORER, BEST_GROUP_SCORER = "exchanged", "linear_conditioned", "wide"
 EXTRAS = ("label_smoothing", "z_loss", "softcap")  # settings that any head may have; off, they change nothing
 
 
