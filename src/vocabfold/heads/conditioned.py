@@ -72,7 +72,7 @@ class ConditionedLinearScorer(SortedLinearScorer):
         token has nothing to score and takes any other's e_g."""
         if len(self.partition.multi_groups) == 0:
             return hidden.expand(*groups.shape, -1)
-        return self._seen(hidden, self._read(hidden), self.partition.multi_index[groups].clamp(min=0))
+        return self._seen(hidden, self._read(hidden), self.partition.index_of(groups).clamp(min=0))
 
     def _seen(self, hidden: Tensor, read: Tensor, index: Tensor) -> Tensor:
         """h_g from ``read``, what ``_read`` returns, and the ``index`` of the groups among those of several tokens."""

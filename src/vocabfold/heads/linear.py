@@ -30,7 +30,9 @@ from vocabfold.heads.partition import Partition
 from vocabfold.heads.scorers import FastTokenScorer, SortedTargets, TokenScorer
 
 GROUPS_A_BLOCK = 64  # whose products are one batch on a CPU
-GATHERED_PAIRS = 32  # of a hidden state and a group on a CPU: copying their rows is then cheaper than a loop
+# Of hidden states and groups on a CPU: so many pairs at most, each with so many numbers in its group's rows, are
+# cheaper to copy than to loop over.
+GATHERED_PAIRS, GATHERED_NUMBERS = 256, 1 << 15
 GATHERED_ELEMENTS = 1 << 22  # numbers of weight rows copied together at a time when few groups are asked for
 
 
@@ -142,22 +144,23 @@ class SortedLinearScorer(FastTokenScorer, LoopedLinearScorer):
         return self.weight, self.bias
 
     def _slot_log_prob(self, hidden: Tensor, index: Tensor) -> Tensor:
-        if index.device.type == "cpu" and index.numel() > GATHERED_PAIRS:
-            return self._slot_log_prob_by_group(hidden, index)
-        num_slots, num_rows = self.partition.num_slots, len(self.weight)
-        if index.numel() * num_slots >= num_rows:  # reading every row once is cheaper than copying these
+        num_slots, num_rows, numbers = self.partition.num_slots, len(self.weight), index.numel()
+        reads_all = numbers * num_slots >= num_rows  # reading every row once is cheaper than copying these
+        if index.device.type == "cpu":
+            if reads_all or numbers > GATHERED_PAIRS or num_slots * hidden.shape[1] > GATHERED_NUMBERS:
+                return self._slot_log_prob_by_group(hidden, index)
+        elif reads_all:
             return super()._slot_log_prob(hidden, index)
-        exists = self.partition.slots_exist(index)
-        columns = torch.arange(num_slots, device=index.device)
-        places = (self.partition.multi_starts[index].unsqueeze(-1) + columns).where(exists, 0)
-        bias = self.bias[places].where(exists, -torch.inf)
-        rows = self.partition.multi_tokens[places] if self.tied else places
+        places, exists = self.partition.places_of(index)
+        bias = self.bias.take(places).where(exists, -torch.inf)
+        rows = self.partition.multi_tokens.take(places) if self.tied else places
         step = max(1, GATHERED_ELEMENTS // (index.shape[1] * num_slots * hidden.shape[1]))
         log_probs = []
         for start in range(0, len(index), step):
             part = slice(start, start + step)
             weight = F.embedding(rows[part], self.weight).flatten(1, 2)
-            logits = torch.bmm(weight, hidden[part].unsqueeze(-1)).view_as(bias[part])
+            # A row times a matrix: a matrix times a column takes ten times as long on a CPU where there are several.
+            logits = torch.bmm(hidden[part].unsqueeze(1), weight.transpose(1, 2)).view_as(bias[part])
             log_probs.append(log_softmax(logits + bias[part]))
         return torch.cat(log_probs) if log_probs else bias
 

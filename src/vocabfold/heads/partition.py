@@ -68,6 +68,7 @@ class Partition(nn.Module):
         }.items():
             self.register_buffer(name, value, persistent=False)
         self.num_slots = int(sizes.max())
+        self.has_single_groups = len(multi_groups) < len(sizes)
         # On the host: a loop over groups must not wait for the device at each of them.
         self.multi_bounds = multi_starts.tolist()
         self.first_multi_token = None
@@ -79,6 +80,7 @@ class Partition(nn.Module):
     group_of: Tensor  # [V]
     slot_of: Tensor  # [V]
     num_slots: int  # S: slots of the largest group
+    has_single_groups: bool  # groups of one token
 
     # A group of one token leaves nothing to score: token scorers have parameters for the others alone.
     multi_groups: Tensor  # [M] the groups with more than one token
@@ -109,10 +111,16 @@ class Partition(nn.Module):
         """[M, S]: slot_exists of the groups with more than one token."""
         return torch.arange(self.num_slots, device=self.sizes.device) < self.sizes[self.multi_groups, None]
 
-    def slots_exist(self, index: Tensor) -> Tensor:
-        """Those rows of multi_slot_exists: ``index`` [...] among the M groups -> [..., S]."""
-        slots = torch.arange(self.num_slots, device=index.device)
-        return slots < self.sizes[self.multi_groups[index]].unsqueeze(-1)
+    def places_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """``index`` [...] among the M groups -> (the places of their slots in multi_tokens, whether a token owns the
+        slot), [..., S] each. Any place stands in a slot that none owns."""
+        starts, stops = self.multi_starts.take(index), self.multi_starts.take(index + 1)
+        places = starts.unsqueeze(-1) + torch.arange(self.num_slots, device=index.device)
+        return places.clamp(max=len(self.multi_tokens) - 1), places < stops.unsqueeze(-1)
+
+    def index_of(self, groups: Tensor) -> Tensor:
+        """``groups`` [...] -> their places among the M of several tokens, -1 of one that has one."""
+        return self.multi_index.take(groups) if self.has_single_groups else groups
 
     @property
     def single_groups(self) -> Tensor:
@@ -121,7 +129,7 @@ class Partition(nn.Module):
 
     def token_at(self, groups: Tensor, slots: Tensor) -> Tensor:
         """The token in each slot of each group (same shapes in and out)."""
-        return self.order[self.boundaries[groups] + slots]
+        return self.order.take(self.boundaries.take(groups) + slots)
 
 
 def _derive_again(partition: Partition, _incompatible_keys: object) -> None:

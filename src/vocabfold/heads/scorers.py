@@ -102,8 +102,8 @@ class TokenScorer(nn.Module, ABC):
 
     def group_log_prob(self, hidden: Tensor, groups: Tensor) -> Tensor:
         """``hidden`` [N, D], ``groups`` [N, K] -> log P(. | group, hidden) [N, K, S] for K groups of each row."""
-        index = self.partition.multi_index[groups]
-        if len(self.partition.multi_groups) == len(self.partition.sizes):
+        index = self.partition.index_of(groups)
+        if not self.partition.has_single_groups:
             return self._slot_log_prob(hidden, index)
         certain = hidden.new_full((self.partition.num_slots,), -torch.inf, dtype=sum_dtype(hidden.dtype))
         certain[:1].zero_()  # certain[0] = 0 may copy the number to the device, and wait for it
@@ -114,7 +114,7 @@ class TokenScorer(nn.Module, ABC):
 
     def position_log_prob(self, hidden: Tensor) -> Tensor:
         """``hidden`` [N, D] -> log P(slot | its group, hidden) [N, V], by position."""
-        if len(self.partition.multi_groups) == len(self.partition.sizes):
+        if not self.partition.has_single_groups:
             return self._all_log_prob(hidden)
         certain = hidden.new_zeros(len(hidden), self.partition.vocabulary_size, dtype=sum_dtype(hidden.dtype))
         if len(self.partition.multi_groups) == 0:
@@ -302,7 +302,7 @@ class ScaleShiftScorer(TokenScorer):
         return self._log_softmax(self._slot_logits(hidden, index))
 
     def _slot_logits(self, hidden: Tensor, index: Tensor) -> Tensor:
-        shift = self.shift[index].masked_fill(~self.partition.slots_exist(index), -torch.inf)
+        shift = self.shift[index].masked_fill(~self.partition.places_of(index)[1], -torch.inf)
         return torch.addcmul(shift, self.scale[index], F.linear(hidden, self.shared).unsqueeze(1).to(shift.dtype))
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:

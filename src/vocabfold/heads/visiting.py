@@ -44,32 +44,39 @@ def topk_by_visits(
     """
     best = hidden.new_full((len(hidden), k), -torch.inf, dtype=group_log_prob.dtype)
     tokens = torch.zeros(best.shape, dtype=torch.int64, device=hidden.device)
-    singles = partition.single_groups
-    if len(singles) > 0:
+    if partition.has_single_groups:
+        singles = partition.single_groups
         found = group_log_prob[:, singles].topk(min(k, len(singles)), dim=-1)
         best[:, : found.values.shape[1]] = found.values
         tokens[:, : found.values.shape[1]] = partition.order[partition.boundaries[singles]][found.indices]
-    ranked_log_prob, order = group_log_prob[:, partition.multi_groups].sort(dim=-1, descending=True)
-    rows = torch.arange(len(hidden), device=hidden.device)
+        ranked_log_prob, order = group_log_prob[:, partition.multi_groups].sort(dim=-1, descending=True)
+    else:
+        ranked_log_prob, order = group_log_prob.sort(dim=-1, descending=True)
+    # As long as all rows are visited nothing of them is copied: for a few rows that takes longer than the products.
+    rows: Tensor | slice = slice(None)
+    numbers = torch.arange(len(hidden), device=hidden.device)
     start, width = 0, GROUPS_A_VISIT
     while start < order.shape[1]:
-        needed = (ranked_log_prob[rows, start:] > best[rows, -1:]).sum(dim=-1)
-        if start > 0:
+        if start > 0 or partition.has_single_groups:
+            needed = (ranked_log_prob[rows, start:] > best[rows, -1:]).sum(dim=-1)
             is_flat = needed > WHOLE_ROWS_SHARE * order.shape[1]
-            flat = rows[is_flat]
-            best[flat], tokens[flat] = _topk_of_whole_rows(partition, scorer, hidden[flat], group_log_prob[flat], k)
-            needed = needed.masked_fill(is_flat, 0)
-        rows = rows[needed > 0]
-        if len(rows) == 0:
+            if start > 0 and is_flat.any():
+                flat = numbers[is_flat]
+                best[flat], tokens[flat] = _topk_of_whole_rows(partition, scorer, hidden[flat], group_log_prob[flat], k)
+                needed = needed.masked_fill(is_flat, 0)
+            rows = numbers = numbers[needed > 0]
+        if len(numbers) == 0:
             break
-        visited = partition.multi_groups[order[rows, start : start + width]]
+        visited = order[rows, start : start + width]
+        if partition.has_single_groups:
+            visited = partition.multi_groups[visited]
         log_prob = scorer.group_log_prob(hidden[rows], visited).to(best.dtype)
         log_prob = log_prob + ranked_log_prob[rows, start : start + width].unsqueeze(-1)
         best_of_rows, chosen = torch.cat([best[rows], log_prob.flatten(1)], dim=-1).topk(k, dim=-1)
         best[rows], place = best_of_rows, (chosen - k).clamp(min=0)
         found_tokens = _tokens_at(partition, visited.gather(-1, place // partition.num_slots), place)
         tokens[rows] = torch.where(chosen < k, tokens[rows].gather(-1, chosen.clamp(max=k - 1)), found_tokens)
-        start, width = start + width, _wider(width, len(rows), partition)
+        start, width = start + width, _wider(width, len(numbers), partition)
     return best, tokens
 
 
@@ -95,7 +102,7 @@ def _whole_rows(number: int, hidden: Tensor, partition: Partition) -> Iterator[s
 
 def _tokens_at(partition: Partition, groups: Tensor, places: Tensor) -> Tensor:
     """The tokens in the slots ``places`` mod S of ``groups``; a slot without a token repeats the group's last."""
-    return partition.token_at(groups, torch.minimum(places % partition.num_slots, partition.sizes[groups] - 1))
+    return partition.token_at(groups, torch.minimum(places % partition.num_slots, partition.sizes.take(groups) - 1))
 
 
 def _wider(width: int, num_rows: int, partition: Partition) -> int:
@@ -157,6 +164,8 @@ class TemperedGroups:
 
     def ranked(self) -> Tensor:
         """The groups of more than one token, the likeliest of each row first: [N, M]."""
+        if not self.partition.has_single_groups:
+            return self.log_ratio.argsort(dim=-1, descending=True)
         multi_groups = self.partition.multi_groups
         return multi_groups[self.log_ratio[:, multi_groups].argsort(dim=-1, descending=True)]
 
