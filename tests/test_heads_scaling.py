@@ -196,6 +196,18 @@ def test_words_and_picture_say_what_is_there(results: Path, monkeypatch: pytest.
     assert "## text, hidden 256" in words and not (results / "text" / "heads_scaling_256.png").exists()  # one budget
 
 
+def test_steps_are_compared_in_groups_that_several_heads_share_and_the_best_head_is_the_one_of_its_file() -> None:
+    def points(**orders: str) -> pd.DataFrame:
+        return pd.DataFrame({"arm": list(orders), "partition_order": list(orders.values())})
+
+    both = {"conditioned_exchanged": "exchanged", "linear_clustered_counts": "clustered"}
+    assert heads_scaling.shared_order(points(**both, full="")) is None
+    assert heads_scaling.shared_order(points(**both, conditioned_clustered="clustered")) == "clustered"
+    assert heads_scaling.shared_order(points(**both, conditioned_tied="exchanged", x="clustered")) == "exchanged"
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        assert compose("train", ["head=folded"]).head.name == heads_scaling.BEST
+
+
 def test_a_head_whose_rate_was_not_tuned_is_told_and_not_drawn(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(results, [*rows_with_slope(0.03, -0.09), scaling_row("linear_bpe", 1e6, 0, 6.5)])
     write_rates(results, {(head, 64, 1e6): 3e-3 for head in (FOLDED, "full_counts", "full_untied_counts")})

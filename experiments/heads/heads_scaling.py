@@ -28,7 +28,6 @@ from matplotlib.axes import Axes
 from experiments.heads.heads_cost import heads_of, measure_steps
 from experiments.heads.heads_pareto import label_plainly
 from experiments.heads.scaling_points import (
-    FULL,
     arms_by_loss,
     at_budget,
     budgets_of,
@@ -71,15 +70,17 @@ LOOKS = {
     "linear_clustered": (COLORS["blue"], "v", "--"),
     "linear_clustered_counts": (COLORS["blue"], "^", "-"),
     "conditioned_clustered": (COLORS["green"], "o", "--"),
-    "conditioned_exchanged": (COLORS["green"], "*", "-"),
+    "conditioned_exchanged": (COLORS["green"], "p", "-"),
     "conditioned_exchanged_wide": (COLORS["green"], "D", "-."),
     "conditioned_tied": (COLORS["green"], "s", ":"),
-    "conditioned_tied_wide": (COLORS["green"], "p", ":"),
+    "conditioned_tied_wide": ("black", "*", "-"),
 }
 OTHER_LOOKS = [(COLORS["purple"], marker, dash) for marker in "ph<>1" for dash in ("-", "--")]
 STEPS = {"validation_group_loss": "Group loss", "validation_token_loss": "Token loss"}
 SHOWN_GAPS = (-0.5, 0.25)  # nats, at most
-PLAIN = "linear_clustered_counts"  # the folded head that the others' steps are compared with
+# The folded head that the steps of others are compared with, by the order of the groups that they share.
+PLAIN = {"exchanged": "conditioned_exchanged", "clustered": "linear_clustered_counts"}
+BEST = "conditioned_tied_wide"  # conf/head/folded.yaml
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -149,6 +150,7 @@ def draw_points(points: pd.DataFrame, seconds: Mapping[str, float], path: Path) 
     for axis in (*axes[0], axes[1, 2]):
         axis.set_xlim(min(trained) / 1.3, max(trained) * 1.3)  # one scale for all, even where few points are
     handles, labels = axes[0, 0].get_legend_handles_labels()
+    labels = [f"{label} (head=folded)" if label == BEST else label for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=6)
     figure.suptitle(caption(points, "three"), fontsize=7)
     save(figure, path)
@@ -215,20 +217,33 @@ def draw_gaps(axis: Axes, points: pd.DataFrame, looks: dict[str, Any]) -> None:
 
 
 def draw_step(axis: Axes, points: pd.DataFrame, looks: dict[str, Any], column: str, label: str) -> None:
-    """One step's loss of each folded head with clustered groups minus that of the plain one, over the seeds of both."""
+    """One step's loss of each folded head minus that of the plain one with the same groups, over the seeds of both."""
+    order = shared_order(points)
+    if column not in points or order is None:
+        axis.set_visible(False)
+        return
+    plain = PLAIN[order]
     for arm, (color, marker, dash) in looks.items():
         rows = points[points["arm"] == arm]
-        if column not in points or rows["partition_order"].iloc[0] != "clustered" or rows["head"].iloc[0] in FULL:
+        if rows["partition_order"].iloc[0] != order:
             continue
         differences = {}
         for budget in budgets_of(rows):
             losses = at_budget(points, budget).pivot(index="seed", columns="arm", values=column)
-            if PLAIN in losses and (values := (losses[arm] - losses[PLAIN]).dropna()).size:
+            if plain in losses and (values := (losses[arm] - losses[plain]).dropna()).size:
                 differences[math.prod(budget) / 1e6] = float(values.mean())
         if differences:
             axis.plot(list(differences), list(differences.values()), color=color, marker=marker, linestyle=dash)
-    axis.set(xlabel="Training tokens (millions)", ylabel=f"{label} minus\n{PLAIN} (nats)")
+    axis.set(xlabel="Training tokens (millions)", ylabel=f"{label} minus\n{plain} (nats)")
     finish(axis)
+
+
+def shared_order(points: pd.DataFrame) -> str | None:
+    """The order of groups in which several heads can be compared with a plain one, None where there is none."""
+    if "partition_order" not in points:
+        return None
+    arms = points.drop_duplicates("arm").set_index("arm")["partition_order"]
+    return next((order for order, plain in PLAIN.items() if plain in arms and (arms == order).sum() > 1), None)
 
 
 def finish(axis: Axes) -> None:
