@@ -50,8 +50,8 @@ SHOWN = {
     "paper, S = 3,866": ("paper's head, S = 3,866", GREY, "+", "--"),
     "linear_clustered_counts": ("linear, clustered, count biases", COLORS["blue"], "v", "--"),
     "conditioned_clustered": ("conditioned on the group", COLORS["green"], "o", "-"),
-    "conditioned_exchanged": ("the same, groups by exchange", COLORS["green"], "^", "-."),
-    "conditioned_tied": ("and tied", COLORS["purple"], "v", "--"),
+    "conditioned_exchanged": ("sees its group, groups by exchange", COLORS["green"], "^", "-."),
+    "conditioned_tied": ("the same, tied", COLORS["purple"], "v", "--"),
     "conditioned_tied_wide": ("head=folded", "black", "*", "-"),
 }
 
