@@ -19,8 +19,8 @@ from vocabfold.heads import (
     linear,
     linear_blocks,
 )
-from vocabfold.heads.linear import LinearKernel
 from vocabfold.heads.linear_blocks import BlockedLinearKernel
+from vocabfold.heads.linear_kernel import LinearKernel
 from vocabfold.heads.scorers import SortedTargets
 from vocabfold.tokens import IGNORE_INDEX
 
@@ -220,7 +220,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(kind: str, monkeypatch: py
         asked.append(with_slope)
         return original(logits, slots, weights, with_slope)
 
-    for module in ("kernels", "scorers", "linear"):
+    for module in ("kernels", "scorers", "linear_kernel"):
         monkeypatch.setattr(f"vocabfold.heads.{module}.log_prob_and_slope", spy)
     with torch.no_grad():
         loss = fast.head.loss(hidden, targets).loss

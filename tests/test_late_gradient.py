@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from head_cases import HIDDEN_SIZE, Layout, Model, make_head, make_hidden
-from vocabfold.heads.linear import LinearKernel
+from vocabfold.heads.linear_kernel import LinearKernel
 from vocabfold.tokens import IGNORE_INDEX
 
 # Slopes of N x S are smaller than the rows of V x D here, else the gradient would not wait.

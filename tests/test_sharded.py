@@ -183,6 +183,10 @@ def test_losses_and_gradients_are_those_of_the_head_in_one_piece(world_size: int
     on_ranks(world_size, check_many, check_loss, cases)
 
 
+def test_the_whole_contract_of_the_best_kind_of_head_on_two_processes() -> None:
+    on_ranks(2, check_many, check_methods, [("conditioned_free_wide", LAYOUTS["shortlist"])])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_rest_of_the_contract_is_that_of_the_head_in_one_piece(world_size: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from head_cases import LAYOUTS, Layout, every_pair, make_head, make_hidden
 from vocabfold.heads import equal_partition, kernels
 from vocabfold.heads.kernels import Late, Rows, SoftmaxKernel
-from vocabfold.heads.linear import LinearKernel
+from vocabfold.heads.linear_kernel import LinearKernel
 from vocabfold.heads.linear_triton import TritonLinearKernel
 from vocabfold.heads.scorers import SortedTargets
 from vocabfold.tokens import IGNORE_INDEX

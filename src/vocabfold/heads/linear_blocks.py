@@ -14,7 +14,7 @@ GATHERED_ELEMENTS = 1 << 24  # numbers of the groups' matrices that are copied f
 
 
 class BlockedLinearKernel:
-    """The same numbers as linear.LinearKernel: inputs hidden [N, D], W and b; targets are of fixed shapes."""
+    """The same numbers as LinearKernel: inputs hidden [N, D], W and b; targets are of fixed shapes."""
 
     def __init__(self, partition: Partition, targets: SortedTargets, tied: bool, dtype: torch.dtype) -> None:
         self.partition, self.targets, self.tied, self.dtype = partition, targets, tied, dtype

@@ -16,7 +16,7 @@ from vocabfold.heads.scorers import SortedTargets
 
 
 class TritonLinearKernel:
-    """The same numbers as linear.LinearKernel: inputs hidden [N, D], W and b. ``module`` is triton_kernels; targets are
+    """The same numbers as LinearKernel: inputs hidden [N, D], W and b. ``module`` is triton_kernels; targets are
     of fixed shapes.
 
     The logits [N, S] are held in float32, their slopes in the dtype of products. The gradient of W is Late: what waits
