@@ -21,8 +21,7 @@ TEXT2 := $(call missing_valid,2)$(if $(value TRAIN2),--second $(call local_text,
 experiment = $(PY) -m experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke reproduce everything paper pictures heads embeddings tokens report figures
-.PHONY: test test-all newest test-newest lint
+.PHONY: help setup smoke reproduce everything paper pictures heads embeddings tokens report figures test test-all newest test-newest lint
 
 help: ## what each target does
 	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
