@@ -19,6 +19,7 @@ TEXT := $(call missing_valid,)$(if $(value TRAIN),$(call local_text,),data=$(DAT
 TEXT2 := $(call missing_valid,2)$(if $(value TRAIN2),--second $(call local_text,2))
 
 experiment = $(PY) -m experiments
+install = -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' --constraint
 
 .DEFAULT_GOAL := help
 .PHONY: help setup smoke reproduce everything paper pictures heads embeddings tokens report figures test test-all newest test-newest lint
@@ -33,7 +34,7 @@ setup: .venv/ready ## the virtual environment (PYTHON=python3.12, EXTRAS=dev,hf)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "vocabfold needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(PY) $(install) constraints.txt
 	touch $@
 
 smoke: .venv/ready ## two small heads trained and one figure drawn, in two minutes
@@ -75,8 +76,7 @@ newest: .venv-newest/ready ## an environment with the newest torch that installs
 .venv-newest/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-newest
 	grep -v -e '^torch==' -e '^triton==' constraints.txt > .venv-newest/constraints.txt
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint .venv-newest/constraints.txt --editable '.[$(EXTRAS)]'
+	.venv-newest/bin/python $(install) .venv-newest/constraints.txt
 	touch $@
 
 test-newest: .venv-newest/ready ## quick tests with it

@@ -154,6 +154,9 @@ def test_a_shortlist_is_groups_of_one_token() -> None:
     assert partition.multi_tokens.tolist() == list(range(15, -1, -1))
     assert partition.multi_bounds == partition.multi_starts.tolist() == [0, 5, 10, 16]
     assert partition.first_multi_token is None
+    index = torch.tensor([[2, 0], [1, 1]])
+    assert partition.exists_in(index).equal(partition.multi_slot_exists[index])
+    assert partition.exists_in(index).equal(partition.places_of(index)[1])
     assert equal_partition(20, 5, shortlist=4).first_multi_token == 4
     assert equal_partition(20, 20).first_multi_token == 0
     assert equal_partition(3, 1).first_multi_token is None

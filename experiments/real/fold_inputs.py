@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.real.states import States, TextPart, cached_states, file_sha256
+from experiments.real.states import States, TextPart, cached_states
 from experiments.study.measuring import at_least_one, identity
 from vocabfold.errors import UserError
+from vocabfold.files import file_sha256
 from vocabfold.hugging_face import load
 from vocabfold.hugging_face.fetch import DEFAULT_FOLDER
 

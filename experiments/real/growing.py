@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from vocabfold.errors import UserError
-from vocabfold.files import write_text
+from vocabfold.files import file_sha256, write_text
 from vocabfold.hugging_face.fetch import DEFAULT_FOLDER, SMOLLM2
 from vocabfold.hugging_face.models import find_model
 from vocabfold.machine import origin
@@ -66,7 +66,7 @@ def weight_files(path: Path) -> list[Path]:
 
 def sha256_of(path: Path) -> str:
     """16 hex digits of a text's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 class GrowingTable:

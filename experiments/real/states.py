@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.real.loss import Piece, piece_states, pieces_of, read_texts
-from vocabfold.files import replacing
+from vocabfold.files import file_sha256, replacing
 
 BLOCK_TARGETS = 2048
 KEY_DIGITS = 12
@@ -47,12 +47,6 @@ class TextPart:
     path: Path
     most_targets: int
     most_of_document: int | None = None
-
-
-def file_sha256(path: Path) -> str:
-    """Of the bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cached_states(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 from collections.abc import Iterator
@@ -63,6 +65,22 @@ def is_alive(process_number: int) -> bool:
     except PermissionError:  # it runs, and is another user's
         return True
     return True
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits. Asked again for the same size and time of change it is not read
+    again. Raises UserError for one that cannot be read."""
+    try:
+        status = path.stat()
+        return _file_sha256(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_sha256(path: Path, _size_bytes: int, _modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

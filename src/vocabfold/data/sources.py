@@ -5,7 +5,6 @@ Each source comes with its identity: what its documents are made from, by which 
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import re
@@ -18,10 +17,10 @@ from typing import Any
 from vocabfold.data.tokenizer import END_OF_TEXT
 from vocabfold.data.values import count, required, whole
 from vocabfold.errors import UserError, needed
+from vocabfold.files import file_sha256
 
 Source = tuple[dict[str, Any], Callable[[], Iterable[str]]]
 SPLITS = ("train", "valid")
-_HASH_BLOCK_BYTES = 1 << 22
 _ARTICLE_HEADING = re.compile(r"^ = (?!= ).*(?<! =) = $")
 
 
@@ -95,24 +94,10 @@ def _content_identity(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Size and sha256 of each file: a copied, moved or touched file keeps its cache, a changed one does not."""
     identity = []
     for path in paths:
-        status = path.stat()
-        digest = _file_sha256(path, status.st_size, status.st_mtime_ns)
+        size_bytes, digest = path.stat().st_size, file_sha256(path)
         # the name decides only whether the content is unpacked
-        identity.append({"size_bytes": status.st_size, "sha256": digest, "gzip": path.suffix == ".gz"})
+        identity.append({"size_bytes": size_bytes, "sha256": digest, "gzip": path.suffix == ".gz"})
     return identity
-
-
-@functools.lru_cache(maxsize=1024)
-def _file_sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
-    """Of the bytes of a file; asked again for the same size and time of change it is not read again."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_HASH_BLOCK_BYTES):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from error
-    return digest.hexdigest()
 
 
 def _documents_of_file(path: Path) -> Iterator[str]:

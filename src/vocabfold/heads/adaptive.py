@@ -41,7 +41,7 @@ class ClusterScorer(TokenScorer):
     def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
         """See TokenScorer.target_log_prob."""
         result = hidden.new_zeros(len(hidden), dtype=sum_dtype(hidden.dtype))
-        for cluster, rows in self._members(self.partition.multi_index[groups]):
+        for cluster, rows in self._members(self.partition.index_of(groups)):
             chosen = -F.cross_entropy(self._logits(hidden[rows], cluster), slots[rows], reduction="none")
             result = result.index_put((rows,), chosen.to(result.dtype))
         return result
@@ -52,7 +52,7 @@ class ClusterScorer(TokenScorer):
         """See TokenScorer.total_log_prob. The token before the first cutoff is certain, and a hit."""
         total = hidden.new_zeros((), dtype=sum_dtype(hidden.dtype))
         hits = (counted & (self.partition.sizes[groups] == 1)).sum() if with_hits else None
-        for cluster, rows in self._members(self.partition.multi_index[groups].masked_fill(~counted, -1)):
+        for cluster, rows in self._members(self.partition.index_of(groups).masked_fill(~counted, -1)):
             logits = self._logits(hidden[rows], cluster)
             total = total - F.cross_entropy(logits, slots[rows], reduction="sum")
             if hits is not None:

@@ -118,6 +118,11 @@ class Partition(nn.Module):
         places = starts.unsqueeze(-1) + torch.arange(self.num_slots, device=index.device)
         return places.clamp(max=len(self.multi_tokens) - 1), places < stops.unsqueeze(-1)
 
+    def exists_in(self, index: Tensor) -> Tensor:
+        """``index`` [...] among the M groups -> whether a token owns each of their slots, [..., S]."""
+        sizes = self.sizes.take(self.multi_groups.take(index))
+        return torch.arange(self.num_slots, device=index.device) < sizes.unsqueeze(-1)
+
     def index_of(self, groups: Tensor) -> Tensor:
         """``groups`` [...] -> their places among the M of several tokens, -1 of one that has one."""
         return self.multi_index.take(groups) if self.has_single_groups else groups

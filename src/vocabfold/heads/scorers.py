@@ -74,7 +74,7 @@ class TokenScorer(nn.Module, ABC):
         normaliser of the group; 0 where the group has one token."""
         if len(self.partition.multi_groups) == 0:
             return hidden.new_zeros(len(hidden), dtype=sum_dtype(hidden.dtype))
-        index = self.partition.multi_index[groups]
+        index = self.partition.index_of(groups)
         logit = soft_cap(self._target_logit(hidden, index.clamp(min=0), slots), self.softcap)
         return torch.where(index >= 0, logit, 0.0)
 
@@ -164,7 +164,7 @@ class SortedTargets:
     ) -> None:
         self.num_groups = len(partition.multi_groups)
         self.fixed = has_fixed_shapes(groups) if fixed is None else fixed
-        index = partition.multi_index[groups].masked_fill(~counted, -1)
+        index = partition.index_of(groups).masked_fill(~counted, -1)
         if self.fixed:
             keys = index.remainder(self.num_groups + 1).to(torch.int32)  # -1 comes last
             self.keys, self.rows = keys.sort(stable=True)
@@ -302,7 +302,7 @@ class ScaleShiftScorer(TokenScorer):
         return self._log_softmax(self._slot_logits(hidden, index))
 
     def _slot_logits(self, hidden: Tensor, index: Tensor) -> Tensor:
-        shift = self.shift[index].masked_fill(~self.partition.places_of(index)[1], -torch.inf)
+        shift = self.shift[index].masked_fill(~self.partition.exists_in(index), -torch.inf)
         return torch.addcmul(shift, self.scale[index], F.linear(hidden, self.shared).unsqueeze(1).to(shift.dtype))
 
     def _all_log_prob(self, hidden: Tensor) -> Tensor:

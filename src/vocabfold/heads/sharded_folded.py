@@ -178,7 +178,7 @@ class RoutedScorer(TokenScorer):
         def compute(local: TokenScorer, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
             assert isinstance(local, LoopedLinearScorer)
             seen = local.condition(hidden, groups)
-            return local._target_logit(seen, local.partition.multi_index[groups], slots).unsqueeze(-1)
+            return local._target_logit(seen, local.partition.index_of(groups), slots).unsqueeze(-1)
 
         groups = self.partition.multi_groups[index]
         return self._routed(hidden, groups, slots, torch.ones_like(index, dtype=torch.bool), compute, 1).squeeze(-1)
