@@ -198,6 +198,7 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             for seed in (0, 1)
         ],
     )
+    yield "lead_by_step", [paired_row(tokens, seed) for tokens in (500_000, 4_000_000) for seed in (0, 1)]
     yield "table1_story_quality", judged_rows()
     classes = {"rank": 6, "decile": 10}
     yield (
@@ -209,6 +210,16 @@ def tables() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             for number in range(count)
         ],
     )
+
+
+def paired_row(tokens: int, seed: int) -> dict[str, Any]:
+    """A row of lead_by_step: a folded head that is ahead in both steps, the more so the fewer the tokens."""
+    lead = 100_000 / tokens
+    losses = {"loss_nats": 6.0, "group_loss_nats": 3.5, "token_loss_nats": 2.5}
+    row = run_row("gpt2", "conditioned_tied_wide", 225, seed, tokens=tokens) | losses
+    row |= {"full_run": f"9e{seed}{tokens}", "full_head": "full_counts", "full_loss_nats": 6.0 + 2 * lead}
+    row |= {f"full_{step}_loss_nats": losses[f"{step}_loss_nats"] + lead for step in ("group", "token")}
+    return row | {f"{step}standard_error_nats": 0.01 for step in ("", "group_", "token_")}
 
 
 def judged_rows() -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ PICTURES = {
         "heads_pareto",
     )
 }
-PICTURES |= {name: [name] for name in ("heads_pareto", "main_comparison", "rare_tokens", "table1_story_quality")}
+PICTURES |= {name: [name] for name in ("lead_by_step", "main_comparison", "rare_tokens", "table1_story_quality")}
 PICTURES |= {
     "order_matters": ["order_matters", "order_matters_group_accuracy"],
     "vocabulary_scaling": ["vocabulary_scaling", "larger_vocabulary"],

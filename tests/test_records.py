@@ -31,7 +31,11 @@ from vocabfold.runs.tables import ORIGIN_COLUMNS, RUN_COLUMNS, read_rows, read_t
 CPU = torch.device("cpu")
 RESULTS = REPOSITORY / "results"
 # What tells the rows of one run apart in the tables that look closer at runs.
-KEYS = {"rare_tokens": ("run", "sorted_by", "class"), "table1_story_quality": ("run", "writer", "judge")}
+KEYS = {
+    "lead_by_step": ("run", "full_run"),
+    "rare_tokens": ("run", "sorted_by", "class"),
+    "table1_story_quality": ("run", "writer", "judge"),
+}
 EXPERIMENTS = [path.stem for path in (CONFIG_FOLDER / "experiment").glob("*.yaml")]
 TIMED = ("caching", "decode")  # experiments whose table is of another kind
 COMMITTED = sorted(path for path in RESULTS.glob("*/*.csv") if path.stem in {*EXPERIMENTS, *KEYS} - {*TIMED})

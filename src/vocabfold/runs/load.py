@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from vocabfold.data.batches import BatchPlan
 from vocabfold.data.corpora import Corpus
 from vocabfold.errors import UserError
+from vocabfold.heads.base import Head
 from vocabfold.models.build import ModelWithHead, build_model
 from vocabfold.runs.checkpoint import load_weights, weights_metadata
 from vocabfold.runs.settings import load_settings
@@ -38,18 +40,25 @@ def load_run(folder: Path, device: torch.device) -> ModelWithHead:
 
 
 @torch.inference_mode()
-def validation_losses(folder: Path, corpus: Corpus, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(negative log likelihood in nats [targets] float64, token [targets]) of every validation target of a finished
-    run, in the order and at the positions of its own evaluation, in its precision; on the CPU. Raises UserError for a
-    folder that is not a run."""
+def validation_values(
+    folder: Path, corpus: Corpus, device: torch.device, values_of: Callable[[Head, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(``values_of(head, hidden [N, D], tokens [N])`` [targets, ...] float64, token [targets]) of every validation
+    target of a finished run, in the order and at the positions of its own evaluation, in its precision; on the CPU.
+    Raises UserError for a folder that is not a run."""
     settings = load_settings(folder)
     model = load_run(folder, device)
     plan = BatchPlan(settings.sequence_length, settings.evaluation_batch_size, seed=0)
-    losses, tokens = [], []
+    values, tokens = [], []
     for inputs, targets in corpus.batches("valid", plan).evaluation_batches():
         counted = targets.flatten() != IGNORE_INDEX
         tokens.append(targets.flatten()[counted])
         with autocast(device, settings.precision):
             hidden = model.backbone(inputs.to(device)).flatten(0, 1)[counted.to(device)]
-            losses.append(-model.head.target_log_prob(hidden, tokens[-1].to(device)).double().cpu())
-    return torch.cat(losses), torch.cat(tokens)
+            values.append(values_of(model.head, hidden, tokens[-1].to(device)).double().cpu())
+    return torch.cat(values), torch.cat(tokens)
+
+
+def validation_losses(folder: Path, corpus: Corpus, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(negative log likelihood in nats [targets] float64, token [targets]): see ``validation_values``."""
+    return validation_values(folder, corpus, device, lambda head, hidden, tokens: -head.target_log_prob(hidden, tokens))

@@ -53,7 +53,7 @@ ORIGIN_COLUMNS = ["hardware", "torch", "commit", "command"]
 # Whole numbers that some rows do not have: without this a table would show them as fractions.
 WHOLE_COLUMNS = ["corpus_documents", "corpus_tokens", "group_size", "num_groups", "shortlist"]
 # Digits and a letter: a program that guesses reads 745e176 and 0012345678 as numbers.
-HASH_COLUMNS = ["run", "measurement", "commit", "corpus_sha256"]
+HASH_COLUMNS = ["run", "full_run", "measurement", "commit", "corpus_sha256"]
 # What tells rows apart for a person: they are sorted by it.
 SORTED_BY = [
     "experiment",
