@@ -125,13 +125,14 @@ def log_probs(head: Head, partition: Partition, hidden: Tensor, tokens: Tensor) 
     """log P of the group of each token [N] and of the token itself, [N, 2]. A folded head has these very groups."""
     groups = partition.group_of[tokens].unsqueeze(-1)
     if isinstance(head, FoldedHead):
-        by_group, of_token = head.group_log_prob(hidden), head.target_log_prob(hidden, tokens)
-    else:
-        log_prob = head.log_prob(hidden)
-        of_token = log_prob.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        sums = log_prob.new_zeros(len(hidden), partition.num_groups, dtype=torch.float64)
-        by_group = sums.index_add_(1, partition.group_of, log_prob.double().exp()).log()
-    return torch.stack([by_group.gather(-1, groups).squeeze(-1).double(), of_token.double()], dim=-1)
+        of_group = head.group_log_prob(hidden).gather(-1, groups).squeeze(-1)
+        return torch.stack([of_group, head.target_log_prob(hidden, tokens)], dim=-1)
+    log_prob = head.log_prob(hidden)
+    slots = torch.arange(partition.num_slots, device=tokens.device)
+    exists = slots < partition.sizes[groups]
+    members = partition.token_at(groups, slots.where(exists, 0))
+    of_group = log_prob.gather(-1, members).masked_fill(~exists, -torch.inf).logsumexp(dim=-1)
+    return torch.stack([of_group, log_prob.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)], dim=-1)
 
 
 def standard_error(differences: Tensor) -> float:
