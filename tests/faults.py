@@ -105,7 +105,10 @@ FAULTS = [
     Fault(
         "heads/scorers.py", "gradients[2].index_add_(0, groups", "gradients[2].index_copy_(0, groups", "test_heads.py"
     ),
-    Fault("heads/scorers.py", "hits = hits + (counted &", "hits = hits + 0 * (counted &", "test_heads.py"),
+    Fault("heads/scorers.py", "else hits + (counted &", "else hits + 0 * (counted &", "test_heads.py"),
+    Fault("heads/views.py", "total += grad", "total.copy_(grad)", "test_views.py"),
+    Fault("heads/conditioned.py", "index[rows], *of_groups", "index[: len(rows)], *of_groups", "test_views.py"),
+    Fault("heads/linear_kernel.py", "read[part] = some", "read[part] = 0", "test_views.py"),
     Fault("heads/low_rank.py", "add_product(grad_rows, grad_low, down[group])", "pass", "test_heads.py"),
     Fault("heads/low_rank.py", "self.up[index, slots], low", "self.up[index, 0 * slots], low", "test_loss_options.py"),
     Fault(
@@ -136,7 +139,7 @@ FAULTS = [
         "for start in range(0, max(1, num_rows - size), size):",
         "test_fast_heads.py",
     ),
-    Fault("heads/kernels.py", "part if len(kept) == len(hidden) else kept[part]", "part", "test_heads.py"),
+    Fault("heads/softmax_kernel.py", "part if len(kept) == len(hidden) else kept[part]", "part", "test_heads.py"),
     Fault(
         "heads/kernels.py",
         "gradient.float().mul_(factor).to(gradient.dtype)",

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from head_cases import LAYOUTS, Layout, every_pair, make_head, make_hidden
 from vocabfold.heads import equal_partition, kernels
-from vocabfold.heads.kernels import Late, Rows, SoftmaxKernel
+from vocabfold.heads.kernels import Late, Rows
 from vocabfold.heads.linear_kernel import LinearKernel
 from vocabfold.heads.linear_triton import TritonLinearKernel
 from vocabfold.heads.scorers import SortedTargets
+from vocabfold.heads.softmax_kernel import SoftmaxKernel
 from vocabfold.tokens import IGNORE_INDEX
 
 pytest.importorskip("triton", reason="needs triton: pip install -e '.[kernels]' on Linux")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vocabfold.heads import FoldedHead, FullHead, SortedLinearScorer, equal_partition
-from vocabfold.heads.kernels import SoftmaxKernel, each_log_prob, product_dtype, total_log_prob
+from vocabfold.heads.kernels import each_log_prob, product_dtype, total_log_prob
+from vocabfold.heads.softmax_kernel import SoftmaxKernel
 from vocabfold.models.gpt import GPTConfig
 
 CARDS = 8

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vocabfold.heads.kernels import has_fixed_shapes, product_dtype, total_log_prob
 from vocabfold.heads.linear import LoopedLinearScorer, SortedLinearScorer
+from vocabfold.heads.linear_kernel import LinearKernel
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.readers import checked_width, normed
+from vocabfold.heads.scorers import SortedTargets
+from vocabfold.heads.views import View
 
 PAIRS_A_TIME = 1 << 14  # of a hidden state and a group, when a row asks for many groups
 
@@ -72,33 +76,62 @@ class ConditionedLinearScorer(SortedLinearScorer):
         token has nothing to score and takes any other's e_g."""
         if len(self.partition.multi_groups) == 0:
             return hidden.expand(*groups.shape, -1)
-        return self._seen(hidden, self._read(hidden), self.partition.index_of(groups).clamp(min=0))
+        index = self.partition.index_of(groups).clamp(min=0)
+        return self._seen(hidden, self._read(hidden, self.into.weight), index, *self._of_groups)
 
-    def _seen(self, hidden: Tensor, read: Tensor, index: Tensor) -> Tensor:
+    @property
+    def _of_groups(self) -> tuple[Tensor, ...]:
+        """The parameters of the network after W_1."""
+        gate = () if self.group_gate is None else (self.group_gate,)
+        return self.out, self.group_embedding, *gate
+
+    def _seen(
+        self,
+        hidden: Tensor,
+        read: Tensor,
+        index: Tensor,
+        out: Tensor,
+        group_embedding: Tensor,
+        group_gate: Tensor | None = None,
+    ) -> Tensor:
         """h_g from ``read``, what ``_read`` returns, and the ``index`` of the groups among those of several tokens."""
-        inner = F.gelu(read + F.embedding(index, self.group_embedding))
-        if self.group_gate is not None:
-            inner = inner * (1 + F.embedding(index, self.group_gate))
-        return hidden + self._written(inner)
+        inner = F.gelu(read + F.embedding(index, group_embedding))
+        if group_gate is not None:
+            inner = inner * (1 + F.embedding(index, group_gate))
+        return hidden + self._written(inner, out)
+
+    def _view(self, groups: Tensor) -> View:
+        """``condition`` for a kernel that reads rows whose ``groups`` [N] have more than one token."""
+        index = self.partition.index_of(groups)
+
+        def condition(some: Tensor, rows: Tensor, into: Tensor, *of_groups: Tensor) -> Tensor:
+            return self._seen(some, self._read(some, into), index[rows], *of_groups)
+
+        return View(condition, (self.into.weight, *self._of_groups), self.out.shape[0])
 
     def before_group(self, hidden: Tensor) -> Tensor:
         """See TokenScorer.before_group."""
         if self.no_group is None:
             return hidden
-        return hidden + self._written(F.gelu(self._read(hidden) + self.no_group))
+        return hidden + self._written(F.gelu(self._read(hidden, self.into.weight) + self.no_group), self.out)
 
-    def _read(self, hidden: Tensor) -> Tensor:
-        return self.into(normed(hidden.detach() if self.options.detached else hidden))
+    def _read(self, hidden: Tensor, into: Tensor) -> Tensor:
+        return F.linear(normed(hidden.detach() if self.options.detached else hidden), into)
 
-    def _written(self, inner: Tensor) -> Tensor:
-        written = F.linear(inner, self.out)
+    def _written(self, inner: Tensor, out: Tensor) -> Tensor:
+        written = F.linear(inner, out)
         return written if self.options.scale == 1 else self.options.scale * written
 
     def total_log_prob(
         self, hidden: Tensor, groups: Tensor, slots: Tensor, counted: Tensor, with_hits: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """See TokenScorer.total_log_prob."""
-        return super().total_log_prob(self.condition(hidden, groups), groups, slots, counted, with_hits)
+        """See TokenScorer.total_log_prob. On a CPU the network is computed with the rows of a chunk."""
+        if has_fixed_shapes(hidden):
+            return super().total_log_prob(self.condition(hidden, groups), groups, slots, counted, with_hits)
+        view, targets = self._view(groups), SortedTargets(self.partition, groups, slots, counted)
+        kernel = LinearKernel(self.partition, targets, self.tied, product_dtype(hidden), view)
+        total, hits = total_log_prob(kernel, (hidden, *self._parameters_of_kernel(), *view.parameters), with_hits)
+        return total, self._with_certain(hits, groups, counted)
 
     def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
         """See TokenScorer.target_log_prob."""
@@ -124,7 +157,7 @@ class ConditionedLinearScorer(SortedLinearScorer):
 
     def _states(self, hidden: Tensor, groups: slice) -> Tensor:
         index = torch.arange(len(self.group_embedding), device=hidden.device)[groups, None]
-        return self._seen(hidden, self._read(hidden), index)
+        return self._seen(hidden, self._read(hidden, self.into.weight), index, *self._of_groups)
 
     def _group_logits(self, hidden: Tensor, places: Tensor) -> Tensor:
         rows = self.weight[self.partition.multi_tokens[places] if self.tied else places]

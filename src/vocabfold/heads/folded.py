@@ -20,7 +20,6 @@ from vocabfold.heads.base import (
 )
 from vocabfold.heads.kernels import (
     FIXED_CHUNK_ELEMENTS,
-    SoftmaxKernel,
     each_log_prob,
     has_fixed_shapes,
     product_dtype,
@@ -30,6 +29,7 @@ from vocabfold.heads.loss_options import check_softcap, rowwise_product, soft_ca
 from vocabfold.heads.partition import Partition
 from vocabfold.heads.readers import GroupReader
 from vocabfold.heads.scorers import TokenScorer
+from vocabfold.heads.softmax_kernel import SoftmaxKernel
 from vocabfold.heads.visiting import TemperedGroups, cut_to_nucleus, draw, topk_by_visits
 
 
@@ -142,8 +142,13 @@ class FoldedHead(Head):
     ) -> tuple[Tensor, Tensor | None]:
         """(sum of log P(group) over the rows ``counted``, how many are the likeliest group, where asked for)."""
         if self.scorer.gradients_in_forward:
-            kernel = SoftmaxKernel(groups, counted, product_dtype(hidden))
-            return total_log_prob(kernel, (self._group_features(hidden), *self._group_parameters), with_hits)
+            dtype = product_dtype(hidden)
+            if self.group_reader is None or has_fixed_shapes(hidden):
+                kernel = SoftmaxKernel(groups, counted, dtype)
+                return total_log_prob(kernel, (self._group_features(hidden), *self._group_parameters), with_hits)
+            view = self.group_reader.view()
+            kernel = SoftmaxKernel(groups, counted, dtype, view)
+            return total_log_prob(kernel, (hidden, *self._group_parameters, *view.parameters), with_hits)
         logits = self._group_logits(hidden)
         log_prob = -F.cross_entropy(logits, groups, reduction="none")
         hits = ((logits.detach().argmax(dim=-1) == groups) & counted).sum() if with_hits else None

@@ -6,11 +6,14 @@ with a network of its own before one of them, the other one's needs no longer de
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vocabfold.errors import UserError
+from vocabfold.heads.views import View
 
 
 def default_width(hidden_size: int) -> int:
@@ -31,7 +34,7 @@ def normed(hidden: Tensor) -> Tensor:
     return F.layer_norm(hidden, hidden.shape[-1:])
 
 
-class GroupReader(nn.Module):
+class GroupReader(nn.Module, ABC):
     """Hidden states [N, D] -> features [N, ``num_features``] that the groups' logits are linear in.
 
     W_1 [width, D] starts as torch's own layers do, the bias as 0. Raises UserError for a width below 1.
@@ -44,9 +47,23 @@ class GroupReader(nn.Module):
         nn.init.zeros_(self.into.bias)
         self.num_features = hidden_size
 
-    def inner(self, hidden: Tensor) -> Tensor:
-        """gelu(W_1 norm(h) + b) [N, width]."""
-        return F.gelu(self.into(normed(hidden)))
+    @property
+    def network(self) -> tuple[Tensor, ...]:
+        """The parameters that ``read`` takes."""
+        return self.into.weight, self.into.bias
+
+    @staticmethod
+    @abstractmethod
+    def read(hidden: Tensor, *network: Tensor) -> Tensor:
+        """``hidden`` [N, D] -> features, by the parameters of a network like this one's."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See GroupReader."""
+        return self.read(hidden, *self.network)
+
+    def view(self) -> View:
+        """The same for a kernel."""
+        return View(lambda some, _, *network: self.read(some, *network), self.network, self.num_features)
 
 
 class ResidualReader(GroupReader):
@@ -56,9 +73,16 @@ class ResidualReader(GroupReader):
         super().__init__(hidden_size, width)
         self.out = nn.Parameter(torch.zeros(hidden_size, self.into.out_features))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    @property
+    def network(self) -> tuple[Tensor, ...]:
         """See GroupReader."""
-        return hidden + F.linear(self.inner(hidden), self.out)
+        return *super().network, self.out
+
+    @staticmethod
+    def read(hidden: Tensor, *network: Tensor) -> Tensor:
+        """See GroupReader."""
+        weight, bias, out = network
+        return hidden + F.linear(_inner(hidden, weight, bias), out)
 
 
 class WideReader(GroupReader):
@@ -68,6 +92,12 @@ class WideReader(GroupReader):
         super().__init__(hidden_size, width)
         self.num_features = hidden_size + self.into.out_features
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    @staticmethod
+    def read(hidden: Tensor, *network: Tensor) -> Tensor:
         """See GroupReader."""
-        return torch.cat([hidden, self.inner(hidden)], dim=-1)
+        return torch.cat([hidden, _inner(hidden, *network)], dim=-1)
+
+
+def _inner(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(W_1 norm(h) + b) [N, width]."""
+    return F.gelu(F.linear(normed(hidden), weight, bias))

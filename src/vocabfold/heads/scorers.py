@@ -142,9 +142,11 @@ class FastTokenScorer(TokenScorer):
         """See TokenScorer.total_log_prob. Keeps nothing of N x S."""
         kernel = self._kernel(groups, slots, counted, product_dtype(hidden))
         total, hits = total_log_prob(kernel, (hidden, *self._parameters_of_kernel()), with_hits)
-        if hits is not None:
-            hits = hits + (counted & (self.partition.sizes[groups] == 1)).sum()
-        return total, hits
+        return total, self._with_certain(hits, groups, counted)
+
+    def _with_certain(self, hits: Tensor | None, groups: Tensor, counted: Tensor) -> Tensor | None:
+        """``hits`` of a kernel, and the rows whose group has one token."""
+        return None if hits is None else hits + (counted & (self.partition.sizes[groups] == 1)).sum()
 
     def target_log_prob(self, hidden: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
         """See TokenScorer.target_log_prob."""
