@@ -63,7 +63,11 @@ class GroupReader(nn.Module, ABC):
 
     def view(self) -> View:
         """The same for a kernel."""
-        return View(lambda some, _, *network: self.read(some, *network), self.network, self.num_features)
+        return View(
+            lambda some, _, *network: self.read(some, *network),
+            self.network,
+            self.into.out_features + self.num_features,
+        )
 
 
 class ResidualReader(GroupReader):
