@@ -37,6 +37,7 @@ PICTURES = {
     )
 }
 PICTURES |= {name: [name] for name in ("lead_by_step", "main_comparison", "rare_tokens", "table1_story_quality")}
+SHAPES = ("shapes", "shapes_curves")
 PICTURES |= {
     "order_matters": ["order_matters", "order_matters_group_accuracy"],
     "vocabulary_scaling": ["vocabulary_scaling", "larger_vocabulary"],
@@ -246,6 +247,28 @@ def test_foldings_are_counted_from_their_own_teacher(results: Path, monkeypatch:
     (at_once,) = [line for line in lines if line.startswith("| BPE order | 224 | 0 |")]
     assert at_once.endswith("| 0.6000 ± 0.0000 | 3 |")
     assert sum(line.startswith("| BPE order |") for line in lines) == 3
+
+
+@pytest.mark.usefixtures("shown")
+def test_a_larger_set_of_pictures_that_were_not_all_seen_stands_beside_the_others(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = results / "tiny"
+    runs, curves = (pd.read_csv(folder / f"{name}.csv").assign(experiment="shapes_full") for name in SHAPES)
+    runs = runs.assign(vocabulary_size=184_320, tokens=25, corpus_documents=100)
+    for table in (runs, curves):
+        table["run"] += " at full size"
+    curves.loc[curves["step"] < curves["step"].max(), "validation_accuracy"] = None
+    for table, name in zip((runs, curves), ("shapes_full", "shapes_full_curves"), strict=True):
+        table.to_csv(folder / f"{name}.csv", index=False)
+    ceilings = pd.read_csv(folder / "figure1_shapes.csv")
+    pd.concat([ceilings, ceilings.assign(classes=184_320)]).to_csv(folder / "figure1_shapes.csv", index=False)
+    assert draw("shapes", monkeypatch, "tiny") == 0
+    drawn = {path.stem for path in folder.glob("shapes_figure*.png")}
+    assert drawn == {"shapes_figure2", "shapes_figure6", "shapes_figure7", "shapes_figure6_184320"}
+    words = (folder / "shapes.md").read_text()
+    assert words.startswith("256 classes of pictures; 2 seeds")
+    assert "184,320 classes of pictures, of whose training pictures 25% were seen; 2 seeds" in words
 
 
 @pytest.mark.parametrize("name", ["caching", "first_look", "main_comparison", "shapes"])

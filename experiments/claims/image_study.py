@@ -20,7 +20,7 @@ from experiments.claims.base import (
 from experiments.paper.shapes import PUBLISHED_LEARNING_RATE, ends_of, sets_of
 from experiments.study.statistics import difference_over_seeds, summarise
 
-FOLDER = "shapes"  # under results/; the largest set of classes there is judged
+FOLDER = "shapes"  # under results/; the largest set of classes there whose pictures were all seen is judged
 CLASSES = 184_320
 CHANCES = 2  # a head has learned nothing while its accuracy is at most so many times a guess's
 NEAR_UNIFORM = 0.05  # and while its training loss is within this share of ln V
@@ -48,12 +48,12 @@ def pictures() -> pd.DataFrame:
 def ends() -> tuple[pd.DataFrame, int]:
     """(where each run at the published learning rate ends, number of classes)."""
     name = f"results/{FOLDER}/shapes_curves.csv"
-    _, classes, curves = sets_of(FOLDER)[0]
+    judged = sets_of(FOLDER)[0]
     columns = ("head", "learning_rate", "validation_accuracy", "validation_group_accuracy")
-    rows = rows_where(ends_of(with_columns(curves, name, columns)), name, learning_rate=PUBLISHED_LEARNING_RATE)
+    rows = rows_where(ends_of(with_columns(judged.curves, name, columns)), name, learning_rate=PUBLISHED_LEARNING_RATE)
     for head in ("full", "paper"):
         rows_where(rows, name, head=head)
-    return rows, classes
+    return rows, judged.classes
 
 
 def mean_of(rows: pd.DataFrame, head: str, column: str) -> float:

@@ -8,12 +8,16 @@
 results/CORPUS/shapes_curves.csv and shapes_full_curves.csv (all 184,320 classes) -> shapes_figure2.png (accuracy, and
 by learning rate), shapes_figure6.png (training loss), shapes_figure7.png (group accuracy, with the published range) and
 shapes.md beside them. What pictures that look alike leave to be reached is in figure1_shapes.csv.
+
+The plain names are those of the largest set of classes whose training pictures were all seen. Those of another set end
+in its number of classes; one whose runs were evaluated at their end alone has a picture of the training loss only.
 """
 
 from __future__ import annotations
 
 import math
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,33 +59,52 @@ def measure(arguments: Namespace) -> None:
         collect_runs(name, arguments.settings, with_curves=True)
 
 
+@dataclass(frozen=True)
+class PictureSet:
+    """The curves of the runs on a set of classes, and which share of its training pictures (at most 1) each of them
+    saw."""
+
+    classes: int
+    curves: pd.DataFrame
+    seen: float
+
+    @property
+    def title(self) -> str:
+        """What was trained, in words."""
+        part = "" if self.seen == 1 else f", of whose training pictures {self.seen:.0%} were seen"
+        return f"{self.classes:,} classes of pictures{part}; {runs_of(self.curves)}"
+
+
 def draw(corpus: str) -> None:
-    """Write three pictures and a table for each set of classes; the largest set's have the plain names."""
+    """Write the pictures and a table of each set of classes; the first set's pictures have the plain names."""
     sections = []
-    for suffix, classes, curves in sets_of(corpus):
-        title = f"{classes:,} classes of pictures; {runs_of(curves)}"
-        ceilings = ceilings_of(corpus, classes)
-        place = RESULTS / corpus
-        draw_accuracy(curves, ceilings, title, place / f"shapes_figure2{suffix}.png")
-        draw_loss(curves, classes, title, place / f"shapes_figure6{suffix}.png")
-        draw_group_accuracy(curves[curves["head"] == PAPER], ceilings, title, place / f"shapes_figure7{suffix}.png")
-        sections.append(f"{classes:,} classes:\n\n{markdown(ends_of(curves), ceilings)}")
+    for place, one in enumerate(sets_of(corpus)):
+        ceilings, ends = ceilings_of(corpus, one.classes), ends_of(one.curves)
+
+        def path_of(figure: int, suffix: str = f"_{one.classes}" if place else "") -> Path:
+            return RESULTS / corpus / f"shapes_figure{figure}{suffix}.png"
+
+        draw_loss(one.curves, one.classes, one.title, path_of(6))
+        if one.curves.dropna(subset=["validation_accuracy"])["step"].nunique() > 1:
+            draw_accuracy(one.curves, ceilings, one.title, path_of(2))
+            draw_group_accuracy(one.curves[one.curves["head"] == PAPER], ceilings, one.title, path_of(7))
+        sections.append(f"{one.title}:\n\n{markdown(ends, ceilings)}")
     path = RESULTS / corpus / "shapes.md"
     write_text(path, "\n".join(sections))
     print(f"wrote {path}")
 
 
-def sets_of(corpus: str) -> list[tuple[str, int, pd.DataFrame]]:
-    """(end of the pictures' names, number of classes, curves) of each set of classes, the largest first."""
+def sets_of(corpus: str) -> list[PictureSet]:
+    """Each set of classes: those whose training pictures were all seen, the largest first, then the others."""
     there = [name for name in EXPERIMENTS if (RESULTS / corpus / f"{name}_curves.csv").is_file()] or EXPERIMENTS[:1]
     table = pd.concat([read_table(name, corpus) for name in there]).set_index("run")
     curves = pd.concat([read_curves(name, corpus) for name in there], ignore_index=True)
     curves = curves.assign(**{name: curves["run"].map(table[name]) for name in MEASURED})
     classes = curves["run"].map(table["vocabulary_size"]).astype(int)
-    numbers = sorted(classes.unique(), reverse=True)
-    return [
-        (f"_{number}" if place else "", int(number), curves[classes == number]) for place, number in enumerate(numbers)
-    ]
+    # A picture is a document, and is counted as a token.
+    seen = (table["tokens"] / table["corpus_documents"]).clip(upper=1).groupby(table["vocabulary_size"]).min()
+    sets = [PictureSet(int(number), curves[classes == number], float(seen[number])) for number in classes.unique()]
+    return sorted(sets, key=lambda one: (one.seen < 1, -one.classes))
 
 
 def ceilings_of(corpus: str, classes: int) -> dict[str, float]:

@@ -36,4 +36,5 @@ def draw_curve(axis: Axes, rows: pd.DataFrame, column: str, color: str, label: s
 def runs_of(curves: pd.DataFrame) -> str:
     """What was run, in words: the caption of a picture of learning curves."""
     runs = curves.groupby(["head", "learning_rate", "seed"]).ngroups
-    return f"{curves['seed'].nunique()} seeds, 95% intervals; {runs} runs"
+    seeds = curves["seed"].nunique()
+    return f"{seeds} seeds, 95% intervals; {runs} runs" if seeds > 1 else f"one seed; {runs} runs"
