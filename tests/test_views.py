@@ -94,6 +94,19 @@ def test_a_frozen_network_leaves_the_other_gradients_as_they_are(kind: str) -> N
     assert into.weight.grad is None
 
 
+def test_a_compiled_model_takes_them_as_they_are() -> None:
+    layout = LAYOUTS["shortlist"]
+    model, (hidden, targets) = model_of("conditioned_free_wide", layout), batch(layout)
+    inputs = [hidden, *model.parameters()]
+    expected = model.head.loss(hidden, targets).loss
+    found = torch.compile(model.head, backend="eager")(hidden, targets).loss
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found_gradients, expected_gradients = (
+        torch.autograd.grad(loss, inputs, allow_unused=True) for loss in (found, expected)
+    )
+    torch.testing.assert_close(found_gradients, expected_gradients)
+
+
 @dataclass(eq=False)
 class Kept:
     """What autograd holds as long as it keeps a tensor."""
