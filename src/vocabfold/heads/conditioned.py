@@ -107,7 +107,7 @@ class ConditionedLinearScorer(SortedLinearScorer):
         def condition(some: Tensor, rows: Tensor, into: Tensor, *of_groups: Tensor) -> Tensor:
             return self._seen(some, self._read(some, into), index[rows], *of_groups)
 
-        return View(condition, (self.into.weight, *self._of_groups), self.out.shape[1])
+        return View(condition, (self.into.weight, *self._of_groups))
 
     def before_group(self, hidden: Tensor) -> Tensor:
         """See TokenScorer.before_group."""

@@ -63,7 +63,7 @@ class LinearKernel:
                 read = None if self.view is None else hidden.new_empty(num_rows, hidden.shape[1], dtype=self.dtype)
             else:
                 grad_weight = torch.zeros_like(weight, dtype=sum_dtype(weight.dtype))
-        for part in chunks(len(targets.rows), padded_bias.shape[1] + viewed.numbers_a_row):
+        for part in chunks(len(targets.rows), padded_bias.shape[1]):
             rows, groups, slots = targets.rows[part], targets.index[part], targets.slots[part]
             some = viewed.read(hidden.index_select(0, rows), rows).to(self.dtype)
             if read is not None:

@@ -63,11 +63,7 @@ class GroupReader(nn.Module, ABC):
 
     def view(self) -> View:
         """The same for a kernel."""
-        return View(
-            lambda some, _, *network: self.read(some, *network),
-            self.network,
-            self.into.out_features + self.num_features,
-        )
+        return View(lambda some, _, *network: self.read(some, *network), self.network)
 
 
 class ResidualReader(GroupReader):

@@ -48,7 +48,7 @@ class SoftmaxKernel:
         grad_weight = torch.zeros_like(weight, dtype=log_prob.dtype) if any(needs) else None
         grad_biases = [torch.zeros_like(bias, dtype=log_prob.dtype) for bias in biases]
         kept = hidden if fixed else self.counted.nonzero().squeeze(-1)
-        for part in chunks(len(kept), len(weight) + viewed.numbers_a_row, fixed):
+        for part in chunks(len(kept), len(weight), fixed):
             # A row that does not count costs nothing; where all count, nothing is copied.
             rows = part if len(kept) == len(hidden) else kept[part]
             some, targets = viewed.read(hidden[rows], rows).to(self.dtype), self.targets[rows]

@@ -17,12 +17,10 @@ from vocabfold.heads.kernels import sum_dtype
 @dataclass
 class View:
     """``function(some [R, D], rows, *parameters)`` -> what a kernel reads [R, F] in place of the hidden states of
-    those ``rows``, a slice or indices [R], with ``numbers_a_row`` at its widest. Made where autocast is as the
-    function wants it: kernels run without."""
+    those ``rows``, a slice or indices [R]. Made where autocast is as the function wants it: kernels run without."""
 
     function: Callable[..., Tensor]
     parameters: tuple[Tensor, ...]
-    numbers_a_row: int
 
     def __post_init__(self) -> None:
         self.device_type = self.parameters[0].device.type
@@ -37,16 +35,14 @@ class View:
 class ViewPass:
     """The view of one call of a kernel, whose last inputs are the view's parameters; without a view, h itself.
 
-    A chunk is ``read`` and then, where gradients are ``wanted``, taken ``back``, before the next one. Chunks hold so
-    many rows that there is room for ``numbers_a_row`` too. ``inputs``: the others; ``gradients``: the parameters' so
-    far.
+    A chunk is ``read`` and then, where gradients are ``wanted``, taken ``back``, before the next one. ``inputs``: the
+    others; ``gradients``: the parameters' so far.
     """
 
     def __init__(self, view: View | None, inputs: tuple[Tensor, ...], wanted: bool) -> None:
         own = 0 if view is None else len(view.parameters)
         self.view, self.wanted = view, wanted
         self.inputs, self.parameters = inputs[: len(inputs) - own], inputs[len(inputs) - own :]
-        self.numbers_a_row = 0 if view is None else view.numbers_a_row
         self.gradients = [torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for p in self.parameters] if wanted else []
 
     def read(self, some: Tensor, rows: slice | Tensor) -> Tensor:
