@@ -142,13 +142,10 @@ class FoldedHead(Head):
     ) -> tuple[Tensor, Tensor | None]:
         """(sum of log P(group) over the rows ``counted``, how many are the likeliest group, where asked for)."""
         if self.scorer.gradients_in_forward:
-            dtype = product_dtype(hidden)
-            if self.group_reader is None or has_fixed_shapes(hidden):
-                kernel = SoftmaxKernel(groups, counted, dtype)
-                return total_log_prob(kernel, (self._group_features(hidden), *self._group_parameters), with_hits)
-            view = self.group_reader.view()
-            kernel = SoftmaxKernel(groups, counted, dtype, view)
-            return total_log_prob(kernel, (hidden, *self._group_parameters, *view.parameters), with_hits)
+            view = None if self.group_reader is None or has_fixed_shapes(hidden) else self.group_reader.view()
+            states, own = (self._group_features(hidden), ()) if view is None else (hidden, view.parameters)
+            kernel = SoftmaxKernel(groups, counted, product_dtype(hidden), view)
+            return total_log_prob(kernel, (states, *self._group_parameters, *own), with_hits)
         logits = self._group_logits(hidden)
         log_prob = -F.cross_entropy(logits, groups, reduction="none")
         hits = ((logits.detach().argmax(dim=-1) == groups) & counted).sum() if with_hits else None
