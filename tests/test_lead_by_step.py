@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from experiments.heads import lead_by_step
 from experiments.heads.lead_by_step import log_probs, pairs_of, standard_error
 from torch import nn
 
@@ -93,6 +96,16 @@ def test_runs_are_paired_with_the_best_full_softmax_of_the_same_seed_size_and_to
         pairs_of([folded, *others[1:]], ["folded"])
 
 
+def only(run: str, compared: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """``compared``, for the pair of that run alone."""
+
+    def checked(folded: tuple[Path, dict[str, Any]], full: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+        assert folded[1]["run"] == run
+        return compared(folded, full)
+
+    return checked
+
+
 @pytest.mark.slow
 def test_pairs_of_runs_are_evaluated_once_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -111,6 +124,14 @@ def test_pairs_of_runs_are_evaluated_once_and_drawn(tmp_path: Path, monkeypatch:
     written = path.stat().st_mtime_ns
     assert experiment(monkeypatch, "lead_by_step", "measure", *TEXT) == 0
     assert path.stat().st_mtime_ns == written
+    # A pair that is lacking is evaluated, and what stands of runs that are gone stays.
+    table.drop(index=0).to_csv(path, index=False)
+    (gone,) = (tmp_path / "results" / "runs").glob(f"*/*/*-{table['run'][1]}")
+    shutil.rmtree(gone)
+    with monkeypatch.context() as patched:
+        patched.setattr(lead_by_step, "compared", only(table["run"][0], lead_by_step.compared))
+        assert experiment(monkeypatch, "lead_by_step", "measure", *TEXT) == 0
+    pd.testing.assert_frame_equal(pd.read_csv(path), table)
     assert experiment(monkeypatch, "lead_by_step", "draw", "text") == 0
     assert path.with_suffix(".md").read_text().count("`conditioned_tied_wide`") == 2
     assert experiment(monkeypatch, "lead_by_step", "measure", "--heads", "full_counts", *TEXT) == 2

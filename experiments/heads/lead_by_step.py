@@ -5,7 +5,8 @@
 
 A full softmax has a loss of the group too, in the groups of the folded head that it is compared with: the probability
 that it gives a group is the sum over its tokens. The trained runs of experiment=heads_scaling are evaluated in pairs of
-the same seed, size and tokens into results/CORPUS/lead_by_step.csv, a row a pair; draw makes .md and .png from it.
+the same seed, size and tokens into results/CORPUS/lead_by_step.csv, a row a pair; those of runs that are not here stay.
+draw makes .md and .png from it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from experiments.heads.heads_scaling import BEST, SMALLEST
 from experiments.heads.scaling_points import FULL
 from experiments.study.figures import COLORS, COLUMN_INCHES, GREY, save
-from experiments.study.measuring import add_settings, corpus_of, identity, is_measured
+from experiments.study.measuring import add_settings, corpus_of
 from experiments.study.statistics import in_words, mean_and_interval
 from vocabfold.data.corpora import load_corpus
 from vocabfold.errors import UserError
@@ -36,9 +37,9 @@ from vocabfold.heads.partition import Partition
 from vocabfold.machine import origin
 from vocabfold.runs.checkpoint import WEIGHTS_NAME
 from vocabfold.runs.load import load_run, validation_values
-from vocabfold.runs.record import finished_runs
+from vocabfold.runs.record import beside_others, finished_runs
 from vocabfold.runs.settings import load_settings
-from vocabfold.runs.tables import RESULTS, read_table, write_table
+from vocabfold.runs.tables import RESULTS, read_rows, read_table, write_table
 
 NAME = "lead_by_step"
 Run = tuple[Path, dict[str, Any]]
@@ -56,16 +57,20 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def measure(arguments: Namespace) -> None:
-    """Evaluate the pairs and write the table. Raises UserError where there is none."""
+    """Evaluate the pairs that the table lacks, each written at once. Raises UserError where there is no pair."""
     corpus = corpus_of(arguments.settings)
-    pairs = pairs_of(finished_runs("heads_scaling", corpus), arguments.heads.split(","))
     path = RESULTS / corpus / f"{NAME}.csv"
-    measurement = identity(NAME, Namespace(), [(folded[0].name, full[0].name) for folded, full in pairs])
-    if is_measured(path, measurement, "measurement"):
-        return
-    rows = [compared(folded, full) for folded, full in tqdm(pairs, desc="pairs of runs")]
-    write_table(pd.DataFrame(rows).assign(measurement=measurement), path, ("run", "full_run"))
-    print(f"wrote {path}")
+    pairs = pairs_of(finished_runs("heads_scaling", corpus), arguments.heads.split(","))
+    for folded, full in tqdm(lacking(pairs, path), desc="pairs of runs"):
+        write_table(beside_others(pd.DataFrame([compared(folded, full)]), path), path)
+    print(f"{path}: {len(pairs)} pairs of the runs here")
+
+
+def lacking(pairs: list[tuple[Run, Run]], path: Path) -> list[tuple[Run, Run]]:
+    """Those without a row in the table at ``path``."""
+    table = read_rows(path) if path.is_file() else pd.DataFrame(columns=["run", "full_run"])
+    measured = set(table[["run", "full_run"]].itertuples(index=False, name=None))
+    return [(folded, full) for folded, full in pairs if (folded[1]["run"], full[1]["run"]) not in measured]
 
 
 def pairs_of(runs: list[Run], heads: list[str]) -> list[tuple[Run, Run]]:
