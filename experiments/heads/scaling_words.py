@@ -192,9 +192,9 @@ def meeting(line: Trend) -> str:
     found = line.crossing()
     if found.place > MANY_TOKENS:
         return f"beyond {MANY_TOKENS / 1e6:,.0f} M tokens: nowhere that could be trained"
-    words = f"at {millions(found.place)} tokens ({millions(found.low)} to {millions(found.high)})"
     if found.place < line.lowest:
-        return f"{words}: before the smallest budget"
+        return "before the smallest budget"
+    words = f"at {millions(found.place)} tokens ({millions(found.low)} to {millions(found.high)})"
     if found.place > line.highest:
         return f"{words}: **extrapolated**, {found.place / line.highest:,.1f} times the largest budget"
     return f"{words}, within what was trained"
