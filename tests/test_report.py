@@ -275,7 +275,7 @@ def test_the_largest_budget_decides_whatever_text_it_is_of(claims: Any, copy: Pa
     write_table(pd.DataFrame(hump).assign(experiment="x"), copy / "long" / "figure3_group_size.csv")
     text, _ = claims.report("stories")
     assert "long, 9000.0 M tokens: worst at S = 104, 4.500 nats" in text
-    assert "tinystories, 0.5 M tokens: token ids minus frequency" in text
+    assert "wikipedia, 4.0 M tokens: token ids minus frequency" in text
     before = verdicts()
     flat = [row | {"validation_loss_nats": 4 + row["group_size"] / 1e4} for row in rows]
     write_table(pd.DataFrame(flat).assign(experiment="x"), copy / "long" / "figure3_group_size.csv")
