@@ -175,10 +175,11 @@ def add_options(parser: ArgumentParser) -> None:
 def measure(arguments: Namespace) -> None:
     """Measure the parts that do not stand yet. Raises UserError for more than one text."""
     at_least_one(arguments, "rounds", "threads")
-    texts, of_model = texts_of(arguments), described(arguments.model)
+    texts = texts_of(arguments)
     if len(texts) > 1:
         raise UserError(f"--text is given {len(texts)} times: the prompts come from one text")
     [(name, path)] = texts.items()
+    of_model = described(arguments.model)
     tables = {"speed": NAME, "memory": f"{NAME}_memory", "perplexity": f"{NAME}_perplexity"}
     left: dict[str, tuple[GrowingTable, str]] = {}
     for part in arguments.part:
