@@ -224,9 +224,11 @@ def test_every_claim_has_a_verdict_once_its_table_is_there(claims: Any, every_ta
     assert verdict_of(claims, "tiny", "implied", "order that a tensor train") == "not reproduced"
     assert verdict_of(claims, "tiny", "summary", "faster") == "not reproduced"
     assert verdict_of(claims, "tiny", "Figure 7") == "not reproduced"
-    assert verdict_of(claims, "tiny", "abstract", "at the largest budget") == "reproduced"  # within 0.05 nats
+    # within 0.05 nats in the made table, not at the hidden size that Wikipedia's table has beside it
+    assert verdict_of(claims, "tiny", "abstract", "at the largest budget") == "partly"
     assert verdict_of(claims, "tiny", "method", "likeliest group") == "not reproduced"  # 0.3
-    assert "tiny, hidden 64, 9000 M tokens, paper minus full_untied_counts: " in text
+    assert "  * met: tiny, hidden 64, 9000 M tokens, paper minus full_untied_counts: upper end" in text
+    assert "  * **not met**: wikipedia, hidden 128, 4 M tokens, paper minus full_counts: upper end" in text
 
 
 def test_a_finished_model_is_judged_by_its_own_tables(claims: Any, copy: Path) -> None:
@@ -280,6 +282,18 @@ def test_the_largest_budget_decides_whatever_text_it_is_of(claims: Any, copy: Pa
     flat = [row | {"validation_loss_nats": 4 + row["group_size"] / 1e4} for row in rows]
     write_table(pd.DataFrame(flat).assign(experiment="x"), copy / "long" / "figure3_group_size.csv")
     assert verdicts()[0] == "not reproduced" != before[0] and verdicts()[1] == before[1]
+
+
+def test_each_size_of_the_papers_head_is_judged_at_its_own_largest_budget(claims: Any, copy: Path) -> None:
+    rows = [run_row("gpt2", "paper", 225, seed, tokens=9e9, corpus="long", group_accuracy=0.90 + seed / 50)
+            for seed in (0, 1)]  # fmt: skip
+    short = run_row("gpt2", "paper", 3866, 0, tokens=10, corpus="long", group_accuracy=0.95)
+    write_table(pd.DataFrame([*rows, short]).assign(experiment="x"), copy / "long" / "heads_scaling.csv")
+    text, _ = claims.report("stories")
+    assert "long, 9000.0 M tokens, hidden 64, S = 225: 0.910" in text
+    for others in ("hidden 64, S = 3,866: 0.", "hidden 128, S = 225: 0."):  # of the committed texts
+        assert others in text
+    assert "long, 0.0 M tokens" not in text
 
 
 def test_a_difference_over_seeds_pairs_what_both_arms_have() -> None:
