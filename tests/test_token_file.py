@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -254,4 +255,30 @@ def test_two_processes_build_a_cache_once(tmp_path: Path) -> None:
 def test_two_writers_without_the_lock_leave_one_whole_file(tmp_path: Path) -> None:
     _run_two(_write_many, [(tmp_path / "c", 1), (tmp_path / "c", 2)])
     assert set(open_token_file(tmp_path / "c").tokens.tolist()) in ({1}, {2})
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_folder_that_another_writer_moves_away_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between our move, which fails on it, and what we do about that."""
+    _write_many(tmp_path / "c", 1)
+    rename = Path.rename
+
+    def rename_and_lose_the_target(source: Path, target: Path) -> Path:
+        try:
+            return rename(source, target)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+
+    monkeypatch.setattr(Path, "rename", rename_and_lose_the_target)
+    _write_many(tmp_path / "c", 2)
+    assert set(open_token_file(tmp_path / "c").tokens.tolist()) == {2}
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_file_in_the_place_of_a_token_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("not ours")
+    with pytest.raises(NotADirectoryError):
+        _write_many(tmp_path / "c", 1)
+    assert (tmp_path / "c").read_text() == "not ours"
     assert [path.name for path in tmp_path.iterdir()] == ["c"]

@@ -266,8 +266,8 @@ def _move_folder(source: Path, target: Path) -> None:
         try:
             source.rename(target)  # over nothing, or over an empty folder
             break
-        except OSError:
-            if not target.exists():
+        except OSError as error:  # by its errno: whether one is there, another process may have changed meanwhile
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             old = target.with_name(f"{source.name}.old.part")
             try:
